@@ -1,0 +1,166 @@
+"""Text to train on, calibrate with and evaluate on, as one stream of tokens that remembers its documents.
+
+The default text is what every Python installation carries: the standard library's source ("code") and the language
+reference in `pydoc_data.topics` ("prose"). A hash of its name decides whether a document is held out, so the split is the
+same on every machine. The library's own tests and the character-set tables are never used. `LABS_TEXT` names another text:
+a directory of files or a Hugging Face dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty.
+HELD_OUT = {"code": 26, "prose": 64}
+DOMAINS = tuple(HELD_OUT)
+SPLITS = ("train", "heldout")
+HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+# Not source to learn from: installed packages, the library's tests, tables of character sets, files written by the build.
+SKIPPED_PARTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__phello__", "__pycache__"}
+SKIPPED_PATHS = re.compile(r"^(_sysconfigdata|config-|pydoc_data/topics)")
+
+
+class TextError(ValueError):
+    """The text asked for does not exist, cannot be read, or is too short for what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file, topic or article. `name` is the same on every machine."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents as one row of tokens, each document ended by the end-of-text token.
+
+    ids: int64 [tokens]. document: int64 [tokens], the index into `names` of the document a token belongs to.
+    bytes: length of all texts in UTF-8. sha256: of names and texts, so that two figures can be known to be on one text.
+    """
+
+    ids: torch.Tensor
+    document: torch.Tensor
+    names: tuple[str, ...]
+    bytes: int
+    sha256: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def windows(self, length: int, count: int | None = None) -> torch.Tensor:
+        """Start of every window of `length` tokens, or of `count` of them spread evenly. int64 [windows].
+
+        Windows follow each other without overlap; the tail that does not fill one is left out.
+        Raises TextError where the stream is shorter than one window.
+        """
+        available = len(self) // length
+        if available == 0:
+            raise TextError(f"the text {self.source!r} has {len(self)} tokens, fewer than one window of {length}")
+        if count is None or count >= available:
+            return torch.arange(available) * length
+        if count < 1:
+            raise TextError(f"count is {count}, wanted at least one window")
+        return (torch.arange(count) * available // count) * length
+
+
+def is_held_out(name: str, domain: str) -> bool:
+    """Decided by the first byte of the SHA-256 of the document's name, so the same on every machine."""
+    return hashlib.sha256(name.encode()).digest()[0] < HELD_OUT[domain]
+
+
+def _standard_library() -> list[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        name = relative.as_posix()
+        if SKIPPED_PARTS.intersection(relative.parts) or SKIPPED_PATHS.match(name):
+            continue
+        text = path.read_text("utf-8", errors="replace")
+        if text.strip():
+            documents.append(Document(name, text))
+    return documents
+
+
+def _language_reference() -> list[Document]:
+    from pydoc_data.topics import topics
+
+    return [Document(f"topic:{name}", text) for name, text in sorted(topics.items())]
+
+
+def _directory(path: Path) -> list[Document]:
+    files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    if not files:
+        raise TextError(f"the directory {str(path)!r} holds no text: wanted files ending in {', '.join(TEXT_SUFFIXES)}")
+    return [Document(p.relative_to(path).as_posix(), p.read_text("utf-8", errors="replace")) for p in files]
+
+
+def _hub(name: str) -> list[Document]:
+    """Rows of the column `text` of a Hugging Face dataset (an id, or a directory laid out like one)."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TextError(f"the text {name!r} comes from the Hugging Face hub: pip install 'labsupport[hub]'") from error
+    path, config, split = HUB_DATASETS.get(name, (name, None, "test"))
+    rows = load_dataset(path, config, split=split)
+    if "text" not in rows.column_names:
+        raise TextError(f"the dataset {name!r} has no column 'text', it has {rows.column_names}")
+    # Benchmarks such as WikiText hold one line a row; joined, they are the text that published perplexities are measured on.
+    return [Document(f"{name}:{split}", "\n\n".join(rows["text"]))]
+
+
+def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
+    """The documents of one domain ("code", "prose") and split ("train", "heldout") of the default text."""
+    if domain not in DOMAINS:
+        raise TextError(f"domain is {domain!r}, wanted one of {', '.join(DOMAINS)}")
+    if split not in SPLITS:
+        raise TextError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
+    everything = _standard_library() if domain == "code" else _language_reference()
+    return [d for d in everything if is_held_out(d.name, domain) == (split == "heldout")]
+
+
+def tokenize(tokenizer, texts: Iterable[Document], source: str) -> TokenStream:
+    """Join documents into one TokenStream with the tokenizer's end-of-text token after each."""
+    texts = list(texts)
+    if not texts:
+        raise TextError(f"the text {source!r} is empty")
+    encoded = tokenizer([d.text for d in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = [torch.tensor(ids + end, dtype=torch.int64) for ids in encoded]
+    digest = hashlib.sha256()
+    for d in texts:
+        digest.update(f"{d.name}\0{d.text}\0".encode())
+    return TokenStream(
+        ids=torch.cat(pieces),
+        document=torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(p) for p in pieces])),
+        names=tuple(d.name for d in texts),
+        bytes=sum(len(d.text.encode()) for d in texts),
+        sha256=digest.hexdigest(),
+        source=source,
+    )
+
+
+def load_text(tokenizer, source: str | None = None, split: str = "heldout") -> TokenStream:
+    """The tokens to evaluate on. `source`: "code", "prose", a directory of files, or a dataset id on the hub.
+
+    Without `source`, the environment variable LABS_TEXT decides, and without that it is "code". `split` matters for the
+    default text only. Nothing is downloaded unless a hub id is given.
+    """
+    source = source or os.environ.get("LABS_TEXT") or "code"
+    if source in DOMAINS:
+        return tokenize(tokenizer, documents(source, split), f"{source}/{split}")
+    if Path(source).is_dir():
+        return tokenize(tokenizer, _directory(Path(source)), source)
+    return tokenize(tokenizer, _hub(source), source)

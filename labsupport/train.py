@@ -1,0 +1,216 @@
+"""Train the course model: a small Llama on the standard library's source and the language reference.
+
+One file a run directory: `state.safetensors` (weights and optimizer), `progress.json` (settings, losses). A run that was
+stopped goes on where it was; a finished run goes on when it is given more tokens. Everything random comes from `seed` and the
+step number, so a resumed run sees the same batches as an uninterrupted one.
+
+The learning rate rises for `warmup` steps, stays, and falls linearly to zero over the last quarter
+(the trapezoid of Hägele et al. 2024, arXiv:2405.18392), so that a longer run shares its beginning with a shorter one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from labsupport import text
+
+STATE, PROGRESS, TOKENIZER = "state.safetensors", "progress.json", "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is. Sizes in tokens, `hidden` and `intermediate` in channels."""
+
+    vocab: int = 4096
+    hidden: int = 256
+    intermediate: int = 768
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    context: int = 512
+    batch: int = 16
+    tokens: int = 30_000_000
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay_share: float = 0.25
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch * self.context)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of one step, counted from 0."""
+        rising = (step + 1) / self.warmup
+        falling = (self.steps - step) / max(1, self.decay_share * self.steps)
+        return self.learning_rate * min(1.0, rising, falling)
+
+
+def train_tokenizer(documents: list[text.Document], vocab: int):
+    """Byte-level BPE: any text can be encoded, and every token is a known number of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.text for d in documents), trainer)
+    return tokenizer
+
+
+def build_model(recipe: Recipe):
+    """A float32 LlamaForCausalLM of the recipe's shape, tied embeddings, freshly initialised from its seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocab,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def training_documents() -> list[text.Document]:
+    return text.documents("code", "train") + text.documents("prose", "train")
+
+
+def batch_at(ids: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
+    """int64 [batch, context + 1]: windows at random places, a function of seed and step alone."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    starts = torch.randint(0, len(ids) - recipe.context, (recipe.batch,), generator=generator)
+    return torch.stack([ids[s : s + recipe.context + 1] for s in starts.tolist()])
+
+
+def _write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def _save_state(path: Path, model, optimizer, step: int) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"step": str(step)})
+    os.replace(temporary, path)
+
+
+def _load_state(path: Path, model, optimizer) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file, torch.no_grad():
+        keys = set(file.keys())
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(f"model.{name}"))
+            optimizer.state[parameter] = {
+                key: file.get_tensor(f"optimizer.{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{key}.{name}" in keys
+            }
+        return int(file.metadata()["step"])
+
+
+def train(
+    directory: Path,
+    recipe: Recipe,
+    device: str = "cpu",
+    compile_model: bool = False,
+    save_every: int = 200,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+):
+    """Run or resume the recipe in `directory`; returns (model, tokenizer, progress) when all steps are done.
+
+    Matrix products run in bfloat16 with float32 weights. `on_step(step, loss)` is called after each step.
+    Raises ValueError where `directory` holds a run of another recipe (more `tokens` is the one change allowed).
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    directory.mkdir(parents=True, exist_ok=True)
+    documents = training_documents()
+    if not (directory / TOKENIZER).exists():
+        train_tokenizer(documents, recipe.vocab).save(str(directory / TOKENIZER))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(directory / TOKENIZER)),
+        bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=recipe.context,
+    )
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    stream = text.tokenize(fast, [documents[i] for i in order], "train")
+
+    model = build_model(recipe).to(device)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    plain = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    progress = {"recipe": asdict(recipe), "losses": [], "seconds": 0.0}
+    first = 0
+    if (directory / PROGRESS).exists():
+        progress = json.loads((directory / PROGRESS).read_text())
+        changed = {k for k, v in asdict(recipe).items() if progress["recipe"].get(k) != v} - {"tokens"}
+        if changed:
+            raise ValueError(f"{directory} holds a run with another {', '.join(sorted(changed))}: choose another directory")
+        first = _load_state(directory / STATE, model, optimizer)
+    progress["recipe"] = asdict(recipe)
+    progress |= {
+        "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
+        "train_sha256": stream.sha256, "train_tokens": len(stream), "train_bytes": stream.bytes,
+    }  # fmt: skip
+
+    def loss_of(window: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits = model(input_ids=window[:, :-1], use_cache=False).logits
+            return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+
+    # The loss is compiled with the model: the logits, 134 MB a batch, are then never written in float32.
+    loss_of = torch.compile(loss_of) if compile_model else loss_of
+    model.train()
+    began = time.perf_counter()
+    for step in range(first, recipe.steps):
+        window = batch_at(stream.ids, recipe, step).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        loss = loss_of(window)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        on_step(step, value)
+        if step % 20 == 0:
+            progress["losses"].append([step, round(value, 4)])
+        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            now = time.perf_counter()
+            progress["seconds"], began = progress["seconds"] + now - began, now
+            _save_state(directory / STATE, model, optimizer, step + 1)
+            _write_json(directory / PROGRESS, progress)
+    return model.eval(), fast, progress
