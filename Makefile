@@ -1,0 +1,6 @@
+# The logic is in `labs`; these lines make its environment first. Without make: README.md.
+PYTHON ?= python3
+ARGS ?=
+.PHONY: lab test
+lab:  ; @$(PYTHON) labsupport/install.py && .venv/bin/labs lab $(ARGS)
+test: ; @$(PYTHON) labsupport/install.py && .venv/bin/labs test $(ARGS)

@@ -1,0 +1,199 @@
+"""Make the environment that the course runs in: `python3 labsupport/install.py`. Standard library only.
+
+Creates `.venv` beside this repository's pyproject.toml and installs requirements.lock and the package into it. With `--here`
+everything goes into the Python that runs this file (Binder, conda, Colab). A second run finds its own stamp and does nothing.
+A virtual environment that is already there is used as it is and never removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = (3, 11)
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+STAMP = "labs-installed"
+LOG = "labs-install.log"
+NO_NETWORK = re.compile(
+    r"NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Temporary failure in name resolution"
+    r"|Could not find a version|No matching distribution"
+)
+
+
+class InstallError(Exception):
+    """One line for the user: what is wrong and what to do."""
+
+
+def fingerprint(root: Path = ROOT) -> str:
+    """SHA-256 over all that decides what gets installed, and where: the lock, pyproject.toml, the repository's place."""
+    digest = hashlib.sha256(str(root).encode())
+    for name in ("requirements.lock", "pyproject.toml"):
+        digest.update((root / name).read_bytes())
+    return digest.hexdigest()
+
+
+def pinned(lock: str, name: str) -> str:
+    """The version that the text of a lock file pins `name` at. Raises InstallError without one."""
+    found = re.search(rf"^{re.escape(name)}==([^\s;]+)", lock, re.MULTILINE | re.IGNORECASE)
+    if not found:
+        raise InstallError(f"requirements.lock does not pin {name}: `labs lock` writes it anew")
+    return found.group(1)
+
+
+def check_python(version: tuple[int, ...] = sys.version_info[:2], what: str = "this") -> None:
+    """Raises InstallError for a Python that the course does not run on."""
+    if tuple(version[:2]) < OLDEST:
+        raise InstallError(
+            f"{what} is Python {version[0]}.{version[1]}, the course needs 3.11 or newer: make lab PYTHON=python3.12, or "
+            "python3.12 labsupport/install.py"
+        )
+
+
+def has_nvidia_driver() -> bool:
+    """Whether a CUDA build of torch would find a driver. Looks at files only, so that it also works before torch is there."""
+    places = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
+    return any(os.path.exists(p) for p in places) or shutil.which("nvidia-smi") is not None
+
+
+def wants_cpu_build(platform: str = sys.platform) -> bool:
+    """On Linux the plain torch carries gigabytes of CUDA libraries; elsewhere the plain one is already the small one."""
+    return platform.startswith("linux") and not has_nvidia_driver()
+
+
+def venv_python(directory: Path) -> Path:
+    return directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def make_venv(directory: Path) -> Path:
+    """The Python of the virtual environment at `directory`, which is created if missing. Raises InstallError."""
+    python = venv_python(directory)
+    if not directory.exists():
+        if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+            raise InstallError(
+                f"this Python has no venv module: on Debian or Ubuntu, sudo apt install python3.{sys.version_info[1]}-venv"
+            )
+        say(f"creating {directory.name} with Python {sys.version_info[0]}.{sys.version_info[1]}")
+        made = subprocess.run([sys.executable, "-m", "venv", str(directory)], capture_output=True, text=True)
+        if made.returncode:
+            raise InstallError(f"python -m venv failed: {last_line(made.stdout + made.stderr)}")
+    code = "import sys; print(*sys.version_info[:2])"
+    try:
+        asked = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+        version = tuple(map(int, asked.stdout.split()))
+    except (OSError, ValueError):
+        version = ()
+    if not version:
+        raise InstallError(f"{directory} is there but holds no working Python: move it away, then run this again")
+    check_python(version, f"the environment {directory}")
+    return python
+
+
+def say(line: str) -> None:
+    print(f"labs: {line}", flush=True)
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    return (errors or lines or ["no output"])[-1]
+
+
+def pip(python: Path, log: Path, *arguments: str) -> None:
+    """Run pip with its output in `log`, and on a terminal also on one line that overwrites itself. Raises InstallError."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    width = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 0
+    kept = []
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT
+        )
+        for line in process.stdout:
+            file.write(line)
+            kept.append(line)
+            if width > 20:
+                print("\r" + f"  {line.strip()}"[:width].ljust(width), end="", flush=True)
+    if width > 20:
+        print("\r" + " " * width, end="\r", flush=True)
+    if process.wait():
+        text = "".join(kept)
+        if NO_NETWORK.search(text):
+            raise InstallError(
+                f"pip found no package index with what is needed ({last_line(text)[:160]}): connect to a network or "
+                f"configure a mirror (pip config), then run this again; all of pip's output is in {log}"
+            )
+        raise InstallError(f"pip failed: {last_line(text)[:300]}; all of its output is in {log}")
+
+
+def install_torch(python: Path, log: Path, version: str) -> None:
+    """torch alone, the CPU build if PyTorch's index or pip's own configuration has it, otherwise the plain one."""
+    # Few retries, and no dependencies: those are in the lock, and asking an index that does not answer for each takes minutes.
+    asked = ["--no-deps", f"torch=={version}"]
+    try:
+        pip(python, log, *asked, "--retries", "1", "--timeout", "20", "--extra-index-url", CPU_INDEX)
+    except InstallError:
+        say("PyTorch's own index did not serve; trying pip's configured one")
+        pip(python, log, *asked)
+
+
+def install(python: Path, prefix: Path) -> bool:
+    """Install everything into the environment of `python`. False if its stamp says that this was done before."""
+    stamp = prefix / STAMP
+    wanted = fingerprint()
+    if stamp.is_file() and stamp.read_text().strip() == wanted:
+        return False
+    log = prefix / LOG
+    log.write_text("", encoding="utf-8")
+    lock = ROOT / "requirements.lock"
+    count = sum(1 for line in lock.read_text().splitlines() if line and not line.startswith(("#", " ")))
+    if wants_cpu_build():
+        version = pinned(lock.read_text(), "torch")
+        say(f"1/3 torch {version}, CPU build (no NVIDIA driver here)")
+        install_torch(python, log, version)
+    else:
+        say("1/3 torch comes with the rest")
+    say(f"2/3 {count} packages of requirements.lock: a few minutes the first time")
+    pip(python, log, "-r", str(lock))
+    say("3/3 the course's own package")
+    pip(python, log, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    waiting = stamp.with_suffix(".new")
+    waiting.write_text(wanted + "\n")
+    os.replace(waiting, stamp)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make the environment that the course runs in.")
+    parser.add_argument("--here", action="store_true", help="install into the Python that runs this, without .venv")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        check_python()
+        if not (ROOT / "requirements.lock").is_file():
+            raise InstallError(f"{ROOT} has no requirements.lock: run this from a clone of the course's repository")
+        if options.here:
+            python, prefix = Path(sys.executable), Path(sys.prefix)
+        else:
+            prefix = ROOT / ".venv"
+            python = make_venv(prefix)
+        if install(python, prefix):
+            say(f"ready after {time.monotonic() - start:.0f} s")
+    except (InstallError, OSError) as error:
+        print(f"labs: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nlabs: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

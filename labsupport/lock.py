@@ -1,0 +1,104 @@
+"""requirements.lock: what the running environment holds of all that pyproject.toml asks for, exactly.
+
+Frozen from a CPU environment, so that no CUDA library is named: where there is a GPU, torch brings its own. Only what the
+project's requirements lead to is written; whatever else happens to be installed stays out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+class LockError(ValueError):
+    """The environment does not hold what pyproject.toml asks for, so it cannot be frozen."""
+
+
+def lists_of(pyproject: Path) -> dict[str, list[str]]:
+    """The lists of dependencies by name: "core" and every extra."""
+    project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
+    return {"core": project["dependencies"], **project["optional-dependencies"]}
+
+
+def digest(lists: dict[str, list[str]]) -> str:
+    """SHA-256 of the lists; comments, order and layout of pyproject.toml do not matter."""
+    return hashlib.sha256(json.dumps({k: sorted(v) for k, v in sorted(lists.items())}).encode()).hexdigest()
+
+
+def applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
+    """Whether the requirement's marker holds on this platform, on any Python that the course runs on."""
+    if requirement.marker is None:
+        return True
+    versions = [{"python_version": v, "python_full_version": f"{v}.0"} for v in PYTHONS]
+    return any(requirement.marker.evaluate({**v, "extra": extra}) for v in versions for extra in ("", *extras))
+
+
+def needs(name: str, extras: Iterable[str] = ()) -> list[Requirement]:
+    """What an installed distribution needs here. Raises importlib.metadata.PackageNotFoundError."""
+    requirements = map(Requirement, importlib.metadata.requires(name) or [])
+    return [r for r in requirements if applies(r, extras)]
+
+
+def closure(roots: Iterable[Requirement]) -> dict[str, str]:
+    """Name to version of all that `roots` lead to. Raises LockError naming what is not installed or out of range."""
+    found: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [(r, "pyproject.toml") for r in roots if applies(r)]
+    while waiting:
+        requirement, asker = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # Needed only by another Python than this one: left to pip there.
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            raise LockError(f"{requirement} is not installed, and {asker} asks for it") from None
+        if not requirement.specifier.contains(version, prereleases=True):
+            raise LockError(f"{name} {version} is installed, but {asker} asks for {requirement}")
+        found[name] = Version(version).public  # torch's CPU build calls itself 2.x.y+cpu; the lock holds for every build
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            waiting += [(r, name) for r in needs(name, extras)]
+    return found
+
+
+def write(pyproject: Path, lock: Path) -> int:
+    """Freeze the running environment into `lock` and return the number of packages. Raises LockError."""
+    lists = lists_of(pyproject)
+    packages = closure(Requirement(line) for each in lists.values() for line in each)
+    header = [
+        "# Written by `labs lock` from an environment that passes the tests; not edited by hand.",
+        f"# pyproject.toml: sha256 {digest(lists)}",
+        f"# frozen with Python {platform.python_version()}",
+    ]
+    new = lock.with_suffix(".new")
+    new.write_text("\n".join([*header, *(f"{name}=={version}" for name, version in sorted(packages.items()))]) + "\n")
+    os.replace(new, lock)
+    return len(packages)
+
+
+def read(lock: Path) -> tuple[str, dict[str, str]]:
+    """The digest in the lock's header and its pins, name to version. Raises LockError for a line that is not a pin."""
+    recorded, pins = "", {}
+    for line in lock.read_text("utf-8").splitlines():
+        if line.startswith("# pyproject.toml: sha256 "):
+            recorded = line.rsplit(" ", 1)[1]
+        elif line and not line.startswith("#"):
+            name, equals, version = line.partition("==")
+            if not equals or name != canonicalize_name(name) or not version or " " in version:
+                raise LockError(f"{lock.name} holds {line!r}, wanted only lines like name==1.2.3")
+            pins[name] = version
+    return recorded, pins
