@@ -1,0 +1,136 @@
+"""How good a model is: perplexity, defined once; KL divergence and agreement with another model; intervals.
+
+The definition. Documents are joined, an end-of-text token after each. The stream is cut into windows of `length` tokens
+that follow each other without overlap; a tail that does not fill a window is left out. Each token but the first of its
+window is predicted from those before it in the window. Perplexity is exp of the mean negative log-likelihood (natural logarithm, float32
+log-softmax) over all predicted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from labsupport.text import TokenStream
+
+LENGTH = 512
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of one model on one text, summed by document so that documents can be resampled.
+
+    loss: float64 [documents], summed negative log-likelihood in nats. tokens: int64 [documents], predicted tokens.
+    """
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    windows: int
+    length: int
+    tokens_per_byte: float
+    sha256: str
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats a token."""
+        return (self.loss.sum() / self.tokens.sum()).item()
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean_loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers: mean bits a token times tokens a byte of the whole text."""
+        return self.mean_loss / math.log(2) * self.tokens_per_byte
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A change in perplexity relative to a reference, 0.01 for 1 %, with a paired bootstrap interval."""
+
+    change: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.change:+.2f} % [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+
+def _batches(stream: TokenStream, length: int, count: int | None, progress: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows and the document of each token, both [batch, length]."""
+    if length < 2:
+        raise ValueError(f"length is {length}, wanted at least 2 tokens: one to read and one to predict")
+    starts = stream.windows(length, count)
+    offsets = torch.arange(length)
+    for some in tqdm(starts.split(BATCH), desc="evaluating", leave=False, disable=not progress):
+        index = some[:, None] + offsets
+        yield stream.ids[index], stream.document[index]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, stream: TokenStream, length: int = LENGTH, windows: int | None = None, progress: bool = False
+) -> Evaluation:
+    """Losses of `model` on `windows` windows spread evenly over the stream, or on all of them.
+
+    Raises text.TextError where the stream is shorter than one window.
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros(len(stream.names), dtype=torch.float64)
+    tokens = torch.zeros(len(stream.names), dtype=torch.int64)
+    seen = 0
+    for ids, document in _batches(stream, length, windows, progress):
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none").double().cpu()
+        owner = document[:, 1:].flatten()
+        loss.index_add_(0, owner, nll)
+        tokens.index_add_(0, owner, torch.ones_like(owner))
+        seen += len(ids)
+    return Evaluation(loss, tokens, seen, length, len(stream) / stream.bytes, stream.sha256)
+
+
+def perplexity(model: nn.Module, stream: TokenStream, length: int = LENGTH, windows: int | None = None) -> float:
+    """exp of the mean loss; see the module's text for the definition."""
+    return evaluate(model, stream, length, windows).perplexity
+
+
+@torch.no_grad()
+def divergence(
+    reference: nn.Module, model: nn.Module, stream: TokenStream, length: int = LENGTH, windows: int | None = None
+) -> tuple[float, float]:
+    """Mean KL(reference || model) in nats a token, and the share of tokens on which both rank the same token first."""
+    total = agreed = count = 0.0
+    for ids, _ in _batches(stream, length, windows, False):
+        p = F.log_softmax(reference(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+        q = F.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+        total += F.kl_div(q, p, log_target=True, reduction="sum").item()
+        agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += p.shape[0] * p.shape[1]
+    return total / count, agreed / count
+
+
+def paired_bootstrap(reference: Evaluation, other: Evaluation, samples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
+    """The change in perplexity from `reference` to `other`, with a percentile interval over resampled documents.
+
+    Documents, not tokens, are drawn with replacement, and both models are scored on each draw: what a hard document does to
+    both cancels. Raises ValueError where the two were not evaluated on the same tokens.
+    """
+    if reference.sha256 != other.sha256 or not torch.equal(reference.tokens, other.tokens):
+        raise ValueError("reference and other were evaluated on different tokens, so they cannot be paired")
+    used = reference.tokens > 0
+    tokens = reference.tokens[used].double()
+    extra = (other.loss - reference.loss)[used]
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(0, len(tokens), (samples, len(tokens)), generator=generator)
+    change = torch.expm1(extra[draws].sum(1) / tokens[draws].sum(1))
+    tail = (1 - level) / 2
+    low, high = torch.quantile(change, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(math.expm1((extra.sum() / tokens.sum()).item()), low, high)

@@ -1,0 +1,5 @@
+"""Every plot of the course: pure functions from data to a Figure, one file a theme."""
+
+from labsupport.figures import curves, grids
+
+__all__ = ["curves", "grids"]

@@ -1,0 +1,123 @@
+"""The course model, or any Hugging Face causal language model in its place: loading it, its blocks, its linear layers."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class ModelError(ValueError):
+    """The model asked for does not exist, has no weights, cannot be read, or has no shape that is known here."""
+
+
+def data_dir() -> Path:
+    """The course's data: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / "data", package / "data"):
+        if (candidate / "claims.yaml").is_file():
+            return candidate
+    raise ModelError(f"the course data is neither beside {package} nor in it: the installation is incomplete")
+
+
+def course_model_dir() -> Path:
+    return data_dir() / "course-model"
+
+
+def model_name(name: str | None = None) -> str:
+    """`name`, or else LABS_MODEL, or else the directory of the course model."""
+    return name or os.environ.get("LABS_MODEL") or str(course_model_dir())
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"the directory {str(path)!r} holds no model: config.json is missing")
+    if not any((path / file).is_file() for file in WEIGHT_FILES):
+        raise ModelError(f"the directory {str(path)!r} holds no weights: wanted {' or '.join(WEIGHT_FILES)}")
+
+
+def load_model(name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
+    """A causal language model ready to evaluate, and its tokenizer.
+
+    name: a directory or a hub id; without it LABS_MODEL decides, and without that it is the course model. Only a hub id may
+    download. dtype: float32 on a CPU, where half precision is slow and less exact, else the dtype that is stored.
+    Weights are read from safetensors only. Raises ModelError naming what is wrong.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    name = model_name(name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    local = Path(name).is_dir()
+    if local:
+        _check_directory(Path(name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except SafetensorError as error:
+        raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
+    except OSError as error:
+        raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
+    return model.to(device).eval(), tokenizer
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks in order: the one list of modules whose length the config gives."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"found no list of {count} blocks in a {type(model).__name__}")
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers inside the blocks, by full name. The embedding and the output head are not among them."""
+    inside = {id(m) for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)}
+    return {name: m for name, m in model.named_modules() if id(m) in inside}
+
+
+def role(name: str) -> str:
+    """ "attention" or "mlp": which half of its block a linear belongs to, by its name."""
+    return "attention" if "attn" in name or "attention" in name else "mlp"
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A copy of the model whose weights can be changed without touching the original."""
+    return copy.deepcopy(model)
+
+
+def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor: float = 8.0, seed: int = 0) -> nn.Module:
+    """A copy that computes the same function with outlier channels in its activations, as large models have them.
+
+    Every norm's weight is multiplied by a factor for each channel, exp(sigma N(0, 1)) and `factor` times more in
+    `large` of them, and the columns of the linears that read the norm are divided by it. In exact arithmetic
+    nothing changes; in float32 the logits move by rounding alone. For Llama-shaped blocks.
+    """
+    planted = duplicate(model)
+    for index, block in enumerate(blocks(planted)):
+        try:
+            attention, mlp = block.self_attn, block.mlp
+            readers = {
+                block.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
+                block.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
+            }
+        except AttributeError as error:
+            raise ModelError(f"outliers can be planted in Llama-shaped blocks, not in {type(block).__name__}") from error
+        for half, (norm, layers) in enumerate(readers.items()):
+            generator = torch.Generator().manual_seed(seed * 1009 + 2 * index + half)
+            channels = len(norm.weight)
+            scale = torch.exp(sigma * torch.randn(channels, generator=generator))
+            scale[torch.randperm(channels, generator=generator)[:large]] *= factor
+            with torch.no_grad():
+                norm.weight.mul_(scale.to(norm.weight))
+                for layer in layers:
+                    layer.weight.div_(scale.to(layer.weight))
+    return planted

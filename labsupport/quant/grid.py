@@ -1,0 +1,187 @@
+"""Uniform grids, and the one thing that every method ends in: a QuantizedTensor.
+
+A grid has 2**bits levels, `scale` apart. A code q stands for the value (q - zero_point) * scale. Weights are
+[out_features, in_features]; groups run along in_features, each with a grid of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below 2**bits as one stream of bits, lowest bit first, in uint8 [ceil(n * bits / 8)].
+
+    codes: any integer dtype, any shape, read row by row. The last byte is filled with zeros.
+    """
+    flat = codes.reshape(-1)
+    if 8 % bits == 0:
+        per_byte = 8 // bits
+        flat = _padded(flat.to(torch.uint8), per_byte).view(-1, per_byte)
+        packed = flat[:, 0].clone()
+        for i in range(1, per_byte):
+            packed |= flat[:, i] << (bits * i)
+        return packed
+    # Eight codes fill exactly `bits` bytes: gather them in a 64-bit word and keep its lowest bytes.
+    groups = _padded(flat.to(torch.int64), 8).view(-1, 8)
+    words = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        words |= groups[:, i] << (bits * i)
+    stream = torch.stack([(words >> (8 * i)) & 255 for i in range(bits)], dim=1)
+    return stream.to(torch.uint8).reshape(-1)[: -(-len(flat) * bits // 8)].clone()
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` codes of a stream made by `pack_bits`. uint8 [count]."""
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
+    stream = _padded(packed, bits).view(-1, bits).to(torch.int64)
+    words = torch.zeros(len(stream), dtype=torch.int64, device=packed.device)
+    for i in range(bits):
+        words |= stream[:, i] << (8 * i)
+    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=1)
+    return codes.to(torch.uint8).reshape(-1)[:count]
+
+
+def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
+    missing = -len(flat) % multiple
+    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+
+
+def check_weight(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
+    """Raise ValueError or TypeError for what cannot be quantized; return the group size, in_features where it is None."""
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits!r}, wanted a whole number from 2 to 8")
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"weight is {kind}, wanted a floating-point tensor")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}, wanted [out_features, in_features], neither of them 0")
+    in_features = weight.shape[1]
+    if group_size is None:
+        return in_features
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size is {group_size!r}, wanted a positive whole number, or None for a whole row")
+    if in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
+    return group_size
+
+
+def scale_and_zero_point(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The asymmetric grid of each row: the shortest that reaches from min to max and has a level at 0.
+
+    weight float [rows, columns] -> scale [rows, 1] > 0 and zero_point [rows, 1], a whole number in [0, 2**bits - 1].
+    A row of zeros gets scale 1. (Jacob et al. 2018, arXiv:1712.05877, section 2.1 and equation 3.)
+    """
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    return _asymmetric(low, high, bits)
+
+
+def symmetric_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale of each row for a grid whose zero_point is 2**(bits - 1): absmax lies at most half a step off the end.
+
+    weight float [rows, columns] -> scale [rows, 1] > 0. A row of zeros gets scale 1.
+    """
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    return _symmetric(low, high, bits)[0]
+
+
+def _asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, torch.round(-low / scale)
+
+
+def _symmetric(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = 2 * torch.maximum(high, -low) / (2**bits - 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, torch.full_like(scale, 2 ** (bits - 1))
+
+
+def grids(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero_point for ranges [low, high] of any shape."""
+    return (_symmetric if symmetric else _asymmetric)(low, high, bits)
+
+
+def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of `weight` on a grid that broadcasts against it: round, half to even, then move by zero_point, then clamp.
+
+    Multiplies by 1/scale, as PyTorch's fake_quantize does. Returns float whole numbers in [0, 2**bits - 1].
+    """
+    return (weight * (1 / scale)).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The values that codes stand for: (codes - zero_point) * scale."""
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight as it is stored: packed codes, one scale and zero-point a group. Every byte is in one of the tensors.
+
+    packed_codes: uint8, the stream of `bits`-bit codes of the whole weight, row by row.
+    scale: float [out, groups]. packed_zero_points: uint8 stream of `bits`-bit zero-points; None for a symmetric grid, whose
+    zero-point is 2**(bits - 1) everywhere and costs nothing.
+    """
+
+    packed_codes: torch.Tensor
+    scale: torch.Tensor
+    packed_zero_points: torch.Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [out_features, in_features]."""
+        rows, columns = self.shape
+        return unpack_bits(self.packed_codes, self.bits, rows * columns).view(rows, columns)
+
+    @property
+    def zero_point(self) -> torch.Tensor:
+        """Whole numbers as float32 [out_features, groups]."""
+        if self.packed_zero_points is None:
+            return torch.full(self.scale.shape, float(2 ** (self.bits - 1)), device=self.scale.device)
+        return unpack_bits(self.packed_zero_points, self.bits, self.scale.numel()).view(self.scale.shape).float()
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out_features, in_features]."""
+        rows, columns = self.shape
+        codes = self.codes.view(rows, -1, self.group_size).float()
+        values = dequantize(codes, self.scale.float()[..., None], self.zero_point[..., None])
+        return values.view(rows, columns)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are stored."""
+        stored = (self.packed_codes, self.scale, self.packed_zero_points)
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def sqnr_db(weight: torch.Tensor, reconstruction: torch.Tensor) -> float:
+    """Signal-to-quantization-noise ratio in decibels, 10 log10(sum w^2 / sum (w - r)^2); infinity without error."""
+    noise = (weight - reconstruction).double().pow(2).sum()
+    return (10 * torch.log10(weight.double().pow(2).sum() / noise)).item()
+
+
+def best_clip(weight: torch.Tensor, bits: int, factors: torch.Tensor) -> torch.Tensor:
+    """For each row the factor on the symmetric scale that leaves the least squared error; what sticks out is clipped.
+
+    weight float [rows, columns], factors float [k] in (0, 1] -> [rows, 1], each an entry of `factors`.
+    """
+    scale, zero_point = symmetric_scale(weight, bits), torch.tensor(2.0 ** (bits - 1))
+    errors = []
+    for factor in factors:
+        codes = quantize(weight, factor * scale, zero_point, bits)
+        errors.append((dequantize(codes, factor * scale, zero_point) - weight).pow(2).sum(1))
+    return factors[torch.stack(errors).argmin(0)][:, None]

@@ -1,0 +1,77 @@
+"""Every exercise: the reference is accepted and every mutant rejected, with the message meant for it, on 50 seeds."""
+
+import pytest
+import torch
+
+from labsupport.exercises import registry
+from labsupport.exercises.base import Attempt, assess, attempt
+
+EXERCISES = registry.all_exercises()
+SEEDS = range(50)
+
+
+def seeds_of(exercise):
+    return SEEDS[:1] if exercise.needs_model or not exercise.inputs(0) else SEEDS
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+def test_reference_is_accepted(exercise):
+    for seed in seeds_of(exercise):
+        given = exercise.inputs(seed)
+        verdict = assess(exercise, given, attempt(exercise, exercise.reference, given))
+        assert verdict.passed, f"seed {seed}: {verdict.message}"
+
+
+@pytest.mark.parametrize(
+    ("exercise", "number"),
+    [(e, i) for e in EXERCISES for i in range(len(e.mutants))],
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_mutant_is_rejected_with_its_message(exercise, number):
+    mutant = exercise.mutants[number]
+    for seed in seeds_of(exercise):
+        given = exercise.inputs(seed)
+        verdict = assess(exercise, given, attempt(exercise, mutant.answer, given))
+        assert not verdict.passed, f"seed {seed}: the mutant passes"
+        assert mutant.says in verdict.message, f"seed {seed}: {verdict.message}"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+def test_has_enough_mutants_and_sane_facts(exercise):
+    assert len(exercise.mutants) >= 3
+    assert 1 <= exercise.difficulty <= 5
+    assert exercise.points >= 1
+    assert 1 <= exercise.minutes <= 30
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+def test_inputs_depend_on_the_seed_alone_and_survive_the_reference(exercise):
+    first, second = exercise.inputs(3), exercise.inputs(3)
+    assert attempt(exercise, exercise.reference, first).changed == ()
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[key])
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+def test_attempt_survives_a_file(exercise, tmp_path):
+    """Judging what was written to safetensors and JSON gives the same verdict as judging what is in memory."""
+    given = exercise.inputs(1)
+    for answer in (exercise.reference, *(m.answer for m in exercise.mutants)):
+        tried = attempt(exercise, answer, given)
+        tried.save(tmp_path / "attempt")
+        loaded = Attempt.load(tmp_path / "attempt")
+        assert loaded.status == tried.status
+        assert list(loaded.outputs) == list(tried.outputs)
+        for key, value in tried.outputs.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(loaded.outputs[key].nan_to_num(), value.nan_to_num())
+                assert loaded.outputs[key].dtype == value.dtype
+            else:
+                assert loaded.outputs[key] == value
+        assert assess(exercise, given, loaded).message == assess(exercise, given, tried).message
+
+
+def test_course_has_enough_exercises():
+    assert len(EXERCISES) >= 15
+    assert len({e.id for e in EXERCISES}) == len(EXERCISES)
