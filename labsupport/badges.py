@@ -1,0 +1,75 @@
+"""The public address of the repository, written where it is needed: badges in README.md, the set-up cells of the notebooks."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+from labsupport.build import BuildError, read, setup, sources, write
+
+BEGIN, END = "<!-- badges -->", "<!-- /badges -->"
+BRANCH = "main"
+
+
+def repository(root: Path) -> str:
+    """`repository` of [tool.labs] in pyproject.toml, "" when unset. Raises BuildError if Colab and Binder cannot open it."""
+    with (root / "pyproject.toml").open("rb") as file:
+        address = tomllib.load(file).get("tool", {}).get("labs", {}).get("repository", "")
+    address = address.strip().rstrip("/").removesuffix(".git")
+    if address and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+        raise BuildError(f"repository in [tool.labs] is {address!r}, wanted https://github.com/OWNER/NAME")
+    return address
+
+
+def badge_block(address: str, notebooks: list[Path]) -> str:
+    """A table with a row for each notebook; nothing without an address."""
+    if not address:
+        return ""
+    slug = address.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{slug}/blob/{BRANCH}/notebooks"
+    binder = f"https://mybinder.org/v2/gh/{slug}/{BRANCH}?urlpath=lab/tree/notebooks"
+    rows = ["| notebook | Colab | Binder |", "|---|---|---|"]
+    for path in notebooks:
+        title = path.stem.replace("_", " ")
+        rows.append(
+            f"| {title} "
+            f"| [![Open {title} in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/{path.name}) "
+            f"| [![Open {title} in Binder](https://mybinder.org/badge_logo.svg)]({binder}/{path.name}) |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def write_badges(root: Path) -> list[str]:
+    """Bring README.md and the set-up cells in line with the address. Returns what was done, a line each.
+
+    Raises BuildError when README.md has no place for the badges, or a notebook no set-up cell.
+    """
+    address, notebooks = repository(root), sources(root)
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise BuildError(f"README.md needs one {BEGIN} and after it one {END}")
+    changed = {}
+    for path in notebooks:
+        notebook = read(path)
+        cells = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+        if len(cells) != 1:
+            raise BuildError(f"solutions/{path.name}: {len(cells)} cells have the tag setup, wanted one")
+        if cells[0].source != setup(address):
+            cells[0].source = setup(address)
+            changed[path] = notebook
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    part = readme.with_name(".README.md.part")
+    part.write_text(f"{before}{BEGIN}\n{badge_block(address, notebooks)}{END}{after}", encoding="utf-8")
+    os.replace(part, readme)
+    write(changed)
+
+    lines = [f"badges of {len(notebooks)} notebooks point to {address}"]
+    if not address:
+        lines = ["the address is not set ([tool.labs] repository in pyproject.toml): no badges"]
+    if changed:
+        lines.append(f"set-up cell changed in {', '.join(p.name for p in changed)}: run labs build")
+    return lines

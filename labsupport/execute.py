@@ -1,0 +1,129 @@
+"""Run a notebook from top to bottom in a clean kernel and keep what it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDGET_TEXT = "The control appears here when the cell is run. The figure below shows where it starts."
+CELL_SECONDS = 600
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+# What front ends write into a cell's metadata as it is run or looked at.
+VOLATILE = ("execution", "ExecuteTime", "collapsed", "scrolled", "trusted", "jp-MarkdownHeadingCollapsed", "outputId")
+
+
+class BuildError(Exception):
+    """A notebook cannot be built; the message names the notebook, where there is one the cell, and the reason."""
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """A kernel of the interpreter that asks for it: a "python3" that a user installed elsewhere would otherwise come first."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
+
+
+def essence(cell: NotebookNode) -> dict[str, Any]:
+    """What a cell is, without what running it leaves behind."""
+    metadata = {k: v for k, v in cell.metadata.items() if k not in VOLATILE}
+    return {"id": cell.id, "type": cell.cell_type, "source": cell.source, "metadata": metadata}
+
+
+def source_sha256(notebook: NotebookNode) -> str:
+    """sha256 over ids, types, sources and metadata of all cells, in order; not over outputs, counts and timings."""
+    text = json.dumps([essence(cell) for cell in notebook.cells], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[int], None] | None = None) -> NotebookNode:
+    """An executed copy: outputs stored, the hash of what was executed in `metadata.labs.executed_source_sha256`.
+
+    strict: a wrong or blank answer raises (LABS_STRICT=1). The kernel is clean, of this interpreter, in an empty folder, and
+    sees no other LABS_ variable, so that what is stored is about the course model and its text. on_cell(index) is called before
+    each cell.
+    Raises BuildError when a cell raises, times out, kills the kernel, or writes to standard error.
+    """
+    done, at = deepcopy(notebook), {"cell": None}
+
+    def start(cell: NotebookNode, cell_index: int) -> None:
+        at["cell"] = cell.id
+        if on_cell is not None:
+            on_cell(cell_index)
+
+    with tempfile.TemporaryDirectory(prefix="labs-build-") as folder:
+        client = NotebookClient(
+            done,
+            timeout=CELL_SECONDS,
+            kernel_manager_class=ThisInterpreter,
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+            store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],  # it warns that its connection to us is not encrypted
+            coalesce_streams=True,
+            on_cell_start=start,
+        )
+        try:
+            client.execute(env=_environment(strict))
+        except CellExecutionError as error:
+            raise BuildError(f"{name}, cell {at['cell']}: {error.ename}: {error.evalue}") from error
+        except CellTimeoutError as error:
+            raise BuildError(f"{name}, cell {at['cell']}: still running after {CELL_SECONDS} s") from error
+        except DeadKernelError as error:
+            raise BuildError(f"{name}, cell {at['cell']}: the kernel died, perhaps for lack of memory") from error
+    _tidy(done)
+    for fault in output_faults(done):
+        raise BuildError(f"{name}, {fault}")
+    done.metadata["labs"] = {"executed_source_sha256": source_sha256(done)}
+    return done
+
+
+def _environment(strict: bool) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
+    paths = [str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return env | ({"LABS_STRICT": "1"} if strict else {})
+
+
+def _tidy(notebook: NotebookNode) -> None:
+    """Take out what differs between runs, and stand a sentence in for live widgets, which nothing can draw without their kernel."""
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["kernelspec"] = dict(KERNELSPEC)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        for key in VOLATILE:
+            cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            if WIDGET in output.get("data", {}):
+                output.data = NotebookNode({"text/plain": WIDGET_TEXT})
+                output.metadata["labs"] = {"widget": True}
+
+
+def output_faults(notebook: NotebookNode) -> Iterator[str]:
+    """What is wrong with stored outputs: cells that never ran or ran out of order, errors, anything on standard error."""
+    last = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count != last + 1:
+            yield f"cell {cell.id}: " + ("never ran" if cell.execution_count is None else "ran out of order")
+        last = cell.execution_count or last
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield f"cell {cell.id}: holds an error: {output.ename}: {output.evalue}"
+            elif output.output_type == "stream" and output.name == "stderr":
+                yield f"cell {cell.id}: writes to standard error: {output.text.strip().splitlines()[-1:]}"
