@@ -1,0 +1,134 @@
+"""Measurements that take too long for a notebook: many settings of a method on one model and one text, a row each.
+
+Rows are kept in data/measurements/NAME.json with everything needed to know what they mean: model, text, versions, machine, date.
+The file is written after every row, and a sweep that was stopped goes on with the rows that are missing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from labsupport import models
+from labsupport.evaluate import LENGTH, divergence, evaluate, paired_bootstrap
+from labsupport.quantize import quantize_model
+from labsupport.text import TokenStream
+
+GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
+# What must agree for rows to belong in one file.
+IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
+
+
+def _rtn() -> Iterator[dict[str, Any]]:
+    for group_size in GROUP_SIZES:
+        for bits in range(8, 1, -1):
+            yield {"bits": bits, "group_size": group_size, "symmetric": False}
+        for bits in (8, 4, 3, 2):
+            yield {"bits": bits, "group_size": group_size, "symmetric": True}
+
+
+SWEEPS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"rtn": _rtn}
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Rows of one sweep. about: model, text, machine, versions, date. baseline: perplexity of the unquantized model."""
+
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def baseline(self) -> float:
+        return self.about["baseline_perplexity"]
+
+
+def path_of(name: str) -> Path:
+    return models.data_dir() / "measurements" / f"{name}.json"
+
+
+def load(name: str) -> Measurements:
+    """The rows in data/measurements/NAME.json, as `labs sweep` left them."""
+    path = path_of(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+        raise FileNotFoundError(f"no measurements {name!r}; there are {known}")
+    content = json.loads(path.read_text())
+    return Measurements(content["about"], content["rows"])
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of the weights of all linears of the blocks, as float32."""
+    digest = hashlib.sha256()
+    for layer in models.linears(model).values():
+        digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    temporary.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+    os.replace(temporary, path)
+
+
+def run(
+    name: str,
+    model: nn.Module,
+    stream: TokenStream,
+    path: Path,
+    model_name: str,
+    windows: int | None = 256,
+    length: int = LENGTH,
+    on_row: Callable[[int, int], None] = lambda done, total: None,
+) -> Measurements:
+    """Measure every setting of the sweep `name`; rows already in `path` for the same model and text are kept.
+
+    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, text or length.
+    """
+    if name not in SWEEPS:
+        raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
+    baseline = evaluate(model, stream, length, windows)
+    about = {
+        "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name, "model_sha256": model_digest(model),
+        "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
+        "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
+        "python": platform.python_version(), "torch": torch.__version__, "device": str(next(model.parameters()).device),
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        other = [key for key in IDENTITY if before["about"].get(key) != about[key]]
+        if other:
+            raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
+        rows = before["rows"]
+    settings = list(SWEEPS[name]())
+    for number, setting in enumerate(settings):
+        if not any(all(row.get(k) == v for k, v in setting.items()) for row in rows):
+            rows.append(_measure(name, model, stream, length, windows, baseline, setting))
+            _write(path, about, rows)
+        on_row(number + 1, len(settings))
+    return Measurements(about, rows)
+
+
+def _measure(name, model, stream, length, windows, baseline, setting) -> dict[str, Any]:
+    arguments = {**setting, "group_size": None if setting["group_size"] == "row" else setting["group_size"]}
+    quantized, report = quantize_model(model, name, **arguments)
+    result = evaluate(quantized, stream, length, windows)
+    change = paired_bootstrap(baseline, result)
+    kl, agreement = divergence(model, quantized, stream, length, windows and min(windows, 32))
+    return {
+        **setting, "bits_per_weight": report.bits_per_weight, "nbytes": report.nbytes, "perplexity": result.perplexity,
+        "change": change.change, "low": change.low, "high": change.high, "kl": kl, "agreement": agreement,
+    }  # fmt: skip
