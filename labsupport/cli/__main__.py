@@ -1,0 +1,5 @@
+"""`python -m labsupport.cli` is `labs`."""
+
+from labsupport.cli import app
+
+app(prog_name="labs")

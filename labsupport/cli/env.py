@@ -1,0 +1,58 @@
+"""labs doctor, test and lock: about the environment and the repository as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer()
+
+
+def repository(command: str) -> Path:
+    """The clone that this package lives in. Exits with one line where it is installed as a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        typer.echo(
+            f"labs {command}: this labsupport is not in a clone of the course's repository: git clone it, then make", err=True
+        )
+        raise typer.Exit(1)
+    return root
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and whether the course can run on it. Exit 1 on a problem."""
+    from labsupport.doctor import findings
+
+    problems = 0
+    for finding in findings():
+        typer.echo(f"{finding.what:13} {finding.said}")
+        if finding.todo:
+            problems += 1
+            typer.echo(f"{'':13} to do: {finding.todo}")
+    typer.echo(f"{problems} problem{'s' * (problems != 1)}" if problems else "all is well")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def test() -> None:
+    """Prove everything: lint, unit and property tests, every notebook in both forms."""
+    from labsupport.suite import run_all
+
+    raise typer.Exit(run_all(repository("test"), lambda text: print(text, flush=True)))
+
+
+@app.command()
+def lock() -> None:
+    """Freeze this environment into requirements.lock: exactly what pyproject.toml's lists lead to."""
+    from labsupport import lock as locks
+
+    root = repository("lock")
+    try:
+        count = locks.write(root / "pyproject.toml", root / "requirements.lock")
+    except (locks.LockError, OSError) as error:
+        typer.echo(f"labs lock: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"requirements.lock: {count} packages")

@@ -1,0 +1,114 @@
+"""labs lab, reset and check: what a learner types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer()
+Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
+Folder = Annotated[Path | None, typer.Option("--dir", help="The workbook; by default the one in the repository.")]
+
+
+def fail(command: str, error: object) -> NoReturn:
+    typer.echo(f"labs {command}: {error}", err=True)
+    raise typer.Exit(1)
+
+
+def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | None = None) -> list[str]:
+    """JupyterLab rooted in `folder`, opening `first`."""
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{first}"]
+    if not browser:
+        command.append("--no-browser")
+    if port is not None:
+        command.append(f"--port={port}")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container; the server listens on this machine only, behind a token
+        command.append("--allow-root")
+    return command
+
+
+def jupyter_environment() -> dict[str, str]:
+    """nbgrader's instructor panels and server extensions are off: they are for teachers, and crowd a learner's window."""
+    ours = str(Path(__file__).resolve().parents[1] / "jupyter")
+    return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))}
+
+
+@app.command()
+def lab(
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser on it.")] = True,
+    port: Annotated[int | None, typer.Option(help="The first port to try.")] = None,
+    folder: Folder = None,
+) -> None:
+    """Lay out your working copies of the notebooks and open JupyterLab on them."""
+    import importlib.util
+
+    from labsupport import workbook
+
+    if importlib.util.find_spec("jupyterlab") is None:
+        fail("lab", "JupyterLab is not installed: pip install 'labsupport[lab]'")
+    try:
+        folder = (folder or workbook.default_dir()).resolve()
+        for line in workbook.lay_out(folder):
+            typer.echo(line)
+        first = next(iter(workbook.chapters().values())).name
+    except (workbook.WorkbookError, OSError) as error:
+        fail("lab", error)
+    typer.echo(f"Your notebooks are in {folder}; Ctrl-C here stops JupyterLab.")
+    sys.stdout.flush()
+    command, env = jupyter_command(folder, first, browser, port), jupyter_environment()
+    if os.name == "posix":
+        os.execve(command[0], command, env)  # so that whoever stops this process stops JupyterLab
+    raise typer.Exit(subprocess.call(command, env=env))
+
+
+@app.command()
+def reset(
+    number: Chapter,
+    keep_answers: Annotated[bool, typer.Option("--keep-answers", help="Carry answers and predictions over.")] = False,
+    folder: Folder = None,
+) -> None:
+    """A fresh copy of one notebook. The old one is kept in workbook/backups."""
+    from labsupport import workbook
+
+    try:
+        for line in workbook.reset(folder or workbook.default_dir(), number, keep_answers):
+            typer.echo(line)
+    except (workbook.WorkbookError, OSError) as error:
+        fail("reset", error)
+
+
+@app.command()
+def check(number: Chapter, folder: Folder = None) -> None:
+    """Run your copy of one notebook from top to bottom and say how its exercises stand. Exit 1 if one is wrong."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from labsupport import workbook
+    from labsupport.headless import check_notebook
+
+    try:
+        path = workbook.chapter(number)
+        mine = (folder or workbook.default_dir()).resolve() / path.name
+        notebook = workbook.read(mine)
+    except (workbook.WorkbookError, OSError) as error:
+        fail("check", error)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"running {mine.name}", total=len(notebook.cells) + 1)
+        try:
+            outcome = check_notebook(
+                notebook, int(path.name[:2]), mine.parent, lambda index: progress.update(task, completed=index)
+            )
+        except RuntimeError as error:  # nbclient's word for a kernel that died
+            fail("check", f"the kernel died while running {mine.name}, perhaps for lack of memory ({error})")
+    for line in (*outcome.said, *outcome.errors):
+        typer.echo(line)
+    if outcome.tally:
+        typer.echo("\n" + outcome.tally)
+    if outcome.wrong:
+        raise typer.Exit(1)

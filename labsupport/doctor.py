@@ -1,0 +1,110 @@
+"""Whether this machine is ready for the course: `labs doctor`. Each finding is a line; a problem says what to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+MEMORY_WANTED = 1.5 * GIB  # what the largest notebook takes
+DISK_WANTED = 0.5 * GIB
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "jupyterlab")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about one thing. todo: what to do about it; empty when all is well."""
+
+    what: str
+    said: str
+    todo: str = ""
+
+
+def findings() -> Iterator[Finding]:
+    """Look at everything in turn; the slow things (importing torch, loading the model) come last."""
+    version = sys.version_info[:2]
+    yield Finding(
+        "python",
+        f"{platform.python_version()} at {sys.executable}",
+        "" if (3, 11) <= version <= (3, 13) else "the course is tested with 3.11 to 3.13: make lab PYTHON=python3.12",
+    )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that the course does not use
+    for name in LIBRARIES:
+        yield _library(name)
+    yield from _resources()
+    yield _device()
+    yield from _model_and_text()
+
+
+def _library(name: str) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+        importlib.import_module(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", f"pip install {name}, or `make lab` for the whole environment")
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:120]
+        return Finding(
+            name, f"{version} does not import ({type(error).__name__}: {first})", f"pip install --force-reinstall {name}"
+        )
+    return Finding(name, version)
+
+
+def _resources() -> Iterator[Finding]:
+    try:
+        import psutil
+    except ImportError:
+        yield Finding("memory", "unknown: psutil is not installed", "pip install psutil")
+    else:
+        memory = psutil.virtual_memory()
+        todo = "" if memory.available >= MEMORY_WANTED else "close other programs: a notebook takes up to 1.5 GiB"
+        yield Finding("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}", todo)
+    disk = shutil.disk_usage(Path.cwd())
+    todo = "" if disk.free >= DISK_WANTED else "free some space: at least 0.5 GiB"
+    yield Finding("disk", f"{disk.free / GIB:.1f} GiB free in {Path.cwd()}", todo)
+
+
+def _device() -> Finding:
+    try:
+        import torch
+    except Exception as error:
+        return Finding("device", f"unknown: torch does not import ({type(error).__name__})", "see torch above")
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        return Finding("device", f"{about.name}, {about.total_memory / GIB:.1f} GiB")
+    return Finding("device", f"CPU, {torch.get_num_threads()} threads (no GPU is needed)")
+
+
+def _model_and_text() -> Iterator[Finding]:
+    try:
+        from labsupport import models, text
+    except Exception as error:
+        yield Finding(
+            "model", f"labsupport does not import ({type(error).__name__}: {error})", "`make lab` repairs the environment"
+        )
+        return
+    name = None
+    try:
+        name = models.model_name()
+        model, tokenizer = models.load_model(name)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        course = name is None or Path(name) == models.course_model_dir()
+        todo = "git checkout -- data, or clone the course again" if course else "LABS_MODEL names it: correct or unset it"
+        yield Finding("model", first, todo)
+        return
+    yield Finding("model", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from {name}")
+    try:
+        tokens = text.load_text(tokenizer)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        yield Finding("text", first, "LABS_TEXT names it: correct or unset it; the default needs only Python's standard library")
+        return
+    yield Finding("text", f"{tokens.source}: {len(tokens)} tokens of {len(tokens.names)} documents, sha256 {tokens.sha256[:12]}")
