@@ -72,7 +72,7 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
             kernel_manager_class=ThisInterpreter,
             resources={"metadata": {"path": folder}},
             record_timing=False,
-            store_widget_state=False,
+            store_widget_state=True,  # without it nbclient fails on what interact() shows; _tidy drops the state
             extra_arguments=["--log-level=ERROR"],  # it warns that its connection to us is not encrypted
             coalesce_streams=True,
             on_cell_start=start,
@@ -85,8 +85,9 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
             raise BuildError(f"{name}, cell {at['cell']}: still running after {CELL_SECONDS} s") from error
         except DeadKernelError as error:
             raise BuildError(f"{name}, cell {at['cell']}: the kernel died, perhaps for lack of memory") from error
+    faults = list(_widget_faults(done))
     _tidy(done)
-    for fault in output_faults(done):
+    for fault in (*output_faults(done), *faults):
         raise BuildError(f"{name}, {fault}")
     done.metadata["labs"] = {"executed_source_sha256": source_sha256(done)}
     return done
@@ -97,6 +98,17 @@ def _environment(strict: bool) -> dict[str, str]:
     paths = [str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env | ({"LABS_STRICT": "1"} if strict else {})
+
+
+def _widget_faults(notebook: NotebookNode) -> Iterator[str]:
+    """What a slider's function raised or wrote to standard error. It ends up in the widget's state, where no one sees it."""
+    for state in notebook.metadata.get("widgets", {}).values():
+        for model in state["state"].values():
+            for output in model["state"].get("outputs", []):
+                if output["output_type"] == "error":
+                    yield f"a widget's function: {output['ename']}: {output['evalue']}"
+                elif output.get("name") == "stderr":
+                    yield f"a widget's function: writes to standard error: {output['text'].strip().splitlines()[-1:]}"
 
 
 def _tidy(notebook: NotebookNode) -> None:

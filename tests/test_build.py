@@ -51,7 +51,7 @@ PICTURE = f"""\
 display({{"image/png": "{PNG}"}}, metadata={{"image/png": {{"alt": "a dot"}}}}, raw=True)"""
 SLIDER = """\
 import ipywidgets
-ipywidgets.IntSlider()"""
+ipywidgets.interact(lambda count: print(count), count=(1, 5));"""
 
 
 def graded(grade_id: str, **kind: object) -> dict:
@@ -222,6 +222,10 @@ FAILURES = {
     "stderr": (
         lambda nb: cell(nb, "use").update(source='import warnings\nwarnings.warn("hm")'),
         "cell use: writes to standard error",
+    ),
+    "a slider raises": (
+        lambda nb: cell(nb, "slider").update(source=SLIDER.replace("print(count)", "1 / 0")),
+        "a widget's function: ZeroDivisionError: division by zero",
     ),
     "kernel dies": (lambda nb: cell(nb, "use").update(source="os._exit(1)"), "cell use: the kernel died"),
     "no markers": (lambda nb: cell(nb, "answer").update(source="x = 1"), "cell answer: a solution cell without"),
