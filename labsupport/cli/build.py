@@ -11,7 +11,7 @@ app = typer.Typer()
 
 @app.command()
 def build(
-    numbers: Annotated[list[str] | None, typer.Argument(metavar="[NN]...", help="Notebooks; all by default.")] = None,
+    numbers: Annotated[list[str] | None, typer.Argument(metavar="NN", help="Notebooks; all by default.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run and write nothing; exit 1 if a notebook is out of date.")] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Make the student forms without executing anything.")] = False,
 ) -> None:
