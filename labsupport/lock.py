@@ -38,10 +38,11 @@ def digest(lists: dict[str, list[str]]) -> str:
 
 
 def applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
-    """Whether the requirement's marker holds on this platform, on any Python that the course runs on."""
+    """Whether the requirement's marker holds on Linux, on any Python that the course runs on. Elsewhere pip adds the rest."""
     if requirement.marker is None:
         return True
-    versions = [{"python_version": v, "python_full_version": f"{v}.0"} for v in PYTHONS]
+    linux = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
+    versions = [{**linux, "python_version": v, "python_full_version": f"{v}.0"} for v in PYTHONS]
     return any(requirement.marker.evaluate({**v, "extra": extra}) for v in versions for extra in ("", *extras))
 
 
@@ -102,3 +103,23 @@ def read(lock: Path) -> tuple[str, dict[str, str]]:
                 raise LockError(f"{lock.name} holds {line!r}, wanted only lines like name==1.2.3")
             pins[name] = version
     return recorded, pins
+
+
+def faults(lists: dict[str, list[str]], recorded: str, pins: dict[str, str]) -> list[str]:
+    """Where a lock, as `read` gives it, is not what pyproject.toml and this environment would give. Empty when all is well."""
+    said = [] if recorded == digest(lists) else ["pyproject.toml's dependencies have changed since: `labs lock` freezes them anew"]
+    roots = [Requirement(line) for each in lists.values() for line in each]
+    for root in roots:
+        pin = pins.get(canonicalize_name(root.name))
+        if pin is None or not root.specifier.contains(pin, prereleases=True):
+            said.append(f"pyproject.toml asks for {root}, the lock has {pin}")
+    for name, pin in pins.items():
+        try:
+            installed = Version(importlib.metadata.version(name)).public
+        except importlib.metadata.PackageNotFoundError:
+            installed = "nothing"
+        if installed != pin:
+            said.append(f"the lock has {name}=={pin}, the environment {installed}")
+    wanted = closure(roots)
+    said += [f"{name} is needed, and the lock lacks it" for name in sorted(wanted.keys() - pins.keys())]
+    return said + [f"{name} is in the lock, and nothing needs it" for name in sorted(pins.keys() - wanted.keys())]

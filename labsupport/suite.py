@@ -15,6 +15,7 @@ from pathlib import Path
 
 WORKERS = 2
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
+KINDS = {"errors": "error", "warning": "warnings"}  # pytest's own plurals differ
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
 
 
@@ -39,7 +40,7 @@ class Result:
         """What pytest's closing line counts: passed, failed, errors, ... Empty for what is not pytest."""
         found = CLOSING.findall(self.output)
         pairs = (piece.split() for piece in found[-1].split(", ")) if found else ()
-        return Counter({kind.rstrip("s") if kind == "errors" else kind: int(count) for count, kind in pairs})
+        return Counter({KINDS.get(kind, kind): int(count) for count, kind in pairs})
 
     @property
     def failures(self) -> list[str]:

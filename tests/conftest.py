@@ -1,0 +1,20 @@
+"""What every test may rely on: no setting of the user's reaches it, nothing is downloaded, property tests repeat themselves."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+# Deadlines are off: a busy machine is not a wrong answer.
+settings.register_profile("labs", deadline=None, derandomize=True)
+settings.load_profile("labs")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("LABS_")]:
+        monkeypatch.delenv(name)

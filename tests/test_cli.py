@@ -1,0 +1,229 @@
+"""The commands: what a learner types, and `labs test` itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from typer.testing import CliRunner
+
+from labsupport import doctor, suite, workbook
+from labsupport.cli import app
+from labsupport.cli.lab import jupyter_command
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "only-for-this-test"
+LABS = [sys.executable, "-m", "labsupport.cli"]
+
+
+def labs(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys; from labsupport.cli import app; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "nbgrader", "nbclient", "nbformat", "matplotlib", "numpy", "jupyterlab"}
+    assert heavy.isdisjoint(done.stdout.split())
+
+
+def test_every_command_is_listed_and_has_help() -> None:
+    said = labs("--help").output
+    for command in ("lab", "reset", "check", "doctor", "test", "lock", "train", "sweep", "build"):
+        assert re.search(rf"\b{command}\b", said), command
+        assert labs(command, "--help").exit_code == 0
+
+
+@pytest.fixture
+def lessons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two chapters in place of the course's own."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name in ("00_start_here", "02_rounding"):
+        nbformat.write(new_notebook(cells=[new_code_cell("x = 1", id="one")]), folder / f"{name}.ipynb")
+    monkeypatch.setattr(workbook, "notebooks_dir", lambda: folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["reset", "check"])
+def test_an_unknown_chapter_is_one_line_that_lists_them(command: str, lessons: Path, tmp_path: Path) -> None:
+    done = labs(command, "17", "--dir", str(tmp_path / "book"))
+    assert done.exit_code == 1
+    assert done.stderr == f"labs {command}: there is no chapter '17'; the chapters are 00_start_here, 02_rounding\n"
+
+
+def test_check_before_anything_is_laid_out_says_what_to_do(lessons: Path, tmp_path: Path) -> None:
+    done = labs("check", "2", "--dir", str(tmp_path / "book"))
+    assert done.exit_code == 1
+    assert "`labs lab` lays it out" in done.stderr
+
+
+def test_check_on_a_damaged_notebook_is_one_line(lessons: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "02_rounding.ipynb").write_text("{")
+    done = labs("check", "2", "--dir", str(book))
+    assert done.exit_code == 1
+    assert "cannot be read as a notebook" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+BLANK = "def answer(*a):\n    raise NotImplementedError"
+ANSWERS = {
+    "blank": (BLANK, 0, "not attempted"),
+    "right": ("from labsupport.exercises.registry import get\nanswer = get({id!r}).reference", 0, "pass"),
+    "wrong": ("def answer(*a):\n    return None", 1, "not yet"),
+    "raises": (f"{BLANK}\nundefined", 1, "NameError: name 'undefined' is not defined"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_check_runs_the_learners_notebook_and_counts_only_wrong_answers_against_it(
+    kind: str, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from labsupport.exercises.registry import exercises_of
+
+    monkeypatch.setenv("LABS_STRICT", "1")  # a setting for testing solutions, which must not reach the learner's kernel
+    id = exercises_of(2)[0].id
+    source, code, words = ANSWERS[kind]
+    cells = ["from labsupport.exercises import check", source.format(id=id), f"answer = check({id!r}, answer)"]
+    mine = tmp_path / "book" / "02_rounding.ipynb"
+    workbook.write(new_notebook(cells=[new_code_cell(c) for c in cells]), mine)
+    before = mine.read_bytes()
+    done = labs("check", "2", "--dir", str(mine.parent))
+    assert done.exit_code == code, done.output
+    assert words in done.stdout
+    assert f"{int(kind == 'right')} of {len(exercises_of(2))} pass" in done.stdout
+    assert mine.read_bytes() == before
+
+
+def test_the_server_is_told_where_to_start() -> None:
+    command = jupyter_command(Path("/w"), "00_start_here.ipynb", browser=False, port=8899)
+    assert "--ServerApp.root_dir=/w" in command
+    assert "--LabApp.default_url=/lab/tree/00_start_here.ipynb" in command
+    assert {"--no-browser", "--port=8899"} <= set(command)
+    assert "--no-browser" not in jupyter_command(Path("/w"), "x")
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"{url}?token={TOKEN}", timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """`labs lab` as a learner starts it, but for the browser and the place of the workbook."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*LABS, "lab", "--no-browser", "--port", str(port), "--dir", str(tmp_path / "book")]
+    env = os.environ | {"JUPYTER_TOKEN": TOKEN, "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "IPYTHONDIR": str(tmp_path)}
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                get(f"{url}/api/status")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        log.close()
+
+
+def test_lab_serves_the_workbook_and_only_what_a_learner_needs(server: str, tmp_path: Path) -> None:
+    status, listing = get(f"{server}/api/contents")
+    assert status == 200
+    served = {item["name"] for item in json.loads(listing)["content"]}
+    assert served == {p.name for p in workbook.notebooks_dir().glob("*.ipynb")}
+    status, page = get(f"{server}/lab/tree/{workbook.chapter('0').name}")
+    assert status == 200
+    config = json.loads(re.search(r'<script id="jupyter-config-data" type="application/json">(.*?)</script>', page, re.S)[1])
+    assert "@jupyter/nbgrader" in config["disabledExtensions"]
+    for place in ("formgrader", "assignments", "courses"):
+        assert get(f"{server}/{place}")[0] == 404, f"nbgrader answers at /{place}"
+    assert "nbgrader" not in (tmp_path / "log").read_text()
+
+
+def test_doctor_finds_the_course_model_and_its_text() -> None:
+    found = {f.what: f for f in doctor.findings()}
+    assert {"python", "torch", "transformers", "bitsandbytes", "device", "memory", "disk", "model", "text"} <= found.keys()
+    for what in ("torch", "transformers", "bitsandbytes", "model", "text"):
+        assert found[what].todo == "", found[what]
+
+
+def test_doctor_says_what_to_do_about_each_problem_and_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABS_MODEL", str(tmp_path))
+    monkeypatch.setattr(doctor, "MEMORY_WANTED", 2**60)
+    done = labs("doctor")
+    assert done.exit_code == 1
+    assert "to do: LABS_MODEL names it: correct or unset it" in done.output
+    assert "to do: close other programs" in done.output
+    assert done.output.rstrip().endswith("2 problems")
+
+
+def part(name: str, says: str, code: int = 0) -> suite.Part:
+    return suite.Part(name, (sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"), {})
+
+
+def run_parts(monkeypatch: pytest.MonkeyPatch, *parts: suite.Part) -> tuple[int, list[str]]:
+    monkeypatch.setattr(suite, "parts", lambda root: ([], list(parts)))
+    shown: list[str] = []
+    return suite.run_all(ROOT, shown.append), "\n".join(shown).splitlines()
+
+
+def test_the_suite_ends_with_one_closing_line_over_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, lines = run_parts(
+        monkeypatch, part("a", "....\n4 passed, 1 warning in 1.0s"), part("b", "..\n=== 2 passed in 63.1s (0:01:03) ===")
+    )
+    assert code == 0
+    assert re.fullmatch(r"=+ 6 passed, 1 warnings in [\d.]+s =+", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("says", "wanted"),
+    [
+        ("FAILED tests/x.py::y - no\n1 failed, 3 passed in 1.0s", "FAILED tests/x.py::y - no"),
+        ("ERROR tests/x.py\n1 error in 1.0s", "ERROR tests/x.py"),
+        ("segmentation fault", "FAILED bad (exit code 1)"),
+    ],
+)
+def test_any_part_that_fails_fails_the_suite_and_is_named_at_its_end(
+    says: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, lines = run_parts(monkeypatch, part("good", "4 passed in 1.0s"), part("bad", says, 1))
+    assert code == 1
+    assert lines[-2] == wanted
+    assert re.search(r"1 (failed|error)", lines[-1])
+
+
+def test_the_suite_runs_lint_tests_and_every_notebook_in_both_forms() -> None:
+    quick, long = suite.parts(ROOT)
+    commands = [" ".join(p.command) for p in (*quick, *long)]
+    assert any("ruff check" in c for c in commands)
+    assert any("ruff format --check" in c for c in commands)
+    for path in (*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "solutions").glob("*.ipynb")):
+        (here,) = (p for p in long if str(path.relative_to(ROOT)) in p.command)
+        assert "--nbval-lax" in here.command
+        assert (here.env.get("LABS_STRICT") == "1") == (path.parent.name == "solutions")
