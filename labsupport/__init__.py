@@ -1,4 +1,4 @@
-"""Quantization from First Principles: what stands behind the notebooks. Heavy libraries are imported where they are first needed."""
+"""Quantization from First Principles: what stands behind the notebooks. Heavy libraries are imported late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WHERE = {
     "perplexity": "labsupport.evaluate",
     "load_text": "labsupport.text",
 }
-__all__ = ["load_model", "load_text", "perplexity", "quantize_model"]  # noqa: F822, found by __getattr__
+__all__ = ["load_model", "load_text", "perplexity", "quantize_model"]
 
 
 def __getattr__(name: str):

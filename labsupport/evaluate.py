@@ -2,8 +2,8 @@
 
 The definition. Documents are joined, an end-of-text token after each. The stream is cut into windows of `length` tokens
 that follow each other without overlap; a tail that does not fill a window is left out. Each token but the first of its
-window is predicted from those before it in the window. Perplexity is exp of the mean negative log-likelihood (natural logarithm, float32
-log-softmax) over all predicted tokens.
+window is predicted from those before it in the window. Perplexity is exp of the mean negative log-likelihood (natural
+logarithm, float32 log-softmax) over all predicted tokens.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     download. dtype: float32 on a CPU, where half precision is slow and less exact, else the dtype that is stored.
     Weights are read from safetensors only. Raises ModelError naming what is wrong.
     """
+    import transformers
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -56,11 +57,13 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     name = model_name(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    # The argument was renamed in transformers 4.56; the old name still works there, with a warning.
+    wanted = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
     local = Path(name).is_dir()
     if local:
         _check_directory(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=local, **wanted)
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except SafetensorError as error:
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error

@@ -42,7 +42,7 @@ SWEEPS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"rtn": _rtn}
 
 @dataclass(frozen=True)
 class Measurements:
-    """Rows of one sweep. about: model, text, machine, versions, date. baseline: perplexity of the unquantized model."""
+    """Rows of a sweep. about: model, text, machine, versions, date. baseline: perplexity of the unquantized model."""
 
     about: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -100,7 +100,8 @@ def run(
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
     baseline = evaluate(model, stream, length, windows)
     about = {
-        "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name, "model_sha256": model_digest(model),
+        "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,
+        "model_sha256": model_digest(model),
         "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
         "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
         "python": platform.python_version(), "torch": torch.__version__, "device": str(next(model.parameters()).device),

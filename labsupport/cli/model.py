@@ -1,0 +1,80 @@
+"""labs train, labs sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.echo(f"labs: {error}", err=True)
+    return typer.Exit(1)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Where the finished model directory goes.")] = Path("data/course-model"),
+    run: Annotated[Path, typer.Option(help="Where the run keeps its state; a stopped run goes on from it.")] = Path("runs/course"),
+    tokens: Annotated[
+        int, typer.Option(min=8192, help="Tokens to train on; more than before continues a finished run.")
+    ] = 28_000_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    compile: Annotated[bool, typer.Option(help="Compile the training step; needs a C++ compiler, about a third faster.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of every batch.")] = 0,
+) -> None:
+    """Train the course model, or go on with a run that was stopped, and write it as a model directory with its card."""
+    from tqdm import tqdm
+
+    from labsupport import export
+    from labsupport import train as training
+
+    recipe = training.Recipe(tokens=tokens, seed=seed)
+    with tqdm(total=recipe.steps, unit="step") as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.update(step + 1 - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        try:
+            model, _, progress = training.train(run, recipe, device, compile, on_step=on_step)
+        except ValueError as error:
+            raise _fail(error) from error
+    typer.echo(f"evaluating and writing {out}")
+    export.export(model.cpu(), run / training.TOKENIZER, progress, out)
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="Which sweep: rtn.")] = "rtn",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the held-out text.")] = 256,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
+) -> None:
+    """Measure a method at many settings and keep the rows; a stopped sweep goes on where it was."""
+    from tqdm import tqdm
+
+    from labsupport import models, text
+    from labsupport import sweep as sweeps
+
+    try:
+        chosen = models.model_name(model)
+        own = Path(chosen) == models.course_model_dir()
+        if out is None and not own:
+            raise ValueError("--out is needed for a model other than the course model, whose rows are in data/measurements/")
+        loaded, tokenizer = models.load_model(chosen)
+        stream = text.load_text(tokenizer)
+        with tqdm(unit="setting") as bar:
+
+            def on_row(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            path = out or sweeps.path_of(name)
+            sweeps.run(name, loaded, stream, path, "course-model" if own else chosen, windows, on_row=on_row)
+    except ValueError as error:
+        raise _fail(error) from error
+    typer.echo(f"wrote {path}")
