@@ -73,13 +73,14 @@ def _resources() -> Iterator[Finding]:
 
 def _device() -> Finding:
     try:
-        import torch
+        from labsupport import machine
+
+        about = machine.describe()
     except Exception as error:
-        return Finding("device", f"unknown: torch does not import ({type(error).__name__})", "see torch above")
-    if torch.cuda.is_available():
-        about = torch.cuda.get_device_properties(0)
-        return Finding("device", f"{about.name}, {about.total_memory / GIB:.1f} GiB")
-    return Finding("device", f"CPU, {torch.get_num_threads()} threads (no GPU is needed)")
+        return Finding("device", f"unknown ({type(error).__name__}: {error})", "see torch above")
+    if about.device == "cuda":
+        return Finding("device", f"{about.name}, {about.memory / GIB:.1f} GiB")
+    return Finding("device", f"{about.name}, {about.cores} cores (no GPU is needed)")
 
 
 def _model_and_text() -> Iterator[Finding]:
