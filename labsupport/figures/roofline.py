@@ -1,0 +1,131 @@
+"""Bytes against operations: what models weigh, rooflines, and what batches do to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from labsupport.figures import base
+from labsupport.figures.base import CourseFigure
+from labsupport.planner import Device
+
+# Light to dark, with a pattern each, so that the parts of a bar can be told apart without color.
+PARTS = (("codes", base.SKY, ""), ("scales and zero-points", base.BLACK, ""), ("kept in 16 bits", base.ORANGE, "///"))
+
+
+def model_sizes(models: Mapping[str, Mapping[int, Sequence[float]]], cards: Sequence[float] = (16, 24, 80)) -> CourseFigure:
+    """Bars of stored bytes, one panel a model, one bar a width.
+
+    models: by name and by bits, the GB of codes, of scales and zero-points, and of what stays in 16 bits.
+    cards: memory of graphics cards in GB; a line is drawn for each that falls inside a panel.
+    """
+    totals = {name: {bits: sum(parts) for bits, parts in widths.items()} for name, widths in models.items()}
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{total:.3g} GB in {bits} bits" for bits, total in t.items()) for name, t in totals.items()
+    )
+    figure, axes = base.new(f"Bars of stored bytes. {said}.", 1, len(models), size=(9.2, 2.9), squeeze=False)
+    for axis, (name, widths) in zip(axes[0], models.items(), strict=True):
+        reach = 1.22 * max(totals[name].values())
+        for place, parts in enumerate(widths.values()):
+            start = 0.0
+            for (label, color, hatch), size in zip(PARTS, parts, strict=True):
+                axis.barh(place, size, left=start, color=color, hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
+                start += size
+            axis.text(start + reach * 0.015, place, f"{start:.1f}", va="center", fontsize=base.FONT - 1)
+        for card in cards:
+            if 0.15 * reach < card < reach:
+                axis.axvline(card, color=base.RED, linestyle="--", linewidth=1)
+                axis.text(card, -0.72, f"{card:g} GB card", color=base.RED, fontsize=base.FONT - 2, ha="center", va="bottom")
+        axis.set(xlim=(0, reach), ylim=(len(widths) - 0.5, -0.75), yticks=range(len(widths)))
+        axis.set_yticklabels([f"{bits} bits" for bits in widths])
+        base.label(axis, name, "GB of weights", "")
+        axis.set_title(name, fontsize=base.FONT + 1, loc="left", pad=12)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize=base.FONT - 1, frameon=False)
+    return figure
+
+
+def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str = "measured here") -> CourseFigure:
+    """Operations a second against operations a byte, one roof a device; `marks` are intensities of workloads by name.
+
+    The first device is drawn heavier: it is the machine at hand, `first` says so in the legend.
+    """
+    ridges = ", ".join(f"{d.name} {d.ridge:.3g}" for d in devices)
+    where = ", ".join(f"{name} {x:.3g}" for name, x in marks.items())
+    alt = f"Rooflines on logarithmic axes: each rises with operations a byte, then is flat. Ridges: {ridges}. Marked: {where}."
+    figure, axis = base.new(alt, size=(7.2, 4.3))
+    low, high = 0.25, 4096.0
+    for i, device in enumerate(devices):
+        color, marker, style = base.SERIES[(i - 1) % 5] if i else (base.BLACK, "o", "-")
+        x = sorted([low, device.ridge, high])
+        y = [min(device.rate, v * device.bandwidth) / 1e12 for v in x]
+        name = f"{device.name}, {first}" if i == 0 else device.name
+        axis.plot(x, y, color=color, linestyle=style, linewidth=2.4 if i == 0 else 1.4, label=f"{name}: ridge {device.ridge:.0f}")
+        axis.plot(device.ridge, device.rate / 1e12, marker=marker, color=color, markersize=5)
+    axis.set(xscale="log", yscale="log", xlim=(low, high))
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top * 30)
+    for name, x in marks.items():
+        axis.axvline(x, color=base.GREY, linewidth=0.9, linestyle=":")
+        axis.text(x, top * 25, name, rotation=90, fontsize=base.FONT - 2, ha="right", va="top", color="#444444")
+    base.label(axis, "At most: the lower of the two limits", "operations a byte", "10$^{12}$ operations a second")
+    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def intensity_against_batch(
+    batches: Sequence[int], curves: Mapping[str, Sequence[float]], ridges: Mapping[str, float], title: str
+) -> CourseFigure:
+    """Operations a byte against the number of tokens multiplied together, with the ridges of some machines as levels."""
+    ends = ", ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, y in curves.items())
+    levels = ", ".join(f"{name} {y:.3g}" for name, y in ridges.items())
+    alt = f"Operations a byte against tokens in a batch, rising in proportion and then bending over: {ends}. Ridges: {levels}."
+    figure, axis = base.new(alt, size=(6.2, 3.6))
+    for (name, y), (color, marker, style) in zip(curves.items(), base.SERIES, strict=False):
+        axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
+    for name, y in ridges.items():
+        axis.axhline(y, color=base.GREY, linewidth=1)
+        axis.text(batches[-1], y * 1.08, f"ridge of {name}", fontsize=base.FONT - 2, ha="right", color="#444444")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(batches, [str(b) for b in batches])
+    base.label(axis, title, "tokens in one product", "operations a byte")
+    base.legend(axis, loc="lower right")
+    return figure
+
+
+def throughput(
+    batches: Sequence[int], measured: Mapping[str, Sequence[float]], limits: Mapping[str, Sequence[float]], title: str
+) -> CourseFigure:
+    """Tokens a second against the batch: measured points, and for each the limit of the roofline as a line of its color."""
+    said = "; ".join(
+        f"{name}: {y[0]:.3g} tokens a second at batch {batches[0]} and {y[-1]:.3g} at {batches[-1]}, "
+        f"limits {limits[name][0]:.3g} and {limits[name][-1]:.3g}"
+        for name, y in measured.items()
+    )
+    figure, axis = base.new(f"Tokens a second against batch, on logarithmic axes. {said}.", size=(6.2, 3.8))
+    for (name, y), (color, marker, _) in zip(measured.items(), base.SERIES, strict=False):
+        axis.plot(batches, limits[name], color=color, linestyle="--", linewidth=1.1, label=f"{name}, limit")
+        axis.plot(batches, y, color=color, marker=marker, linestyle="-", markersize=5, label=f"{name}, measured")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(batches, [str(b) for b in batches])
+    axis.grid(alpha=0.25)
+    base.label(axis, title, "batch (sequences decoded together)", "tokens a second, all sequences")
+    base.legend(axis)
+    return figure
+
+
+def gain_against_batch(batches: Sequence[int], gains: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
+    """How many times faster a step gets, against the batch, one line a machine."""
+    said = "; ".join(f"{name}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for name, y in gains.items())
+    figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {said}.", size=(6.2, 3.6))
+    for (name, y), (color, marker, style) in zip(gains.items(), base.SERIES, strict=False):
+        axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
+    axis.axhline(1, color=base.GREY, linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(b) for b in batches])
+    axis.set_ylim(0, 4.2)
+    base.label(axis, title, "batch (sequences decoded together)", "times faster than 16 bits")
+    base.legend(axis, loc="lower left")
+    return figure
