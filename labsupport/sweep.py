@@ -29,7 +29,7 @@ GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
 
 
-def _rtn() -> Iterator[dict[str, Any]]:
+def _rtn(model: nn.Module) -> Iterator[dict[str, Any]]:
     for group_size in GROUP_SIZES:
         for bits in range(8, 1, -1):
             yield {"bits": bits, "group_size": group_size, "symmetric": False}
@@ -37,7 +37,17 @@ def _rtn() -> Iterator[dict[str, Any]]:
             yield {"bits": bits, "group_size": group_size, "symmetric": True}
 
 
-SWEEPS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"rtn": _rtn}
+def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """One linear at a time, the others as they are."""
+    for layer, module in models.linears(model).items():
+        for group_size in ("row", 128, 64, 32, 16):
+            if group_size == "row" or module.in_features % group_size == 0:
+                yield {"layer": layer, "bits": 3, "group_size": group_size, "symmetric": False}
+
+
+SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {"rtn": _rtn, "layers": _layers}
+# What is chosen by a sweep's rows is judged on held-out text, so they come from other text.
+SPLITS = {"rtn": "heldout", "layers": "train"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def run(
     stream: TokenStream,
     path: Path,
     model_name: str,
-    windows: int | None = 256,
+    windows: int | None = 128,
     length: int = LENGTH,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
@@ -114,10 +124,13 @@ def run(
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
         rows = before["rows"]
-    settings = list(SWEEPS[name]())
+    settings = list(SWEEPS[name](model))
     for number, setting in enumerate(settings):
         if not any(all(row.get(k) == v for k, v in setting.items()) for row in rows):
-            rows.append(_measure(name, model, stream, length, windows, baseline, setting))
+            if "layer" in setting:
+                rows.append(_measure_layer(model, stream, length, windows, setting))
+            else:
+                rows.append(_measure(name, model, stream, length, windows, baseline, setting))
             _write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
@@ -133,3 +146,13 @@ def _measure(name, model, stream, length, windows, baseline, setting) -> dict[st
         **setting, "bits_per_weight": report.bits_per_weight, "nbytes": report.nbytes, "perplexity": result.perplexity,
         "change": change.change, "low": change.low, "high": change.high, "kl": kl, "agreement": agreement,
     }  # fmt: skip
+
+
+def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:
+    """A divergence and not a loss: one linear moves the loss by less than the choice of text does."""
+    group_size = None if setting["group_size"] == "row" else setting["group_size"]
+    others = {name: None for name in models.linears(model) if name != setting["layer"]}
+    quantized, report = quantize_model(model, "rtn", bits=setting["bits"], group_size=group_size, overrides=others)
+    weights = models.linears(model)[setting["layer"]].weight.numel()
+    kl, agreement = divergence(model, quantized, stream, length, windows)
+    return {**setting, "nbytes": round(report.layers[setting["layer"]] * weights / 8), "kl": kl, "agreement": agreement}

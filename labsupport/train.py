@@ -161,7 +161,9 @@ def train(
         train_tokenizer(documents, recipe.vocab).save(str(directory / TOKENIZER))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(directory / TOKENIZER)),
-        bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=recipe.context,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=recipe.context,
     )
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     stream = text.tokenize(fast, [documents[i] for i in order], "train")

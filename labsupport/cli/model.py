@@ -49,8 +49,8 @@ def train(
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Which sweep: rtn.")] = "rtn",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the held-out text.")] = 256,
+    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers.")] = "rtn",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
 ) -> None:
@@ -66,7 +66,7 @@ def sweep(
         if out is None and not own:
             raise ValueError("--out is needed for a model other than the course model, whose rows are in data/measurements/")
         loaded, tokenizer = models.load_model(chosen)
-        stream = text.load_text(tokenizer)
+        stream = text.load_text(tokenizer, split=sweeps.SPLITS.get(name, "heldout"))
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:

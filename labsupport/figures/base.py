@@ -33,6 +33,13 @@ class CourseFigure(Figure):
         about = {"alt": self.alt, "width": int(width), "height": int(height)}
         return {"image/png": self.png(), "text/plain": f"Figure: {self.alt}"}, {"image/png": about}
 
+    def _ipython_display_(self):
+        # Once pyplot is imported, IPython has a printer of its own for figures, which drops the alternative text.
+        from IPython.display import display
+
+        data, about = self._repr_mimebundle_()
+        display(data, metadata=about, raw=True)
+
 
 def new(alt: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3.2), **options):
     """A figure and its axes, an array of them where there are several. `alt` says what a reader would see."""

@@ -1,0 +1,169 @@
+"""What a learner sees: check, score, tally, revisit, and answers that misbehave."""
+
+import pytest
+import torch
+
+from labsupport.exercises import check, registry, revisit, score, session, tally
+from labsupport.exercises.base import attempt, test
+from labsupport.quant import grid
+
+EXERCISE = registry.get("2.2")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(session, "_records", {})
+    monkeypatch.delenv("LABS_STRICT", raising=False)
+
+
+def right_answer(weight, bits):
+    high, low = weight.amax(1, keepdim=True).clamp(min=0), weight.amin(1, keepdim=True).clamp(max=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, torch.round(-low / scale)
+
+
+def blank(weight, bits):
+    raise NotImplementedError
+
+
+def half_kernel(weight, bits):
+    raise NotImplementedError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+
+
+def returns_nothing(weight, bits):
+    right_answer(weight, bits)
+
+
+def returns_one(weight, bits):
+    return right_answer(weight, bits)[0]
+
+
+def changes_its_input(weight, bits):
+    result = right_answer(weight, bits)
+    weight.mul_(2)
+    return result
+
+
+def raises(weight, bits):
+    scale, zero = right_answer(weight, bits)
+    return scale + torch.zeros(3, 5, 7), zero
+
+
+def borrows(weight, bits):
+    under_another_name = grid.scale_and_zero_point
+    return under_another_name(weight, bits)
+
+
+def prints_numbers(weight, bits):
+    return "scale", "zero"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (right_answer, "2.2 scale_and_zero_point: pass, "),
+        (blank, "not attempted, going on with the reference"),
+        (half_kernel, 'not yet. it raised NotImplementedError: "addmm'),
+        (returns_nothing, "it returned None. Is there a return statement?"),
+        (returns_one, "it returned 1 value, wanted 2: scale, zero_point"),
+        (changes_its_input, "it changes its input 'weight' in place"),
+        (raises, "it raised RuntimeError: The size of tensor"),
+        (borrows, "it calls labsupport's own version"),
+        (prints_numbers, "scale is a str, wanted a tensor"),
+        (3, "is a int, wanted a function"),
+        (lambda weight: weight, "it raised TypeError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_every_kind_of_answer(answer, said, capsys):
+    before = EXERCISE.inputs(0)["weight"].clone()
+    kept = check("2.2", answer)
+    out, err = capsys.readouterr()
+    assert said in out
+    assert err == ""
+    passed = answer is right_answer
+    assert kept is (answer if passed else EXERCISE.reference)
+    assert score("2.2") == (EXERCISE.points if passed else 0.0)
+    assert torch.equal(EXERCISE.inputs(0)["weight"], before)
+
+
+def test_where_an_answer_failed_is_said():
+    assert "(line 3 of the function)" in attempt(EXERCISE, raises, EXERCISE.inputs(0)).error
+
+
+def test_the_same_answer_hears_the_same_twice(capsys):
+    wrong = EXERCISE.mutants[0].answer
+    check("2.2", wrong)
+    first = capsys.readouterr().out
+    check("2.2", wrong)
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("answer", [blank, returns_nothing, EXERCISE.mutants[0].answer])
+def test_strict_raises(answer, monkeypatch):
+    monkeypatch.setenv("LABS_STRICT", "1")
+    with pytest.raises(AssertionError, match=r"^2.2 scale_and_zero_point"):
+        check("2.2", answer)
+
+
+def test_score_uses_other_inputs_than_check():
+    assert not set(session.SCORE_SEEDS) & set(session.CHECK_SEEDS)
+    seen = [EXERCISE.inputs(s)["weight"] for s in session.CHECK_SEEDS]
+
+    def knows_the_check_inputs(weight, bits):
+        if not any(torch.equal(weight, s) for s in seen):
+            return torch.ones(len(weight), 1), torch.zeros(len(weight), 1)
+        return right_answer(weight, bits)
+
+    assert check("2.2", knows_the_check_inputs) is knows_the_check_inputs
+    assert score("2.2") == 0.0
+
+
+def test_score_without_an_answer():
+    assert score("2.2") == 0.0
+
+
+@pytest.mark.parametrize("id", ["2.99", "77.1", "two", "", "2"])
+def test_unknown_exercise(id):
+    with pytest.raises(KeyError, match="no exercise"):
+        check(id, right_answer)
+
+
+def test_unknown_chapter():
+    with pytest.raises(KeyError, match="there is no chapter 77"):
+        tally(77)
+
+
+def test_tally_counts(capsys):
+    check("2.2", right_answer)
+    check("2.3", blank)
+    capsys.readouterr()
+    tally(2)
+    lines = capsys.readouterr().out.splitlines()
+    count = len(registry.exercises_of(2))
+    assert len(lines) == count + 1
+    assert lines[1].endswith("pass")
+    assert lines[2].endswith("not attempted")
+    assert lines[-1] == f"1 of {count} pass"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((None, 4.0, "rise"), "rise: measured 4; no prediction was made"),
+        ((2, 4.0, "rise"), "rise: predicted 2, measured 4, a factor 2 apart"),
+        ((8, 4.0, "rise"), "rise: predicted 8, measured 4, a factor 2 apart"),
+        (("C", "c", "error"), "error: predicted C, measured c, as predicted"),
+        (("a", "c", "error"), "error: predicted a, measured c"),
+        ((-1, 4.0, "rise"), "rise: predicted -1, measured 4"),
+    ],
+)
+def test_revisit(arguments, said, capsys):
+    revisit(*arguments)
+    assert capsys.readouterr().out.strip() == said
+
+
+def test_seeds_must_not_be_empty():
+    with pytest.raises(ValueError, match="seeds is empty"):
+        test(EXERCISE, right_answer, [])

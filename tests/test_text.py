@@ -1,0 +1,108 @@
+"""Documents, the split, and the stream of tokens."""
+
+import hashlib
+
+import pytest
+import torch
+
+from labsupport import models, text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(models.course_model_dir())
+
+
+@pytest.mark.parametrize("domain", text.DOMAINS)
+def test_split_follows_the_hash_of_the_name_alone(domain):
+    held_out, train = text.documents(domain, "heldout"), text.documents(domain, "train")
+    limit = {"code": 26, "prose": 64}[domain]
+    for document in held_out:
+        assert hashlib.sha256(document.name.encode()).digest()[0] < limit
+    for document in train:
+        assert hashlib.sha256(document.name.encode()).digest()[0] >= limit
+    assert held_out
+    assert train
+
+
+def test_no_tests_of_the_library_and_no_tables():
+    names = [d.name for s in text.SPLITS for d in text.documents("code", s)]
+    parts = {p for n in names for p in n.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "encodings", "site-packages"}
+    assert "pydoc_data/topics.py" not in names
+    assert "subprocess.py" in names
+
+
+def test_stream_remembers_its_documents(tokenizer):
+    documents = [text.Document("a", "one two"), text.Document("b", "three\n" * 30)]
+    stream = text.tokenize(tokenizer, documents, "made up")
+    assert stream.ids.shape == stream.document.shape
+    for number, document in enumerate(documents):
+        ids = stream.ids[stream.document == number].tolist()
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[:-1]) == document.text
+    assert stream.bytes == sum(len(d.text.encode()) for d in documents)
+    other = text.tokenize(tokenizer, [text.Document("a", "one twO"), documents[1]], "made up")
+    assert other.sha256 != stream.sha256
+
+
+def test_windows_follow_each_other_or_spread(tokenizer):
+    stream = text.tokenize(tokenizer, [text.Document("a", "word " * 500)], "made up")
+    starts = stream.windows(64)
+    assert torch.equal(starts, torch.arange(len(stream) // 64) * 64)
+    some = stream.windows(64, 3)
+    assert len(some) == 3
+    assert (some.diff() >= 64).all()
+    assert set(some.tolist()) <= set(starts.tolist())
+    assert torch.equal(stream.windows(64, 10**6), starts)
+
+
+def test_text_shorter_than_a_window(tokenizer):
+    stream = text.tokenize(tokenizer, [text.Document("a", "short")], "made up")
+    with pytest.raises(text.TextError, match=r"'made up' has \d+ tokens, fewer than one window of 64"):
+        stream.windows(64)
+
+
+def test_labs_text_names_a_directory(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("alpha beta")
+    (tmp_path / "sub" / "b.md").write_text("gamma")
+    (tmp_path / "c.bin").write_bytes(b"\0\1")
+    monkeypatch.setenv("LABS_TEXT", str(tmp_path))
+    stream = text.load_text(tokenizer)
+    assert stream.names == ("a.txt", "sub/b.md")
+
+
+def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
+    """A directory laid out like a dataset on the hub goes through the same loader as an id would."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "benchmark"
+    data.mkdir()
+    datasets.Dataset.from_dict({"text": ["first line", "second line"]}).to_parquet(data / "test-00000-of-00001.parquet")
+    monkeypatch.setitem(text.HUB_DATASETS, "benchmark", (str(data), None, "test"))
+    stream = text.load_text(tokenizer, "benchmark")
+    assert tokenizer.decode(stream.ids[:-1]) == "first line\n\nsecond line"
+    datasets.Dataset.from_dict({"line": ["x"]}).to_parquet(data / "test-00000-of-00001.parquet")
+    with pytest.raises(text.TextError, match="has no column 'text'"):
+        text.load_text(tokenizer, "benchmark")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: text.documents("poetry"), "domain is 'poetry', wanted one of code, prose"),
+        (lambda _: text.documents("code", "dev"), "split is 'dev', wanted one of train, heldout"),
+        (lambda t: text.tokenize(t, [], "nothing"), "the text 'nothing' is empty"),
+    ],
+)
+def test_bad_input(tokenizer, call, message):
+    with pytest.raises(text.TextError, match=message):
+        call(tokenizer)
+
+
+def test_directory_without_text(tokenizer, tmp_path):
+    with pytest.raises(text.TextError, match="holds no text"):
+        text.load_text(tokenizer, str(tmp_path))

@@ -1,0 +1,96 @@
+"""Training: a stopped run goes on as if it had not been stopped, and what it writes loads."""
+
+import json
+
+import pytest
+import torch
+
+from labsupport import export, models, text, train
+
+SMALL = {
+    "vocab": 512,
+    "hidden": 64,
+    "intermediate": 128,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "context": 32,
+    "batch": 2,
+    "warmup": 2,
+}
+DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 12) for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch):
+    monkeypatch.setattr(train, "training_documents", lambda: DOCUMENTS)
+
+
+def recipe(steps, **changes):
+    return train.Recipe(**SMALL | {"tokens": steps * 64} | changes)
+
+
+def test_learning_rate_is_a_trapezoid():
+    r = recipe(100)
+    assert r.steps == 100
+    assert r.rate(0) == pytest.approx(r.learning_rate / 2)
+    assert r.rate(50) == r.learning_rate
+    assert r.rate(99) == pytest.approx(r.learning_rate / 25)
+    # A longer run shares the beginning of a shorter one, so that a finished run can be gone on with.
+    assert [recipe(400).rate(s) for s in range(70)] == [r.rate(s) for s in range(70)]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+    whole, _, done = train.train(tmp_path / "a", recipe(8), save_every=4)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, loss):
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train.train(tmp_path / "b", recipe(8), save_every=4, on_step=stop)
+    resumed_from = []
+    again, _, _ = train.train(tmp_path / "b", recipe(8), save_every=4, on_step=lambda step, _: resumed_from.append(step))
+    assert resumed_from == [4, 5, 6, 7]
+    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert done["losses"][0][1] > 5
+    assert done["train_sha256"]
+
+
+def test_another_recipe_in_the_same_directory(tmp_path):
+    train.train(tmp_path, recipe(2))
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        train.train(tmp_path, recipe(2, seed=1))
+    _, _, progress = train.train(tmp_path, recipe(3))
+    assert progress["recipe"]["tokens"] == 3 * 64
+
+
+def test_export_writes_all_or_nothing(tmp_path, monkeypatch):
+    model, tokenizer, progress = train.train(tmp_path / "run", recipe(2))
+    monkeypatch.setattr(export, "_card", lambda directory, progress: "card")
+    out = tmp_path / "model"
+    export.export(model, tmp_path / "run" / train.TOKENIZER, progress, out)
+    loaded, again = models.load_model(str(out), device="cpu")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = model.half().float()(ids).logits
+        assert torch.equal(loaded(ids).logits, wanted)
+    assert again("def f")["input_ids"] == tokenizer("def f")["input_ids"]
+    assert json.loads((out / "training.json").read_text())["recipe"]["layers"] == 2
+
+    def fail(directory, progress):
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr(export, "_card", fail)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(RuntimeError):
+        export.export(model, tmp_path / "run" / train.TOKENIZER, progress, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    model.model.embed_tokens.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        export.export(model, tmp_path / "run" / train.TOKENIZER, progress, out)
+    models.load_model(str(out), device="cpu")
