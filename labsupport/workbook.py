@@ -99,7 +99,7 @@ def answers(notebook: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
     """The cells that a learner fills in, each with a key that outlives an update: grade_id, or a prediction's cell id."""
     for cell in notebook.cells:
         about = cell.metadata.get("nbgrader", {})
-        if about.get("solution"):
+        if about.get("solution") and about.get("grade_id"):
             yield about["grade_id"], cell
         elif is_prediction(cell):
             yield f"prediction {cell.get('id')}", cell
@@ -167,22 +167,26 @@ def back_up(path: Path) -> Path:
 
 
 def carry_over(old: NotebookNode, fresh: NotebookNode) -> tuple[int, list[str]]:
-    """Put the answers and predictions of `old` into `fresh`: how many, and the keys of those that have no place there.
+    """Put the answers and predictions of `old` into `fresh`: how many, and a line for each text that found no place there.
 
-    A cell that was never filled in is not carried: its stub may have changed.
+    A cell that was never filled in is not carried: its stub may have changed. Of several cells for one answer (a cell that was
+    copied takes its name along) the last filled one counts, as it does when the notebook is run.
     """
     blanks = old.metadata.get("labs", {}).get("blanks", {})
     places = dict(answers(fresh))
-    carried, lost = 0, []
+    filled: dict[str, list[str]] = {}
     for key, cell in answers(old):
-        if _short_hash(cell.source) == blanks.get(key):
+        if _short_hash(cell.source) != blanks.get(key):
+            filled.setdefault(key, []).append(cell.source)
+    said = []
+    for key, texts in filled.items():
+        if key not in places:
+            said.append(f"{key} is no longer in this notebook: your text for it is in the backup")
             continue
-        if key in places:
-            places[key].source = cell.source
-            carried += 1
-        else:
-            lost.append(key)
-    return carried, lost
+        places[key].source = texts[-1]
+        if len(texts) > 1:
+            said.append(f"{key} had {len(texts)} cells: the last was carried over, the others are in the backup")
+    return sum(key in places for key in filled), said
 
 
 def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path | None = None) -> list[str]:
@@ -192,10 +196,10 @@ def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path 
     if not mine.exists():
         write(fresh, mine)
         return [f"{mine.name}: there was no copy, now there is"]
-    carried, lost = 0, []
+    carried, unplaced = 0, []
     if keep_answers:
         try:
-            carried, lost = carry_over(read(mine), fresh)
+            carried, unplaced = carry_over(read(mine), fresh)
         except WorkbookError as error:
             hint = f"`labs reset {path.name[:2]}` without --keep-answers keeps it in {BACKUPS}/"
             raise WorkbookError(f"{error}, so no answers can be taken from it; nothing was changed. {hint}") from None
@@ -204,4 +208,4 @@ def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path 
     said = [f"{mine.name}: a fresh copy; the old one is {BACKUPS}/{backup.name}"]
     if keep_answers:
         said.append(f"{carried} answers and predictions were carried over")
-    return said + [f"{key} is no longer in this notebook: your text for it is in the backup" for key in lost]
+    return said + unplaced

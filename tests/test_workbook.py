@@ -178,6 +178,24 @@ def test_an_answer_without_a_place_any_more_is_named_and_in_the_backup(book: Pat
     assert sources(backups(book)[0])["cell-answer-2-1"] == "def f(x): return x"
 
 
+def test_of_an_answer_cell_that_was_copied_the_last_is_carried_and_the_learner_told(book: Path, source: Path) -> None:
+    edit(book, "cell-answer-2-1", "def f(x): return 1")
+    notebook = nbformat.read(mine(book), as_version=4)
+    notebook.cells += [code("copied", "def f(x): return 2", grade_id="answer-2-1"), code("blank", STUB, grade_id="answer-2-1")]
+    nbformat.write(notebook, mine(book))
+    said = workbook.reset(book, "2", keep_answers=True, source=source)
+    assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 2"
+    assert "answer-2-1 had 2 cells: the last was carried over, the others are in the backup" in said
+
+
+def test_a_solution_cell_whose_name_was_deleted_is_not_an_error(book: Path, source: Path) -> None:
+    notebook = nbformat.read(mine(book), as_version=4)
+    del notebook.cells[-1].metadata["nbgrader"]["grade_id"]
+    nbformat.write(notebook, mine(book))
+    assert workbook.lay_out(book, source) == []
+    workbook.reset(book, "2", keep_answers=True, source=source)
+
+
 @pytest.mark.parametrize(
     "damage", ['{"cells": [', "", "[]", '{"cells": 3}', '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}']
 )

@@ -35,7 +35,9 @@ def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | 
 def jupyter_environment() -> dict[str, str]:
     """nbgrader's instructor panels and server extensions are off: they are for teachers, and crowd a learner's window."""
     ours = str(Path(__file__).resolve().parents[1] / "jupyter")
-    return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))}
+    paths = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
+    # The kernel is this environment's too, whatever "python3" a user has installed elsewhere.
+    return os.environ | {"JUPYTER_CONFIG_PATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}
 
 
 @app.command()
