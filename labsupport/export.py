@@ -87,7 +87,8 @@ def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], dir
         }
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=1) + "\n")
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp and safetensors make things for their owner alone
+        (temporary / "model.safetensors").chmod(0o644)
         (temporary / "loss.png").write_bytes(_loss_curve(progress).png())
         (temporary / "README.md").write_text(_card(temporary, progress), "utf-8")
         if directory.exists():
