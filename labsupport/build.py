@@ -21,7 +21,7 @@ from labsupport.execute import VOLATILE, BuildError, essence, execute, output_fa
 SETUP = """\
 import torch
 
-from labsupport import claims, evaluate, figures, models, quantize, sweep, text
+from labsupport import claims, evaluate, figures, models, quantize_model, sweep, text
 from labsupport.exercises import check, revisit, score, tally"""
 COLAB = """\
 try: import labsupport
