@@ -178,7 +178,7 @@ def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:
 FROM_A_WHEEL = """
 import os, pathlib, labsupport
 from labsupport import models, workbook
-here = pathlib.Path(os.environ["WHEEL"]).resolve()
+here = pathlib.Path(os.environ["WHEEL"]).resolve() / "labsupport"
 assert pathlib.Path(labsupport.__file__).resolve().is_relative_to(here), labsupport.__file__
 model = models.course_model_dir()
 assert model.resolve().is_relative_to(here), model
@@ -203,6 +203,7 @@ def test_installed_as_a_wheel_it_finds_its_model_and_its_notebooks(tmp_path: Pat
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert not [name for name in names if "/solutions/" in name or "/." in name]
+    assert {name.split("/")[0] for name in names} == {"labsupport", "labsupport-0.1.0.dist-info"}  # nothing else in site-packages
     (tmp_path / "elsewhere").mkdir()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"PYTHONPATH": str(tmp_path / "site"), "WHEEL": str(tmp_path / "site")}
