@@ -15,7 +15,7 @@ import psutil
 import torch
 
 PACKAGES = ("torch", "transformers", "bitsandbytes")
-LARGEST_BUFFER = 2**28
+SMALLEST_BUFFER, LARGEST_BUFFER = 2**28, 2**30
 USUAL_CACHE = 2**25  # where the system does not say how large its last cache is
 
 
@@ -96,10 +96,10 @@ def median_seconds(work: Callable[[], object], device: str | torch.device | None
 
 
 def _buffer_bytes(device: torch.device) -> int:
-    """Several times the last cache, so that the bytes come from memory; never more than a sixteenth of what is free."""
+    """Several times the last cache, so that the bytes come from memory; at most a GiB, and a sixteenth of what is free."""
     cache = describe(device).cache or USUAL_CACHE
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(min(max(8 * cache, LARGEST_BUFFER), free // 16))
+    return int(min(max(4 * cache, SMALLEST_BUFFER), LARGEST_BUFFER, free // 16))
 
 
 def copy_bandwidth(device: str | torch.device | None = None, budget: float = 0.5) -> float:

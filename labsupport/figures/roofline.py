@@ -30,19 +30,24 @@ def model_sizes(models: Mapping[str, Mapping[int, Sequence[float]]], cards: Sequ
             for (label, color, hatch), size in zip(PARTS, parts, strict=True):
                 axis.barh(place, size, left=start, color=color, hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
                 start += size
-            axis.text(start + reach * 0.015, place, f"{start:.1f}", va="center", fontsize=base.FONT - 1)
+            total = axis.text(start + reach * 0.02, place, f"{start:.1f}", va="center", fontsize=base.FONT - 1)
+            total.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
         for card in cards:
             if 0.15 * reach < card < reach:
-                axis.axvline(card, color=base.RED, linestyle="--", linewidth=1)
-                axis.text(card, -0.72, f"{card:g} GB card", color=base.RED, fontsize=base.FONT - 2, ha="center", va="bottom")
+                axis.axvline(card, color=base.RED, linestyle="--", linewidth=1, label="memory of a graphics card, GB", zorder=0)
+                axis.text(card, -0.72, f"{card:g}", color=base.RED, fontsize=base.FONT - 1, ha="center", va="bottom")
         axis.set(xlim=(0, reach), ylim=(len(widths) - 0.5, -0.75), yticks=range(len(widths)))
         axis.set_yticklabels([f"{bits} bits" for bits in widths])
         base.label(axis, name, "GB of weights", "")
         axis.set_title(name, fontsize=base.FONT + 1, loc="left", pad=12)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, fontsize=base.FONT - 1, frameon=False)
+    shown = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=base.FONT - 1, frameon=False)
     return figure
+
+
+def _of_device(i: int) -> tuple[str, str, str]:
+    """Color, marker and line of the i-th device; the first is the machine at hand, in black."""
+    return base.SERIES[i - 1] if i else (base.BLACK, "o", "-")
 
 
 def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str = "measured here") -> CourseFigure:
@@ -56,7 +61,7 @@ def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str 
     figure, axis = base.new(alt, size=(7.2, 4.3))
     low, high = 0.25, 4096.0
     for i, device in enumerate(devices):
-        color, marker, style = base.SERIES[(i - 1) % 5] if i else (base.BLACK, "o", "-")
+        color, marker, style = _of_device(i)
         x = sorted([low, device.ridge, high])
         y = [min(device.rate, v * device.bandwidth) / 1e12 for v in x]
         name = f"{device.name}, {first}" if i == 0 else device.name
@@ -64,10 +69,10 @@ def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str 
         axis.plot(device.ridge, device.rate / 1e12, marker=marker, color=color, markersize=5)
     axis.set(xscale="log", yscale="log", xlim=(low, high))
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top * 30)
+    axis.set_ylim(bottom, top * 300)
     for name, x in marks.items():
         axis.axvline(x, color=base.GREY, linewidth=0.9, linestyle=":")
-        axis.text(x, top * 25, name, rotation=90, fontsize=base.FONT - 2, ha="right", va="top", color="#444444")
+        axis.text(x, top * 250, name, rotation=90, fontsize=base.FONT - 2, ha="right", va="top", color="#444444")
     base.label(axis, "At most: the lower of the two limits", "operations a byte", "10$^{12}$ operations a second")
     base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -90,7 +95,7 @@ def intensity_against_batch(
     axis.set_yscale("log")
     axis.set_xticks(batches, [str(b) for b in batches])
     base.label(axis, title, "tokens in one product", "operations a byte")
-    base.legend(axis, loc="lower right")
+    base.legend(axis, loc="upper left")
     return figure
 
 
@@ -117,15 +122,16 @@ def throughput(
 
 
 def gain_against_batch(batches: Sequence[int], gains: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
-    """How many times faster a step gets, against the batch, one line a machine."""
+    """How many times faster a step gets, against the batch, one line a machine; the first is the one at hand."""
     said = "; ".join(f"{name}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for name, y in gains.items())
-    figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {said}.", size=(6.2, 3.6))
-    for (name, y), (color, marker, style) in zip(gains.items(), base.SERIES, strict=False):
+    figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {said}.", size=(7.0, 3.6))
+    for i, (name, y) in enumerate(gains.items()):
+        color, marker, style = _of_device(i)
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     axis.axhline(1, color=base.GREY, linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(b) for b in batches])
     axis.set_ylim(0, 4.2)
     base.label(axis, title, "batch (sequences decoded together)", "times faster than 16 bits")
-    base.legend(axis, loc="lower left")
+    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
