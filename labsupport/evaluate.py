@@ -117,6 +117,21 @@ def divergence(
     return total / count, agreed / count
 
 
+def paired_interval(
+    loss: torch.Tensor, other_loss: torch.Tensor, tokens: torch.Tensor, draws: torch.Tensor, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the relative change in perplexity over draws of documents.
+
+    loss, other_loss: nats of each document under either model, [documents]. tokens: how many each has. draws: int64
+    [samples, documents], the documents of each draw, with repetition; the same for both models.
+    """
+    extra = (other_loss - loss).double()
+    change = torch.expm1(extra[draws].sum(1) / tokens[draws].sum(1))
+    tail = (1 - level) / 2
+    low, high = torch.quantile(change, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def paired_bootstrap(reference: Evaluation, other: Evaluation, samples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
     """The change in perplexity from `reference` to `other`, with a percentile interval over resampled documents.
 
@@ -126,11 +141,8 @@ def paired_bootstrap(reference: Evaluation, other: Evaluation, samples: int = 20
     if reference.sha256 != other.sha256 or not torch.equal(reference.tokens, other.tokens):
         raise ValueError("reference and other were evaluated on different tokens, so they cannot be paired")
     used = reference.tokens > 0
-    tokens = reference.tokens[used].double()
-    extra = (other.loss - reference.loss)[used]
+    tokens = reference.tokens[used]
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(0, len(tokens), (samples, len(tokens)), generator=generator)
-    change = torch.expm1(extra[draws].sum(1) / tokens[draws].sum(1))
-    tail = (1 - level) / 2
-    low, high = torch.quantile(change, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(math.expm1((extra.sum() / tokens.sum()).item()), low, high)
+    low, high = paired_interval(reference.loss[used], other.loss[used], tokens, draws, level)
+    return Interval(math.expm1(((other.loss - reference.loss)[used].sum() / tokens.sum()).item()), low, high)

@@ -1,0 +1,37 @@
+"""Where a byte helps most, and a budget of bytes spent by it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rank_layers(error: torch.Tensor, nbytes: torch.Tensor) -> torch.Tensor:
+    """Layers in the order in which an upgrade pays: error saved for each byte added, most first.
+
+    error float and nbytes int64 [layers, 2]: before the upgrade and after it. Returns places, int64 [layers].
+    """
+    saved = (error[:, 0] - error[:, 1]) / (nbytes[:, 1] - nbytes[:, 0])
+    return saved.argsort(descending=True)
+
+
+def spend(error: torch.Tensor, nbytes: torch.Tensor, budget: int) -> torch.Tensor:
+    """A choice for each layer that keeps the sum of errors small and the sum of bytes within the budget.
+
+    error float and nbytes int64 [layers, choices], the cheapest choice first. Starts with the cheapest everywhere and buys, again
+    and again, the upgrade that saves the most error for each byte, as long as one fits. Returns places, int64 [layers].
+    Raises ValueError where the cheapest choices already cost more than the budget.
+    """
+    rows = torch.arange(len(error))
+    choice = torch.zeros(len(error), dtype=torch.int64)
+    left = budget - int(nbytes[:, 0].sum())
+    if left < 0:
+        raise ValueError(f"budget is {budget} bytes, the cheapest choices take {budget - left}")
+    while True:
+        saved = error[rows, choice][:, None] - error
+        extra = nbytes - nbytes[rows, choice][:, None]
+        rate = torch.where((extra > 0) & (extra <= left) & (saved > 0), saved / extra.clamp(min=1), -torch.inf)
+        if rate.max() == -torch.inf:
+            return choice
+        layer, option = divmod(int(rate.argmax()), error.shape[1])
+        left -= int(extra[layer, option])
+        choice[layer] = option
