@@ -33,7 +33,7 @@ def _rtn(model: nn.Module) -> Iterator[dict[str, Any]]:
     for group_size in GROUP_SIZES:
         for bits in range(8, 1, -1):
             yield {"bits": bits, "group_size": group_size, "symmetric": False}
-        for bits in (8, 4, 3, 2):
+        for bits in (4, 3, 2):
             yield {"bits": bits, "group_size": group_size, "symmetric": True}
 
 
@@ -141,10 +141,9 @@ def _measure(name, model, stream, length, windows, baseline, setting) -> dict[st
     quantized, report = quantize_model(model, name, **arguments)
     result = evaluate(quantized, stream, length, windows)
     change = paired_bootstrap(baseline, result)
-    kl, agreement = divergence(model, quantized, stream, length, windows and min(windows, 32))
     return {
         **setting, "bits_per_weight": report.bits_per_weight, "nbytes": report.nbytes, "perplexity": result.perplexity,
-        "change": change.change, "low": change.low, "high": change.high, "kl": kl, "agreement": agreement,
+        "change": change.change, "low": change.low, "high": change.high,
     }  # fmt: skip
 
 
