@@ -153,9 +153,9 @@ def crossover_batch(bandwidth: float, rate: float, weight_bits: float) -> int:
 
 
 def what_limits(seconds: float, read: float, operations: float, bandwidth: float, rate: float) -> str:
-    """ "memory" or "compute", whichever a run used the larger share of, or "overhead" if it used less than half of either."""
+    """ "memory" or "compute", whichever a run used the larger share of, or "overhead" if it used less than a third of either."""
     of_memory = read / seconds / bandwidth
     of_compute = operations / seconds / rate
-    if max(of_memory, of_compute) < 0.5:
+    if max(of_memory, of_compute) < 1 / 3:
         return "overhead"
     return "memory" if of_memory > of_compute else "compute"

@@ -109,7 +109,8 @@ def test_matmul_seconds_is_the_longer_of_the_two():
 def test_what_limits():
     assert planner.what_limits(1, 80, 10, 100, 100) == "memory"
     assert planner.what_limits(1, 10, 80, 100, 100) == "compute"
-    assert planner.what_limits(1, 40, 49, 100, 100) == "overhead"
+    assert planner.what_limits(1, 30, 33, 100, 100) == "overhead"
+    assert planner.what_limits(1, 30, 34, 100, 100) == "compute"
 
 
 def test_every_gpu_names_its_source_and_is_plausible():

@@ -297,16 +297,16 @@ WORDS = ("memory", "compute", "overhead")
 
 
 def limits_inputs(seed: int) -> dict:
-    """Runs by the shares of bandwidth and rate that they used; shuffled, none near a half or near each other."""
+    """Runs by the shares of bandwidth and rate that they used; shuffled, none near a third or near each other."""
     r = random.Random(seed)
     bandwidth, rate = r.uniform(20e9, 3000e9), r.uniform(1e12, 900e12)
     shares = [
-        (r.uniform(0.7, 0.95), r.uniform(0.05, 0.3)),
-        (r.uniform(0.05, 0.3), r.uniform(0.7, 0.95)),
+        (r.uniform(0.5, 0.95), r.uniform(0.05, 0.25)),
+        (r.uniform(0.05, 0.25), r.uniform(0.5, 0.95)),
         (r.uniform(0.8, 0.9), r.uniform(0.6, 0.7)),
         (r.uniform(0.6, 0.7), r.uniform(0.8, 0.9)),
-        (r.uniform(0.2, 0.4), r.uniform(0.02, 0.1)),
-        (r.uniform(0.02, 0.1), r.uniform(0.2, 0.4)),
+        (r.uniform(0.15, 0.3), r.uniform(0.02, 0.1)),
+        (r.uniform(0.02, 0.1), r.uniform(0.15, 0.3)),
     ]
     r.shuffle(shares)
     seconds = [r.uniform(1e-3, 0.1) for _ in shares]
@@ -323,20 +323,20 @@ def _by_shares(decide):
 
 
 LIMIT_MISTAKES = {
-    "some runs get less than half of either limit, and are not limited by them: that is overhead": _by_shares(
+    "some runs get less than a third of either limit, and are not limited by them: that is overhead": _by_shares(
         lambda m, c: "memory" if m > c else "compute"
     ),
     "turned around: a run that moves bytes as fast as the machine can is limited by memory": _by_shares(
-        lambda m, c: "overhead" if max(m, c) < 0.5 else "compute" if m > c else "memory"
+        lambda m, c: "overhead" if max(m, c) < 1 / 3 else "compute" if m > c else "memory"
     ),
     "a run that uses one of the two well is limited by it, however little it uses the other": _by_shares(
-        lambda m, c: "overhead" if min(m, c) < 0.5 else "memory" if m > c else "compute"
+        lambda m, c: "overhead" if min(m, c) < 1 / 3 else "memory" if m > c else "compute"
     ),
-    "where both are above a half, the larger share decides": _by_shares(
-        lambda m, c: "memory" if m >= 0.5 else "compute" if c >= 0.5 else "overhead"
+    "where both are above a third, the larger share decides": _by_shares(
+        lambda m, c: "memory" if m >= 1 / 3 else "compute" if c >= 1 / 3 else "overhead"
     ),
-    "where both are above one half, the larger share decides, and that can be memory": _by_shares(
-        lambda m, c: "compute" if c >= 0.5 else "memory" if m >= 0.5 else "overhead"
+    "where both are above one third, the larger share decides, and that can be memory": _by_shares(
+        lambda m, c: "compute" if c >= 1 / 3 else "memory" if m >= 1 / 3 else "overhead"
     ),
 }
 
@@ -363,8 +363,8 @@ WHAT_LIMITS = Exercise(
     mutants=(
         Mutant(lambda s, w, f, b, r: "memory" if f / w < r / b else "compute", "that is overhead"),
         Mutant(LIMIT_MISTAKES["turned around: a run that moves bytes as fast as the machine can is limited by memory"], "turned"),
-        Mutant(_by_shares(lambda m, c: "overhead" if min(m, c) < 0.5 else "memory" if m > c else "compute"), "however little"),
-        Mutant(_by_shares(lambda m, c: "memory" if m >= 0.5 else "compute" if c >= 0.5 else "overhead"), "larger share decides"),
+        Mutant(_by_shares(lambda m, c: "overhead" if min(m, c) < 1 / 3 else "memory" if m > c else "compute"), "however little"),
+        Mutant(_by_shares(lambda m, c: "memory" if m >= 1 / 3 else "compute" if c >= 1 / 3 else "overhead"), "larger share"),
         Mutant(_by_shares(lambda m, c: "overhead" if max(m, c) < 0.1 else "memory" if m > c else "compute"), "overhead"),
         Mutant(lambda s, w, f, b, r: "bandwidth", "wanted one of"),
     ),
