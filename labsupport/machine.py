@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 PACKAGES = ("torch", "transformers", "bitsandbytes")
 SMALLEST_BUFFER, LARGEST_BUFFER = 2**28, 2**30
+SQUARES, LONG_ENOUGH = (512, 1024, 2048, 4096, 8192), 0.02
 USUAL_CACHE = 2**25  # where the system does not say how large its last cache is
 
 
@@ -76,7 +78,10 @@ def _cache() -> int | None:
 
 
 def median_seconds(work: Callable[[], object], device: str | torch.device | None = None, budget: float = 0.5) -> float:
-    """Median time of `work()`, called once to warm up, then at least three times and at most until `budget` seconds are over."""
+    """Median time of `work()`: once to warm up, then until `budget` seconds are over, at least three times.
+
+    Work of which a single call exceeds the budget is timed once.
+    """
     device = _device(device)
 
     def once() -> float:
@@ -90,8 +95,10 @@ def median_seconds(work: Callable[[], object], device: str | torch.device | None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 1000):
+    while len(taken) < 1000:
         taken.append(once())
+        if sum(taken) >= budget and (len(taken) >= 3 or taken[-1] >= budget):
+            break
     return statistics.median(taken)
 
 
@@ -118,9 +125,13 @@ def read_bandwidth(device: str | torch.device | None = None, budget: float = 0.5
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, budget: float = 0.5) -> float:
-    """Floating-point operations a second of a square matrix product large enough to be limited by nothing else."""
-    device = _device(device)
-    size = 8192 if device.type == "cuda" else 1536
+    """Floating-point operations a second of square matrix products: the best of growing sizes, until one takes LONG_ENOUGH."""
+    device, best = _device(device), 0.0
     generator = torch.Generator().manual_seed(0)
-    square = torch.randn(size, size, generator=generator).to(device, dtype)
-    return 2 * size**3 / median_seconds(lambda: square @ square, device, budget)
+    for size in SQUARES:
+        square = torch.randn(size, size, generator=generator).to(device, dtype)
+        seconds = median_seconds(partial(torch.matmul, square, square), device, budget / len(SQUARES))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > LONG_ENOUGH:  # where a format is emulated the next size would take minutes
+            break
+    return best

@@ -50,7 +50,7 @@ def clock(monkeypatch):
 
 def test_median_seconds_leaves_the_first_call_out_and_takes_the_median(clock):
     durations = iter([100.0, 1.0, 9.0, 2.0])
-    assert machine.median_seconds(lambda: clock(next(durations)), "cpu", budget=0) == 2.0
+    assert machine.median_seconds(lambda: clock(next(durations)), "cpu", budget=10) == 2.0
     assert next(durations, None) is None, "wanted one call to warm up and three to measure"
 
 
@@ -58,6 +58,12 @@ def test_median_seconds_stops_when_its_budget_is_over(clock):
     calls = []
     machine.median_seconds(lambda: (calls.append(1), clock(0.125)), "cpu", budget=1.0)
     assert len(calls) == 1 + 8
+
+
+def test_median_seconds_times_work_longer_than_its_budget_once(clock):
+    calls = []
+    assert machine.median_seconds(lambda: (calls.append(1), clock(7.0)), "cpu", budget=1.0) == 7.0
+    assert len(calls) == 2
 
 
 def test_median_seconds_stops_where_work_takes_no_time(clock):
@@ -83,7 +89,15 @@ def test_reading_counts_bytes_read(in_two_seconds):
 
 
 def test_a_multiplication_and_an_addition_are_two_operations(in_two_seconds):
-    assert machine.matmul_rate(torch.float32, "cpu") == 2 * 1536**3 / 2
+    # Two seconds are long enough that no larger size is tried.
+    assert machine.matmul_rate(torch.float32, "cpu") == 2 * machine.SQUARES[0] ** 3 / 2
+
+
+def test_matmul_rate_is_the_best_of_the_sizes(monkeypatch):
+    monkeypatch.setattr(machine, "SQUARES", (2, 4, 8))
+    taken = iter([0.001, 0.002, 0.03])
+    monkeypatch.setattr(machine, "median_seconds", lambda *_: next(taken))
+    assert machine.matmul_rate(torch.float32, "cpu") == 2 * 4**3 / 0.002
 
 
 def test_buffers_are_larger_than_the_cache_and_leave_room(monkeypatch):
