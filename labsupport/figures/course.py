@@ -133,7 +133,7 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
         f"Bars of the loss of {len(tokens)} tokens in nats, from {min(losses):.2g} to {max(losses):.2g}, mean {mean:.2f}; the "
         f"hardest is {worst!r}. A dashed line marks {guess:.1f}, the loss of guessing evenly among {vocabulary} tokens."
     )
-    figure, axis = base.new(alt, size=(10.2, 3.2))
+    figure, axis = base.new(alt, size=(9.0, 3.2))
     axis.bar(range(len(losses)), losses, color=base.SKY, edgecolor=base.BLUE, linewidth=0.5)
     axis.axhline(guess, color=base.RED, linestyle="--", linewidth=1.2, label="guessing evenly")
     axis.axhline(mean, color=base.BLACK, linewidth=1.2, label=f"mean {mean:.2f}: perplexity {math.exp(mean):.2f}")

@@ -1,0 +1,90 @@
+"""README.md promises nothing that is not there: commands, files, chapters, the map."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from labsupport import build
+from labsupport.badges import BEGIN, END
+from labsupport.cli import app
+from labsupport.exercises import registry
+from labsupport.figures import course
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+# Folders that a command makes.
+MADE = {"workbook/", "workbook/backups", ".venv", ".venv/bin/labs", ".venv/bin/activate", "source/lab02/"}
+CHAPTERS = {number: name for row in course.LANES.values() for number, name, _ in row}
+REAL = {int(path.name[:2]): path.stem[3:] for path in build.sources(ROOT)}
+
+
+def rounded(svg: str) -> str:
+    """Last digits of coordinates may differ between processors."""
+    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", svg)
+
+
+def test_leads_with_the_two_commands():
+    first = re.search(r"```\n(.*?)```", README, re.DOTALL)[1]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make lab", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"lab", "test"} <= set(targets)
+    assert README.index("make lab") < README.index("![") < README.index("\n## ")
+
+
+def test_every_command_is_named_and_exists():
+    exist = set(typer.main.get_command(app).commands)
+    assert set(re.findall(r"`labs (\w+)", README)) == exist
+
+
+def test_options_exist():
+    commands = typer.main.get_command(app).commands
+    used = re.findall(r"`labs (\w+)[^`]* (--[\w-]+)`", README)
+    assert used
+    for command, option in used:
+        assert any(option in parameter.opts for parameter in commands[command].params), f"labs {command} {option}"
+
+
+def test_named_files_exist():
+    linked = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    quoted = [p for p in re.findall(r"`([\w./-]+)`", README) if "/" in p or p.endswith((".yml", ".lock", ".toml"))]
+    for name in {*linked, *quoted} - MADE:
+        assert (ROOT / name).exists(), name
+
+
+def test_anchors_exist():
+    headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_badges_have_their_place():
+    assert README.count(BEGIN) == README.count(END) == 1
+    assert README.index(BEGIN) < README.index(END)
+
+
+def test_the_table_lists_all_chapters_and_says_which_are_planned():
+    rows = re.findall(r"^\| (\d\d) \| (\w+) \| .* \| (planned|\d+ minutes) \|$", README, re.MULTILINE)
+    assert {int(number): name for number, name, _ in rows} == CHAPTERS
+    assert {int(number) for number, _, state in rows if state != "planned"} == REAL.keys()
+
+
+@pytest.mark.parametrize("number", sorted(REAL))
+def test_minutes_are_those_of_the_notebook(number):
+    notebook = build.read(build.sources(ROOT, [str(number)])[0])
+    said = re.search(r"About (\d+) minutes", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
+    assert said, "the notebook does not say how long it takes"
+    assert re.search(rf"^\| {number:02} \|.*\| {said[1]} minutes \|$", README, re.MULTILINE), f"it says {said[1]} minutes"
+
+
+def test_the_map_is_of_this_course():
+    assert set(course.READY) == REAL.keys() == registry.CHAPTERS.keys()
+    assert {n: name for n, name in CHAPTERS.items() if n in REAL} == REAL
+
+
+def test_the_stored_map_is_the_one_that_is_drawn():
+    stored = (ROOT / "data" / "course-map.svg").read_text("utf-8")
+    again = "python -c 'from labsupport.figures import course; print(course.map_svg(), end=str())' > data/course-map.svg"
+    assert rounded(stored) == rounded(course.map_svg()), again
