@@ -33,7 +33,7 @@ def formats(largest: float = 2.0) -> CourseFigure:
         "Two panels. Left: levels of fp8 e4m3 crowd toward zero, levels of int8 and int4 grids are evenly spaced. "
         "Right: the gap between neighboring levels grows with magnitude in fp16, bf16 and fp8, and is flat for the integer grids."
     )
-    figure, (left, right) = base.new(alt, 1, 2, size=(8.6, 3.2), width_ratios=(1.1, 1))
+    figure, (left, right) = base.new(alt, 1, 2, size=(9.0, 3.2))
     for y, levels in enumerate(reversed(strips.values())):
         left.vlines(levels, y - 0.3, y + 0.3, color=base.SERIES[y][0], linewidth=0.9)
     left.set_yticks(range(3), list(reversed(strips)))
@@ -49,7 +49,7 @@ def formats(largest: float = 2.0) -> CourseFigure:
         right.axhline(largest / steps, color=color, linewidth=1.2, label=name)
     right.set(xscale="log", yscale="log", xlim=(2**-10, largest))
     base.label(right, "Gap to the next level", "magnitude of the value", "gap")
-    base.legend(right, ncols=2, loc="center left", bbox_to_anchor=(0.0, 0.62))
+    base.legend(right, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -91,7 +91,7 @@ def heatmaps(weight: torch.Tensor, codes: torch.Tensor, reconstruction: torch.Te
         f"Four heatmaps of {list(weight.shape)} values: the weight, its {bits}-bit codes, the reconstruction, "
         "which looks like the weight in fewer shades, and the error, which looks like noise without structure."
     )
-    figure, axes = base.new(alt, 1, 4, size=(10.5, 2.9))
+    figure, axes = base.new(alt, 1, 4, size=(9.0, 2.9))
     reach = weight.abs().max().item()
     panels = (
         ("Weight", weight, "RdBu_r", TwoSlopeNorm(0, -reach, reach)),
@@ -108,19 +108,20 @@ def heatmaps(weight: torch.Tensor, codes: torch.Tensor, reconstruction: torch.Te
     return figure
 
 
-def error_histogram(errors: Mapping[int, torch.Tensor]) -> CourseFigure:
-    """Rounding errors in units of the step, by bits, against the uniform density that delta^2/12 assumes."""
+def error_histogram(errors: Mapping[str, torch.Tensor]) -> CourseFigure:
+    """Rounding errors in units of the step, a panel for each case, against the uniform density that step**2/12 assumes."""
+    ratios = {name: 12 * values.float().pow(2).mean().item() for name, values in errors.items()}
     alt = (
-        "Histograms of rounding errors in steps, one panel for each number of bits. With many bits they fill the range from "
-        "minus to plus half evenly; with few bits they heap up around zero."
+        "Histograms of rounding errors in steps, from minus to plus half, against a flat line. Mean square over step²/12: "
+        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
     )
-    figure, axes = base.new(alt, 1, len(errors), size=(9.6, 2.6), sharey=True)
-    for axis, (bits, values) in zip(axes, errors.items(), strict=True):
+    figure, axes = base.new(alt, 1, len(errors), size=(9.0, 2.7), sharey=True)
+    for axis, (name, values) in zip(axes, errors.items(), strict=True):
         axis.hist(values.flatten(), bins=40, range=(-0.5, 0.5), density=True, color=base.SKY, edgecolor=base.BLUE, linewidth=0.4)
         axis.axhline(1, color=base.RED, linestyle="--", linewidth=1.2)
-        ratio = values.float().pow(2).mean().item() * 12
-        base.label(axis, f"{bits} bits: {ratio:.2f} x step²/12", "error (steps)", "density" if axis is axes[0] else "")
-    axes[0].annotate("uniform", (-0.48, 1.03), color=base.RED, fontsize=base.FONT - 1)
+        base.label(axis, f"{name}\n{ratios[name]:.2f} x step²/12", "error (steps)", "density" if axis is axes[0] else "")
+    axes[0].set_ylim(0, 4)
+    axes[0].annotate("uniform", (-0.48, 1.1), color=base.RED, fontsize=base.FONT - 1)
     return figure
 
 
@@ -154,7 +155,7 @@ def clip_curve(factors: torch.Tensor, rounding: torch.Tensor, clipping: torch.Te
         axis.plot(factors, values, color=color, linestyle=style, label=name)
     axis.plot(factors[best], total[best], "o", color=base.BLACK, markersize=6)
     axis.annotate(
-        f"best {factors[best]:.2f}", (factors[best], total[best]), (0, -14), textcoords="offset points", ha="center", fontsize=8
+        f"best {factors[best]:.2f}", (factors[best], total[best]), (0, 9), textcoords="offset points", ha="center", fontsize=8
     )
     axis.set_ylim(0, float(total[-1]) * 1.6)
     base.label(axis, f"{bits} bits: cutting the ends off pays", "clip factor (1 = no clipping)", "squared error / weight²")

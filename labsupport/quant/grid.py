@@ -12,39 +12,35 @@ from functools import cached_property
 import torch
 
 
+def _lanes(width: int, start: int, bits: int) -> int:
+    """A 64-bit mask, as a signed number: `bits` bits from `start` on in every lane of `width` bits."""
+    mask = sum((2**bits - 1) << (lane + start) for lane in range(0, 64, width))
+    return mask - 2**64 if mask >= 2**63 else mask
+
+
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes below 2**bits as one stream of bits, lowest bit first, in uint8 [ceil(n * bits / 8)].
 
     codes: any integer dtype, any shape, read row by row. The last byte is filled with zeros.
     """
-    flat = codes.reshape(-1)
-    if 8 % bits == 0:
-        per_byte = 8 // bits
-        flat = _padded(flat.to(torch.uint8), per_byte).view(-1, per_byte)
-        packed = flat[:, 0].clone()
-        for i in range(1, per_byte):
-            packed |= flat[:, i] << (bits * i)
-        return packed
-    # Eight codes fill exactly `bits` bytes: gather them in a 64-bit word and keep its lowest bytes.
-    groups = _padded(flat.to(torch.int64), 8).view(-1, 8)
-    words = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        words |= groups[:, i] << (bits * i)
-    stream = torch.stack([(words >> (8 * i)) & 255 for i in range(bits)], dim=1)
-    return stream.to(torch.uint8).reshape(-1)[: -(-len(flat) * bits // 8)].clone()
+    flat = codes.reshape(-1).to(torch.uint8)
+    # Eight codes are one 64-bit word (little-endian). Move neighbors together, then pairs, then fours: 8 * bits bits remain.
+    words = _padded(flat, 8).view(torch.int64)
+    for width in (8, 16, 32):
+        used = width // 8 * bits
+        words = words & _lanes(2 * width, 0, used) | words >> (width - used) & _lanes(2 * width, used, used)
+    stream = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return stream[: -(-len(flat) * bits // 8)].clone()
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a stream made by `pack_bits`. uint8 [count]."""
-    if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
-    stream = _padded(packed, bits).view(-1, bits).to(torch.int64)
-    words = torch.zeros(len(stream), dtype=torch.int64, device=packed.device)
-    for i in range(bits):
-        words |= stream[:, i] << (8 * i)
-    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=1)
-    return codes.to(torch.uint8).reshape(-1)[:count]
+    stream = _padded(packed, bits).view(-1, bits)
+    words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64).view(-1)
+    for width in (32, 16, 8):
+        used = width // 8 * bits
+        words = words & _lanes(2 * width, 0, used) | words << (width - used) & _lanes(2 * width, width, used)
+    return words.view(torch.uint8)[:count]
 
 
 def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -77,8 +73,7 @@ def scale_and_zero_point(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor,
     weight float [rows, columns] -> scale [rows, 1] > 0 and zero_point [rows, 1], a whole number in [0, 2**bits - 1].
     A row of zeros gets scale 1. (Jacob et al. 2018, arXiv:1712.05877, section 2.1 and equation 3.)
     """
-    low, high = weight.aminmax(dim=1, keepdim=True)
-    return _asymmetric(low, high, bits)
+    return _asymmetric(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), bits)
 
 
 def symmetric_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -86,8 +81,7 @@ def symmetric_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
     weight float [rows, columns] -> scale [rows, 1] > 0. A row of zeros gets scale 1.
     """
-    low, high = weight.aminmax(dim=1, keepdim=True)
-    return _symmetric(low, high, bits)[0]
+    return _symmetric(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), bits)[0]
 
 
 def _asymmetric(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,8 @@ def quantize(
     step = -(-step // 8) * 8  # whole bytes of codes in every block but the last, whatever `bits` and `columns` are
     for block in weight.detach().split(step):
         groups = block.float().reshape(len(block), -1, size)
-        low, high = groups.aminmax(dim=2, keepdim=True)
+        # Two passes, and yet many times faster on a CPU than aminmax, which PyTorch does not vectorize.
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         if not (low.isfinite().all() and high.isfinite().all()):
             bad = "NaN" if weight.isnan().any() else "infinity"
             raise ValueError(f"weight holds {bad}: {int((~weight.isfinite()).sum())} of {weight.numel()} values are not finite")
