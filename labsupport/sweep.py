@@ -37,12 +37,16 @@ def _rtn(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield {"bits": bits, "group_size": group_size, "symmetric": True}
 
 
+# What a budget can be spent on, from coarse to fine.
+CHOICES = ((2, "row"), (2, 32), (3, "row"), (3, 128), (3, 64), (3, 32), (3, 16), (4, "row"), (4, 128))
+
+
 def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
     """One linear at a time, the others as they are."""
-    for layer, module in models.linears(model).items():
-        for group_size in ("row", 128, 64, 32, 16):
+    for bits, group_size in CHOICES:
+        for layer, module in models.linears(model).items():
             if group_size == "row" or module.in_features % group_size == 0:
-                yield {"layer": layer, "bits": 3, "group_size": group_size, "symmetric": False}
+                yield {"layer": layer, "bits": bits, "group_size": group_size, "symmetric": False}
 
 
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {"rtn": _rtn, "layers": _layers}

@@ -91,7 +91,7 @@ def _mean(values: Mapping[str, float], half: str) -> float:
     return sum(chosen) / len(chosen)
 
 
-def layer_map(values: Mapping[str, float], title: str, unit: str, form: str = "{:.2g}", log: bool = False) -> CourseFigure:
+def layer_map(values: Mapping[str, float], title: str, unit: str, form: str = "{:.2g}") -> CourseFigure:
     """A value for every linear as a table in color: one column a block, one row a kind of linear."""
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in values))
     count = len(values) // len(kinds)
@@ -102,7 +102,7 @@ def layer_map(values: Mapping[str, float], title: str, unit: str, form: str = "{
         f"Largest in {largest}, {form.format(values[largest])}; least in {least}, {form.format(values[least])}."
     )
     figure, axis = base.new(alt, size=(6.6, 3.4))
-    image = axis.imshow(table, cmap="cividis", norm="log" if log else "linear", aspect="auto")
+    image = axis.imshow(table, cmap="cividis", aspect="auto")
     for y, row in enumerate(table.tolist()):
         for x, value in enumerate(row):
             light = image.norm(value) > 0.55
