@@ -1,0 +1,186 @@
+"""Every figure of the course: drawn from data alone, said in words, labelled with units, without pyplot."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+
+from labsupport import figures
+from labsupport.evaluate import Evaluation
+from labsupport.figures import base, course, curves, grids, groups, roofline
+from labsupport.figures.base import CourseFigure
+from labsupport.planner import Device
+
+MODULES = (course, curves, grids, groups, roofline)
+# Weights, codes and ratios of them have no unit.
+UNITLESS = re.compile(
+    r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
+)
+UNITS = re.compile(r"\(.+\)|%|\b(GB|MB|bits|nats|tokens?|operations|times|block|group size|layer|dB)\b")
+
+WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+CODES = torch.arange(48).view(6, 8) % 8
+ROWS = [{"bits_per_weight": b + 0.2, "change": 0.5**b, "low": 0.4**b, "high": 0.6**b} for b in (2, 3, 4, 8)]
+LAYERS = {f"model.layers.{i}.{m}": 1.0 + i for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")}
+DEVICES = [Device("here", 2e10, 1e11, 2**34, "measured"), Device("card", 1e12, 1e14, 2**36, "data sheet")]
+
+
+def evaluation(loss: float) -> Evaluation:
+    tokens = torch.tensor([400, 0, 900, 100])
+    noise = torch.tensor([1.0, 1.0, 1.1, 0.9], dtype=torch.float64)
+    return Evaluation(loss * noise * tokens, tokens, windows=3, length=512, tokens_per_byte=0.3, sha256="x")
+
+
+SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
+    course.map: (),
+    course.parts: ({"stored": {"embedding": 2e6, "the rest": 1e4}, "loaded": {"embedding": 4e6, "the rest": 2e4}},),
+    course.token_losses: (["def", " f", "(", "$x", "\n", "$"], [3.0, 1.0, 0.1, 5.0, 0.2, 1], 4096),
+    course.yardsticks: ({"guessing": 8.0, "model": 1.2}, "model"),
+    curves.bits_against_perplexity: ({"row": ROWS, "tensor": ROWS}, 12.0, "A method", (3.2, 0.1)),
+    grids.formats: (2.0,),
+    grids.staircase: (WEIGHT[0], 0.7, 4, 3),
+    grids.heatmaps: (WEIGHT[:, :8], CODES, WEIGHT[:, :8] + 0.1, 3),
+    grids.error_histogram: ({8: WEIGHT.sigmoid() - 0.5, 2: (WEIGHT / 9).clamp(-0.5, 0.5)},),
+    grids.sqnr: (range(2, 5), {"a row": [10.0, 16.0, 22.0]}),
+    grids.clip_curve: (torch.linspace(0.3, 1, 8), torch.linspace(0.1, 1, 8), torch.linspace(2, 0, 8) ** 2, 3),
+    groups.row_in_groups: (WEIGHT[0], 16, 4),
+    groups.bill: ({"codes": [4.0, 4.0], "scales": [0.1, 1.0], "zero-points": [0.03, 0.25]}, ["128", "16"]),
+    groups.by_layer: ({"Spread (times the mean)": LAYERS, "Gain (dB)": LAYERS},),
+    groups.layer_map: (LAYERS, "Bits spent", "bits a weight"),
+    groups.paired: (evaluation(2.0), evaluation(2.1), ("16 bits", "4 bits")),
+    groups.intervals: ({"one": (0.01, 0.005, 0.02), "other": (0.0, -0.01, 0.01)}, "Changes"),
+    roofline.model_sizes: ({"7B": {16: (12.9, 0.0, 0.6), 4: (3.2, 0.1, 0.6)}}, (8, 24)),
+    roofline.rooflines: (DEVICES, {"decode": 1.0, "prefill": 500.0}),
+    roofline.intensity_against_batch: ([1, 8, 64], {"16 bits": [1.0, 8.0, 60.0]}, {"here": 5.0}, "Intensity"),
+    roofline.gain_against_batch: ([1, 8], {"4 bits": [3.5, 2.0]}, "Gain"),
+    roofline.throughput: ([1, 8], {"16 bits": [10.0, 70.0]}, {"16 bits": [12.0, 90.0]}, "Tokens a second"),
+}
+
+
+def drawers() -> Iterator[Callable[..., CourseFigure]]:
+    for module in MODULES:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                returned = inspect.signature(function).return_annotation
+                if returned in ("CourseFigure", CourseFigure):
+                    yield function
+
+
+DRAWERS = list(drawers())
+
+
+def named(function: Callable) -> str:
+    return f"{function.__module__.rsplit('.', 1)[1]}.{function.__name__}"
+
+
+def categorical(labels: list) -> bool:
+    texts = [label.get_text() for label in labels]
+    return bool(texts) and not all(re.fullmatch(r"[-\u2212\d.]*", text) for text in texts)
+
+
+def unlabelled(figure: CourseFigure) -> Iterator[str]:
+    """Axes that a reader could not name: no label, no names at the ticks, and nobody beside them who says it."""
+    for axis in figure.axes:
+        if not axis.axison or axis.get_label() == "<colorbar>":
+            continue
+        if not (axis.get_title(loc="left") or axis.get_title()):
+            yield "a panel without a title"
+        for which, shared in (("x", axis.get_shared_x_axes()), ("y", axis.get_shared_y_axes())):
+            own = getattr(axis, f"get_{which}label")()
+            beside = [getattr(other, f"get_{which}label")() for other in shared.get_siblings(axis)]
+            bare = not len(getattr(axis, f"get_{which}ticks")()) or categorical(getattr(axis, f"get_{which}ticklabels")())
+            if not (any(beside) or bare):
+                yield f"{axis.get_title(loc='left')!r}: the {which} axis has no label"
+            if own and not bare and not UNITLESS.match(own) and not UNITS.search(own):
+                yield f"{axis.get_title(loc='left')!r}: {own!r} names no unit"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[Callable, CourseFigure]:
+    return {}
+
+
+@pytest.fixture
+def figure(request, drawn) -> CourseFigure:
+    function = request.param
+    assert function in SAMPLES, f"{named(function)} is a figure without a sample in this file"
+    if function not in drawn:
+        drawn[function] = function(*SAMPLES[function])
+        drawn[function].draw_without_rendering()
+    return drawn[function]
+
+
+every_figure = pytest.mark.parametrize("figure", DRAWERS, ids=named, indirect=True)
+
+
+def test_every_module_is_looked_at():
+    assert {module.__name__.rsplit(".", 1)[1] for module in MODULES} == set(figures.__all__)
+    assert set(SAMPLES) == set(DRAWERS)
+
+
+@every_figure
+def test_is_said_in_words(figure):
+    assert isinstance(figure, CourseFigure)
+    assert len(figure.alt.split()) >= 6
+    assert not re.search(r"\b(nan|inf)\b|tensor\(", figure.alt)
+
+
+@every_figure
+def test_is_shown_as_png_with_its_words(figure):
+    data, about = figure._repr_mimebundle_()
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert about["image/png"]["alt"] == figure.alt
+    assert figure.alt in data["text/plain"]
+
+
+@every_figure
+def test_axes_are_labelled_with_units(figure):
+    assert list(unlabelled(figure)) == []
+
+
+@every_figure
+def test_nothing_is_drawn_at_no_number(figure):
+    for axis in figure.axes:
+        for line in axis.get_lines():
+            assert all(math.isfinite(float(y)) for y in line.get_ydata()), axis.get_title(loc="left")
+
+
+def broken(change: Callable[[Axes], object]) -> CourseFigure:
+    figure, axis = base.new("A line that goes from one to two.")
+    axis.plot([1, 2])
+    base.label(axis, "A line", "batch (sequences)", "loss (nats)")
+    change(axis)
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_a_good_figure_has_no_fault():
+    assert list(unlabelled(broken(lambda axis: None))) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda axis: axis.set_xlabel(""),
+        lambda axis: axis.set_ylabel(""),
+        lambda axis: axis.set_ylabel("speed"),
+        lambda axis: axis.set_title("", loc="left"),
+    ],
+)
+def test_a_fault_is_noticed(change):
+    assert len(list(unlabelled(broken(change)))) == 1
+
+
+def test_figures_do_without_pyplot():
+    """Its global state keeps figures alive, and IPython then shows them its own way, without the words."""
+    code = "import sys; from labsupport import figures; figures.course.map().png(); print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
