@@ -128,10 +128,14 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
     """The loss of each token of a passage, one bar a token, with the mean and what guessing evenly would cost. Losses in nats."""
     losses = [float(x) for x in losses]
     mean, guess = sum(losses) / len(losses), math.log(vocabulary)
+    ordered, carried, few = sorted(losses, reverse=True), 0.0, 0
+    while carried < sum(losses) / 2:
+        carried, few = carried + ordered[few], few + 1
     worst = tokens[max(range(len(losses)), key=losses.__getitem__)]
     alt = (
         f"Bars of the loss of {len(tokens)} tokens in nats, from {min(losses):.2g} to {max(losses):.2g}, mean {mean:.2f}; the "
-        f"hardest is {worst!r}. A dashed line marks {guess:.1f}, the loss of guessing evenly among {vocabulary} tokens."
+        f"hardest is {worst!r}, and {few} carry half of it. A dashed line marks {guess:.1f}, the loss of guessing evenly among "
+        f"{vocabulary} tokens."
     )
     figure, axis = base.new(alt, size=(9.0, 3.2))
     axis.bar(range(len(losses)), losses, color=base.SKY, edgecolor=base.BLUE, linewidth=0.5)
@@ -143,7 +147,7 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
     marks = "\u00b7 a space, \u21b5 a line's end"
     base.label(
         axis,
-        "Most tokens are nearly certain, a few decide",
+        f"{few} of {len(losses)} tokens carry half of the loss",
         f"token of the passage ({marks})",
         "loss (nats)",
     )
