@@ -102,7 +102,7 @@ def run(
     stream: TokenStream,
     path: Path,
     model_name: str,
-    windows: int | None = 128,
+    windows: int | None = 256,
     length: int = LENGTH,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
