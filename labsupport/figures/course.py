@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
@@ -23,7 +24,7 @@ LANES: dict[str, tuple[tuple[int, str, str], ...]] = {
     "Methods": (
         (4, "int8_outliers", "why one column ruins int8"),
         (5, "nf4", "where sixteen levels should stand"),
-        (6, "gptq", "what the other weights can do about it"),
+        (6, "gptq", "what the other weights can do"),
         (7, "gptq_in_practice", "groups, order, damping, samples"),
         (8, "awq", "which weights matter"),
         (9, "kv_cache", "when the cache outgrows the model"),
@@ -141,7 +142,8 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
     axis.bar(range(len(losses)), losses, color=base.SKY, edgecolor=base.BLUE, linewidth=0.5)
     axis.axhline(guess, color=base.RED, linestyle="--", linewidth=1.2, label="guessing evenly")
     axis.axhline(mean, color=base.BLACK, linewidth=1.2, label=f"mean {mean:.2f}: perplexity {math.exp(mean):.2f}")
-    shown = [t.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$") for t in tokens]
+    shown = [re.sub(" {4,}", lambda run: f"\u00b7x{len(run[0])}", t) for t in tokens]
+    shown = [t.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$") for t in shown]
     axis.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=base.FONT - 2, family="monospace")
     axis.set_xlim(-0.7, len(tokens) - 0.3)
     marks = "\u00b7 a space, \u21b5 a line's end"
