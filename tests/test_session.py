@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from labsupport.exercises import check, registry, revisit, score, session, tally
-from labsupport.exercises.base import attempt, test
+from labsupport.exercises import base, check, registry, revisit, score, session, tally
+from labsupport.exercises.base import attempt
 from labsupport.quant import grid
 
 EXERCISE = registry.get("2.2")
@@ -166,4 +166,4 @@ def test_revisit(arguments, said, capsys):
 
 def test_seeds_must_not_be_empty():
     with pytest.raises(ValueError, match="seeds is empty"):
-        test(EXERCISE, right_answer, [])
+        base.test(EXERCISE, right_answer, [])

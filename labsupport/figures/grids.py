@@ -100,7 +100,7 @@ def heatmaps(weight: torch.Tensor, codes: torch.Tensor, reconstruction: torch.Te
         ("Error, its own color scale", error, "RdBu_r", None),
     )
     for axis, (title, values, colors, norm) in zip(axes, panels, strict=True):
-        image = axis.imshow(values.float(), cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
+        image = axis.imshow(values.float().numpy(), cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
         base.label(axis, title, "in_features", "out_features" if title == "Weight" else "")
         axis.set_xticks([]), axis.set_yticks([])
         bar = figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)
