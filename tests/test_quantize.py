@@ -81,7 +81,7 @@ def stream():
 
 def test_sweep_goes_on_where_it_was_stopped(tiny, stream, tmp_path, monkeypatch):
     settings = [{"bits": b, "group_size": g, "symmetric": False} for b in (8, 2) for g in (16, "row", "tensor")]
-    monkeypatch.setitem(sweep.SWEEPS, "rtn", lambda: iter(settings))
+    monkeypatch.setitem(sweep.SWEEPS, "rtn", lambda model: iter(settings))
     path = tmp_path / "rtn.json"
 
     class Stop(Exception):
@@ -111,7 +111,7 @@ def test_shipped_measurements_are_of_the_shipped_model():
     measured = sweep.load("rtn")
     model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
     assert measured.about["model_sha256"] == sweep.model_digest(model)
-    assert len(measured.rows) == len(list(sweep.SWEEPS["rtn"]()))
+    assert len(measured.rows) == len(list(sweep.SWEEPS["rtn"](model)))
     for key in ("command", "date", "torch", "python", "text_sha256", "processor"):
         assert measured.about[key]
     with pytest.raises(FileNotFoundError, match=r"no measurements 'magic'; there are .*rtn"):
