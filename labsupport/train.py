@@ -39,7 +39,7 @@ class Recipe:
     kv_heads: int = 2
     context: int = 512
     batch: int = 16
-    tokens: int = 30_000_000
+    tokens: int = 24_000_000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup: int = 100

@@ -21,7 +21,7 @@ def train(
     run: Annotated[Path, typer.Option(help="Where the run keeps its state; a stopped run goes on from it.")] = Path("runs/course"),
     tokens: Annotated[
         int, typer.Option(min=8192, help="Tokens to train on; more than before continues a finished run.")
-    ] = 28_000_000,
+    ] = 24_000_000,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
     compile: Annotated[bool, typer.Option(help="Compile the training step; needs a C++ compiler, about a third faster.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of every batch.")] = 0,

@@ -102,7 +102,7 @@ def layer_map(values: Mapping[str, float], title: str, unit: str, form: str = "{
         f"Largest in {largest}, {form.format(values[largest])}; least in {least}, {form.format(values[least])}."
     )
     figure, axis = base.new(alt, size=(6.6, 3.4))
-    image = axis.imshow(table, cmap="cividis", aspect="auto")
+    image = axis.imshow(table.numpy(), cmap="cividis", aspect="auto")
     for y, row in enumerate(table.tolist()):
         for x, value in enumerate(row):
             light = image.norm(value) > 0.55
