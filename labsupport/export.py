@@ -127,7 +127,7 @@ def _card(directory: Path, progress: dict[str, Any]) -> str:
     rows = []
     streams = {source: load_text(tokenizer, source) for source in ("code", "prose")}
     for source, stream in streams.items():
-        result = evaluate(model, stream)
+        result = evaluate(model, stream, progress=True)
         rows.append(
             f"| {source} | {len(stream.names)} | {stream.bytes:,} | {result.windows} | {result.perplexity:.2f} | "
             f"{result.bits_per_byte:.3f} | `{stream.sha256[:12]}` |"
