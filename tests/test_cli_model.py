@@ -1,0 +1,84 @@
+"""labs train and labs sweep, as commands: what they write, and one clear line for what they cannot do."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from labsupport import export, models, sweep, text, train
+from labsupport.cli import app
+
+DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 300) for i in range(3)]
+
+
+def labs(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def small_recipe(monkeypatch):
+    """The command's own recipe is the course model's; one that trains in a second stands in for it."""
+
+    def small(tokens, seed):
+        return recipe(
+            vocab=512,
+            hidden=64,
+            intermediate=128,
+            layers=1,
+            heads=2,
+            kv_heads=1,
+            context=32,
+            batch=2,
+            tokens=tokens // 64,
+            seed=seed,
+        )
+
+    recipe = train.Recipe
+    monkeypatch.setattr(train, "training_documents", lambda: DOCUMENTS)
+    monkeypatch.setattr(train, "Recipe", small)
+    monkeypatch.setattr(export, "_card", lambda directory, progress: "card")
+
+
+def test_train_writes_a_model_and_goes_on(small_recipe, tmp_path):
+    out, run = tmp_path / "model", tmp_path / "run"
+    arguments = ("train", "--out", out, "--run", run, "--no-compile")
+    done = labs(*arguments, "--tokens", 8192)
+    assert done.exit_code == 0, done.output
+    models.load_model(str(out), device="cpu")
+    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 128
+    assert labs(*arguments, "--tokens", 16384).exit_code == 0
+    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 256
+    refused = labs(*arguments, "--tokens", 16384, "--seed", 1)
+    assert refused.exit_code == 1
+    assert "holds a run with another seed: choose another directory" in refused.output
+
+
+def test_sweep_writes_rows(monkeypatch, tmp_path):
+    settings = [{"bits": 4, "group_size": 128, "symmetric": False}]
+    monkeypatch.setitem(sweep.SWEEPS, "rtn", lambda model: iter(settings))
+    path = tmp_path / "rows.json"
+    done = labs("sweep", "rtn", "--windows", 1, "--out", path)
+    assert done.exit_code == 0, done.output
+    content = json.loads(path.read_text())
+    assert content["about"]["model"] == "course-model"
+    assert content["about"]["command"] == "labs sweep rtn --windows 1"
+    assert content["rows"][0]["perplexity"] > 1
+    refused = labs("sweep", "rtn", "--windows", 2, "--out", path)
+    assert refused.exit_code == 1
+    assert "measured with another windows" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("sweep", "magic"), "sweep is 'magic', wanted one of rtn, layers"),
+        (("sweep", "rtn", "--model", "."), "--out is needed for a model other than the course model"),
+        (("sweep", "rtn", "--model", "nobody/no-such-model", "--out", "x.json"), "no model 'nobody/no-such-model'"),
+        (("train", "--tokens", "1"), "8192"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments, said):
+    done = labs(*arguments)
+    assert done.exit_code != 0
+    assert said in done.output
+    assert "Traceback" not in done.output
