@@ -60,6 +60,11 @@ def judge_symmetric(given: dict, got: dict, want: dict) -> Verdict:
         )
     if abs(top - 0.5) < 1e-4:
         return wrong("the scale is half of what it should be: the grid reaches from -absmax to absmax, twice absmax")
+    low, high = weight[0].min(), weight[0].max()
+    if abs(top - ((high - low) / (2 * high)).item()) < 1e-4:
+        return wrong(
+            "mixed signs: the scale spans from min to max. A symmetric grid reaches absmax on either side, whatever the row"
+        )
     if abs(top - 1) < 1e-4:
         return wrong(
             "largest value negative: the scale follows the largest value, not the largest magnitude. max() for abs().max()?"
@@ -80,6 +85,7 @@ SYMMETRIC_SCALE = Exercise(
     returns=("scale",), inputs=symmetric_inputs, reference=grid.symmetric_scale, judge=judge_symmetric,
     mutants=(
         Mutant(_symmetric(lambda w, b: 2 * w.amax(1, keepdim=True).clamp(min=0.01) / (2**b - 1)), "not the largest magnitude"),
+        Mutant(_symmetric(lambda w, b: (w.amax(1, keepdim=True) - w.amin(1, keepdim=True)) / (2**b - 1)), "from min to max"),
         Mutant(_symmetric(lambda w, b: 2 * w.abs().amax(0, keepdim=True) / (2**b - 1)), "for each column"),
         Mutant(_symmetric(lambda w, b: 2 * w.abs().amax(1) / (2**b - 1)), "keepdim"),
         Mutant(_symmetric(lambda w, b: 2 * w.abs().amax(1, keepdim=True) / 2**b), "a step too short"),
@@ -151,6 +157,9 @@ def _judge_grid(names: list[str]):
                 return wrong(said + ". The grid is too short for the row: how many steps lie between 2**bits levels?")
             if (excess(-zero_point) <= 0).all():
                 return wrong(said + ". With the sign of the zero-point turned it would be right")
+            exact = -weight.amin(1, keepdim=True).clamp(max=0) / scale
+            if torch.equal(zero_point, exact.floor()):
+                return wrong(said + ". The zero-point is cut off, not rounded to the nearest code")
             if row.min() > 0 or row.max() < 0:
                 return wrong(said + ". Does its grid have a level at 0?")
             if (zero_point == 0).all() or (zero_point == 2 ** (bits - 1)).all():
@@ -199,6 +208,7 @@ SCALE_AND_ZERO_POINT = Exercise(
         Mutant(lambda w, b: _asymmetric(w, b, steps=2**b), "how many steps"),
         Mutant(lambda w, b: _asymmetric(w, b, sign=1.0), "sign of the zero-point"),
         Mutant(lambda w, b: _asymmetric(w, b, rounded=False), "not rounded"),
+        Mutant(lambda w, b: tuple(t if i == 0 else t.floor() for i, t in enumerate(_asymmetric(w, b, rounded=False))), "cut off"),
         Mutant(lambda w, b: _asymmetric(w, b, guarded=False), "row without range"),
         Mutant(lambda w, b: (_asymmetric(w, b)[0], torch.zeros(len(w), 1)), "which code stands for 0"),
         Mutant(_too_wide, "coarser than it need be"),
@@ -265,6 +275,10 @@ def judge_quantize(given: dict, got: dict, want: dict) -> Verdict:
             torch.round(weight / scale + zero).clamp(0, top)
         ),
         "the zero-point is missing: the code of 0.0 is zero_point, not 0": torch.round(weight / scale).clamp(0, top),
+        "the largest code is 2**bits - 1, since counting starts at 0": (torch.round(weight / scale) + zero).clamp(0, top + 1),
+        "these are signed codes. With a zero-point they run from 0 to 2**bits - 1": (
+            (torch.round(weight / scale) + zero).clamp(-(top + 1) // 2, top // 2)
+        ),
     }
     for said, mistake in likely.items():
         if torch.equal(codes, mistake):
@@ -288,6 +302,8 @@ QUANTIZE = Exercise(
         Mutant(lambda w, s, z, b: (torch.round(w * s) + z).clamp(0, 2**b - 1), "multiplied by the scale"),
         Mutant(lambda w, s, z, b: torch.round(w / s + z).clamp(0, 2**b - 1), "round first"),
         Mutant(lambda w, s, z, b: torch.round(w / s).clamp(0, 2**b - 1), "zero-point is missing"),
+        Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(0, 2**b), "counting starts at 0"),
+        Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1), "signed codes"),
     ),
 )  # fmt: skip
 
@@ -309,8 +325,8 @@ def judge_dequantize(given: dict, got: dict, want: dict) -> Verdict:
     if fault := shape_fault(got, want):
         return wrong(fault)
     codes, scale, zero = given["codes"], given["scale"], given["zero_point"]
-    # (q - z) is exact in float32; one product rounds once.
-    allowed = 2**-23 * expected.abs()
+    # (q - z) * s rounds once; q * s - z * s is as right, and rounds each product and the difference by 2**-24 of itself.
+    allowed = 2**-23 * (codes.float() + zero.float()) * scale
     if ((values - expected).abs() <= allowed).all():
         return right(largest_difference(values, expected), allowed.max().item())
     if torch.allclose(values.float(), (codes - zero) * scale):
@@ -488,7 +504,7 @@ def judge_clip(given: dict, got: dict, want: dict) -> Verdict:
     likely = {
         "this minimizes the largest error. Saving one extreme weight costs all the others": errors.abs().amax(2),
         "this minimizes the absolute error, not the squared: large errors weigh more in an output's variance": errors.abs().sum(2),
-        "this counts the weights inside the clipped range only, so the tightest clip looks best. The ones cut off pay too": (
+        "this is what looks best when only the weights inside the clipped range are counted. The ones cut off pay too": (
             (errors * inside).pow(2).sum(2)
         ),
     }
