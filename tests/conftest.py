@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# nbgrader calls `alembic` by name: the environment need not be activated for the tests to find its commands.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 # Deadlines are off: a busy machine is not a wrong answer.
