@@ -32,7 +32,7 @@ def symmetric_inputs(seed: int) -> dict:
     mixed[0] = mixed.abs().max() + 0.1  # the positive end is the longer one here, the negative in the next row
     leaning[3] = -leaning.abs().max() - 0.5
     negative = -0.2 - torch.rand(9, generator=g)
-    return {"weight": torch.stack([mixed, leaning, negative, torch.zeros(9)]), "bits": 3}
+    return {"weight": torch.stack([mixed, leaning, negative, torch.zeros(9)]), "bits": 3 + seed % 2}
 
 
 def judge_symmetric(given: dict, got: dict, want: dict) -> Verdict:
@@ -41,6 +41,10 @@ def judge_symmetric(given: dict, got: dict, want: dict) -> Verdict:
         return wrong("there is one scale for each column. A row is one output's weights: reduce along dim 1, keepdim=True")
     if fault := shape_fault({"scale": scale.nan_to_num()}, want):
         return wrong(fault + ". One scale a row: keepdim=True keeps the second axis")
+    if (scale[:3] < 0).any():
+        return wrong(
+            "all negative: the scale is negative. It follows the largest value, not the largest magnitude. max() for abs().max()?"
+        )
     if not (scale.isfinite().all() and (scale > 0).all()):
         return wrong(
             "an all-zero row: its scale is 0 or not a number, and codes divide by it. What should a row without range use?"
@@ -109,7 +113,7 @@ def straddling_inputs(seed: int) -> dict:
     mixed[0, 0], mixed[0, 1] = -1.3, 1.7
     positive = torch.rand(1, 7, generator=g) + 0.5
     positive[0, 2] = -0.3
-    return {"weight": torch.cat([mixed, positive, -positive, torch.zeros(1, 7)]), "bits": 3}
+    return {"weight": torch.cat([mixed, positive, -positive, torch.zeros(1, 7)]), "bits": 3 + seed % 2}
 
 
 def one_sided_inputs(seed: int) -> dict:
@@ -117,7 +121,7 @@ def one_sided_inputs(seed: int) -> dict:
     mixed = torch.randn(1, 7, generator=g)
     mixed[0, 0], mixed[0, 1] = -1.3, 1.7
     positive = 3 + 2 * torch.rand(1, 7, generator=g)
-    return {"weight": torch.cat([mixed, positive, -positive, torch.full((1, 7), 0.5), torch.zeros(1, 7)]), "bits": 3}
+    return {"weight": torch.cat([mixed, positive, -positive, torch.full((1, 7), 0.5), torch.zeros(1, 7)]), "bits": 3 + seed % 2}
 
 
 def excess_of(weight: torch.Tensor, bits: int, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -136,6 +140,8 @@ def _judge_grid(names: list[str]):
         ok = scale.isfinite() & (scale > 0) & zero_point.isfinite()
         if name := _row_fault(names, (~ok).float()):
             shown = f"scale {scale[~ok][0].item():.3g}, zero_point {zero_point[~ok][0].item():.3g}"
+            if weight[names.index(name)].any():
+                return wrong(f"{name}: {shown}. A scale is a positive number: the distance between two levels")
             return wrong(f"{name}: {shown}. What should a row without range use?")
         if not torch.equal(zero_point, zero_point.round()):
             return wrong("the zero-point is a code, so a whole number: it is not rounded")
@@ -171,7 +177,8 @@ def _judge_grid(names: list[str]):
             return wrong(
                 f"{name}: no error is too large, but the grid is coarser than it need be. Does it reach further than the row?"
             )
-        off = largest_difference(scale, want["scale"])
+        ranged = weight.any(1, keepdim=True)  # any positive scale serves a row of zeros
+        off = largest_difference(scale[ranged], want["scale"][ranged])
         return right(off, (FLOAT32 * want["scale"]).max().item() if off else 0.0)
 
     return judge
@@ -240,7 +247,12 @@ def quantize_inputs(seed: int) -> dict:
     halves = torch.arange(-2, 4) + 0.5
     inside = (torch.rand(3, 8, generator=g) * 6 - zero_point) * scale
     beyond = torch.tensor([-40.0, 40.0]).repeat(3, 1)
-    return {"weight": torch.cat([halves * scale, inside, beyond], 1), "scale": scale, "zero_point": zero_point, "bits": 3}
+    return {
+        "weight": torch.cat([halves * scale, inside, beyond], 1),
+        "scale": scale,
+        "zero_point": zero_point,
+        "bits": 3 + seed % 2,
+    }
 
 
 def judge_quantize(given: dict, got: dict, want: dict) -> Verdict:
@@ -259,7 +271,7 @@ def judge_quantize(given: dict, got: dict, want: dict) -> Verdict:
         "half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does": (
             (torch.floor(weight / scale + 0.5) + zero).clamp(0, top)
         ),
-        "the fraction is cut off, not rounded: codes come out too low by up to one step": (
+        "the fraction is cut off, not rounded: all weights move toward zero, by up to one step": (
             (torch.trunc(weight / scale) + zero).clamp(0, top)
         ),
         "the fraction is cut off downward, not rounded: half of all codes come out one too low": (
@@ -316,6 +328,7 @@ def dequantize_inputs(seed: int) -> dict:
     g = _generator(seed)
     codes = torch.randint(0, 16, (3, 8), generator=g, dtype=torch.uint8)
     codes[:, 0], codes[:, 1] = 0, 15
+    codes[1, 2] = 255  # as large as a stored code can be: a signed byte would not hold it
     scale = 0.1 + torch.rand(3, 1, generator=g)
     return {"codes": codes, "scale": scale, "zero_point": torch.tensor([[7], [3], [12]], dtype=torch.uint8)}
 
