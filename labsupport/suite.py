@@ -9,11 +9,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKERS = 2
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
 KINDS = {"errors": "error", "warning": "warnings"}  # pytest's own plurals differ
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
@@ -72,8 +70,7 @@ def parts(root: Path) -> tuple[list[Part], list[Part]]:
 def run(part: Part, root: Path) -> Result:
     """Run one part to its end. It sees no LABS_ variable but its own, and must not need the network."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    # One thread each: two processes whose threads wait for each other on the same cores are many times slower than one.
-    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | part.env
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | part.env
     start = time.monotonic()
     done = subprocess.run(
         part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -91,7 +88,10 @@ def closing_line(results: list[Result], seconds: float) -> str:
 
 
 def run_all(root: Path, show: Callable[[str], None]) -> int:
-    """Run everything, two processes at a time, `show` each part's output as it ends and what failed at the end. The exit code."""
+    """Run everything, `show` each part's output as it ends and what failed at the end. The exit code.
+
+    One part after the other: kernels that start at the same time can choose the same port, and then wait for ever.
+    """
     start = time.monotonic()
     quick, long = parts(root)
     results = []
@@ -104,9 +104,8 @@ def run_all(root: Path, show: Callable[[str], None]) -> int:
     for part in quick:
         finished(run(part, root))
     show(f"--- running {', '.join(p.name for p in long)}: some minutes\n")
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for future in as_completed([pool.submit(run, part, root) for part in long]):
-            finished(future.result())
+    for part in long:
+        finished(run(part, root))
     failures = [line for r in results for line in r.failures]
     for line in failures:
         show(line)
