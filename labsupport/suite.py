@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -72,10 +73,12 @@ def run(part: Part, root: Path) -> Result:
     env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | part.env
     start = time.monotonic()
-    done = subprocess.run(
-        part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    return Result(part, done.returncode, done.stdout, time.monotonic() - start)
+    # Into a file: a notebook's kernel that inherits a pipe as its standard output can wait for ever.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        done = subprocess.run(part.command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
+        output.seek(0)
+        text = output.read()
+    return Result(part, done.returncode, text, time.monotonic() - start)
 
 
 def closing_line(results: list[Result], seconds: float) -> str:
