@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -73,12 +72,10 @@ def run(part: Part, root: Path) -> Result:
     env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | part.env
     start = time.monotonic()
-    # Into a file: a notebook's kernel that inherits a pipe as its standard output can wait for ever.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        done = subprocess.run(part.command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
-        output.seek(0)
-        text = output.read()
-    return Result(part, done.returncode, text, time.monotonic() - start)
+    done = subprocess.run(
+        part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    return Result(part, done.returncode, done.stdout, time.monotonic() - start)
 
 
 def closing_line(results: list[Result], seconds: float) -> str:
@@ -93,7 +90,7 @@ def closing_line(results: list[Result], seconds: float) -> str:
 def run_all(root: Path, show: Callable[[str], None]) -> int:
     """Run everything, `show` each part's output as it ends and what failed at the end. The exit code.
 
-    One part after the other: kernels that start at the same time can choose the same port, and then wait for ever.
+    One part after the other: two at once would share the cores that each of them measures with.
     """
     start = time.monotonic()
     quick, long = parts(root)

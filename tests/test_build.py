@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
+import zmq.asyncio
+from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.session import Session
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
@@ -15,7 +20,7 @@ from typer.testing import CliRunner
 from labsupport import build as forms
 from labsupport.badges import write_badges
 from labsupport.cli import build as cli
-from labsupport.execute import WIDGET_TEXT
+from labsupport.execute import WIDGET_TEXT, LooksAgain
 
 TOOLS = """\
 import os
@@ -347,3 +352,29 @@ def test_badges_refuse_what_they_cannot_do(source):
     edit(source, lambda nb: cell(nb, "tools").metadata.update(tags=[]))
     with pytest.raises(forms.BuildError, match="0 cells have the tag setup"):
         write_badges(root)
+
+
+async def reply_while_sending(kind: type[AsyncZMQSocketChannel]) -> dict | None:
+    """Wait for a message on a channel whose wake-up is consumed by something else on the same socket, as nbclient's sends do."""
+    context, session = zmq.asyncio.Context(), Session(key=b"")
+    waiting, kernel = context.socket(zmq.DEALER), zmq.Context.shadow(context.underlying).socket(zmq.DEALER)
+    port = waiting.bind_to_random_port("tcp://127.0.0.1")
+    kernel.connect(f"tcp://127.0.0.1:{port}")
+    try:
+        reply = asyncio.create_task(kind(waiting, session).get_msg(timeout=10))
+        await asyncio.sleep(0.1)
+        session.send(kernel, "execute_reply")
+        time.sleep(0.2)  # the loop is busy, and the message has come in
+        zmq.Socket.shadow(waiting.underlying).getsockopt(zmq.EVENTS)
+        done, _ = await asyncio.wait([reply], timeout=3)
+        reply.cancel()
+        return reply.result() if done else None
+    finally:
+        waiting.close(linger=0)
+        kernel.close(linger=0)
+        context.term()
+
+
+def test_a_reply_that_wakes_nobody_is_found():
+    assert asyncio.run(reply_while_sending(AsyncZMQSocketChannel)) is None  # the fault that LooksAgain is there for
+    assert asyncio.run(reply_while_sending(LooksAgain))["header"]["msg_type"] == "execute_reply"
