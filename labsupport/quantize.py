@@ -1,4 +1,8 @@
-"""A whole model through a method: every linear of its blocks is quantized and holds the values it would read back."""
+"""A whole model through a method: every linear of its blocks is quantized.
+
+A method that stores weights alone leaves them in the layer as they would read back. int8 rounds what comes into a layer as well, so it
+puts another layer in its place.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ import torch
 from torch import nn
 
 from labsupport import models
-from labsupport.quant import rtn
+from labsupport.quant import int8, nf4, rtn
+from labsupport.quant.int8 import Int8Linear
 
-METHODS = {"rtn": rtn.quantize}
+WEIGHT_ONLY = {"rtn": rtn.quantize, "nf4": nf4.quantize, "int8-weights": int8.quantize}
+METHODS = (*WEIGHT_ONLY, "int8")
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,11 @@ def quantize_model(
 ) -> tuple[nn.Module, Report]:
     """Quantize every linear of the model's blocks; return the model and what it stores.
 
-    settings go to the method, such as bits and group_size. group_size "tensor" means one grid for a whole weight. overrides:
-    other settings for the linears whose full name ends in a key, or None to leave them as they are, at 16 bits a weight.
-    The result keeps float weights, equal to what the stored form reads back as. A copy is made unless `in_place`.
+    settings go to the method: bits, group_size and symmetric for "rtn" (group_size "tensor": one grid for a whole weight);
+    codebook, block_size, double_quant for "nf4"; threshold, paper and granularity for "int8" (see Int8Linear), which
+    rounds activations too; granularity for "int8-weights", which does not. overrides: other settings for the linears whose full
+    name ends in a key, or None to leave them as they are, at 16 bits a weight. A copy is made unless `in_place`.
+    Raises ValueError for an unknown method or an override that matches nothing, and what the method raises.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
@@ -59,8 +67,12 @@ def quantize_model(
         weight = layer.weight
         if chosen is None:
             stored = 2 * weight.numel()
+        elif method == "int8":
+            replacement = Int8Linear(layer, **chosen)
+            stored = replacement.nbytes
+            model.set_submodule(name, replacement)
         else:
-            stored, values = _apply(METHODS[method], weight, dict(chosen))
+            stored, values = _apply(WEIGHT_ONLY[method], weight, dict(chosen))
             weight.copy_(values)
         nbytes += stored
         per_layer[name] = 8 * stored / weight.numel()

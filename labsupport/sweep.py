@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from labsupport import models
-from labsupport.evaluate import LENGTH, divergence, evaluate, paired_bootstrap
+from labsupport.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.quantize import quantize_model
 from labsupport.text import TokenStream
 
@@ -49,9 +49,35 @@ def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield {"layer": layer, "bits": bits, "group_size": group_size, "symmetric": False}
 
 
-SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {"rtn": _rtn, "layers": _layers}
+# The model as trained, and with outliers planted: factors on a few channels of what every norm gives.
+PLANTED = (None, 8, 40)
+
+
+def _int8(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for planted in PLANTED:
+        for granularity in ("row", "tensor"):
+            yield {"planted": planted, "method": "int8-weights", "granularity": granularity}
+            yield {"planted": planted, "method": "int8", "granularity": granularity, "threshold": 0.0}
+        for threshold in (3.0, 6.0, 12.0, 24.0, 48.0):
+            yield {"planted": planted, "method": "int8", "granularity": "row", "threshold": threshold}
+        yield {"planted": planted, "method": "int8", "granularity": "row", "threshold": 6.0, "paper": True}
+        yield {"planted": planted, "method": "int8", "granularity": "tensor", "threshold": 6.0}
+
+
+def _nf4(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for planted in PLANTED[:2]:
+        for codebook in ("nf4", "fp4", "int4"):
+            for block_size in (32, 64, 128, 256):
+                for absmax in ("float32", "float16", "double"):
+                    yield {"planted": planted, "method": "nf4", "codebook": codebook, "block_size": block_size, "absmax": absmax}
+        for symmetric in (False, True):
+            for group_size in (64, 128):
+                yield {"planted": planted, "method": "rtn", "bits": 4, "group_size": group_size, "symmetric": symmetric}
+
+
+SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {"rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4}
 # What is chosen by a sweep's rows is judged on held-out text, so they come from other text.
-SPLITS = {"rtn": "heldout", "layers": "train"}
+SPLITS = {"layers": "train"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,22 @@ class Measurements:
     @property
     def baseline(self) -> float:
         return self.about["baseline_perplexity"]
+
+    def find(self, **setting: Any) -> dict[str, Any]:
+        """The one row with this setting. Raises LookupError where there is none or more than one."""
+        found = [row for row in self.rows if all(row.get(key) == value for key, value in setting.items())]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} rows have {setting}, wanted one")
+        return found[0]
+
+    def paired(self, reference: dict[str, Any], other: dict[str, Any]) -> Interval:
+        """The change in perplexity from one row to another, with its interval over documents. Both rows must hold "loss"."""
+        return paired_bootstrap(self._evaluation(reference), self._evaluation(other))
+
+    def _evaluation(self, row: dict[str, Any]) -> Evaluation:
+        about = self.about
+        loss = torch.tensor(row["loss"], dtype=torch.float64)
+        return Evaluation(loss, torch.tensor(about["tokens"]), about["windows"], about["length"], 0.0, about["text_sha256"])
 
 
 def path_of(name: str) -> Path:
@@ -117,7 +159,7 @@ def run(
         "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,
         "model_sha256": model_digest(model),
         "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
-        "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
+        "tokens": baseline.tokens.tolist(), "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
         "python": platform.python_version(), "torch": torch.__version__, "device": str(next(model.parameters()).device),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
     }  # fmt: skip
@@ -141,14 +183,26 @@ def run(
 
 
 def _measure(name, model, stream, length, windows, baseline, setting) -> dict[str, Any]:
-    arguments = {**setting, "group_size": None if setting["group_size"] == "row" else setting["group_size"]}
-    quantized, report = quantize_model(model, name, **arguments)
+    quantized, report = quantize_model(**_arguments(name, model, setting))
     result = evaluate(quantized, stream, length, windows)
     change = paired_bootstrap(baseline, result)
     return {
         **setting, "bits_per_weight": report.bits_per_weight, "nbytes": report.nbytes, "perplexity": result.perplexity,
         "change": change.change, "low": change.low, "high": change.high,
+        "loss": [round(nats, 4) for nats in result.loss.tolist()],  # of each document, so that rows can be paired
     }  # fmt: skip
+
+
+def _arguments(name: str, model: nn.Module, setting: dict[str, Any]) -> dict[str, Any]:
+    """A row's setting as what `quantize_model` takes."""
+    arguments = {"model": model, "method": name, **setting}
+    if planted := arguments.pop("planted", None):
+        arguments["model"] = models.plant_outliers(model, factor=planted)
+    if arguments.get("group_size") == "row":
+        arguments["group_size"] = None
+    if stored := arguments.pop("absmax", None):
+        arguments |= {"double_quant": True} if stored == "double" else {"absmax_dtype": getattr(torch, stored)}
+    return arguments
 
 
 def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:

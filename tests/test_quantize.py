@@ -62,7 +62,7 @@ def test_in_place_per_tensor_and_overrides(tiny):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "magic"}, "method is 'magic', wanted one of rtn"),
+        ({"method": "magic"}, "method is 'magic', wanted one of rtn, nf4, int8-weights, int8"),
         ({"method": "rtn", "overrides": {"nowhere": None}}, "overrides names 'nowhere'"),
         ({"method": "rtn", "bits": 4, "group_size": 48}, "group_size 48 does not divide in_features"),
     ],

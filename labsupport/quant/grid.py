@@ -1,4 +1,4 @@
-"""Uniform grids, and the one thing that every method ends in: a QuantizedTensor.
+"""Uniform grids, and what every method ends in: a QuantizedTensor.
 
 A grid has 2**bits levels, `scale` apart. A code q stands for the value (q - zero_point) * scale. Weights are
 [out_features, in_features]; groups run along in_features, each with a grid of its own.
@@ -6,7 +6,7 @@ A grid has 2**bits levels, `scale` apart. A code q stands for the value (q - zer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -48,15 +48,26 @@ def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
 
 
+def check_matrix(matrix: torch.Tensor, name: str = "weight", axes: str = "[out_features, in_features]") -> None:
+    """Raise TypeError for what is not a floating-point tensor, ValueError for a shape other than two axes, neither of them 0."""
+    if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
+        kind = matrix.dtype if isinstance(matrix, torch.Tensor) else type(matrix).__name__
+        raise TypeError(f"{name} is {kind}, wanted a floating-point tensor")
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} has shape {list(matrix.shape)}, wanted {axes}, neither of them 0")
+
+
+def not_finite(matrix: torch.Tensor, name: str = "weight") -> ValueError:
+    """The error for a matrix that holds NaN or infinity."""
+    kind, count = "NaN" if matrix.isnan().any() else "infinity", int((~matrix.isfinite()).sum())
+    return ValueError(f"{name} holds {kind}: {count} of {matrix.numel()} values are not finite")
+
+
 def check_weight(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
     """Raise ValueError or TypeError for what cannot be quantized; return the group size, in_features where it is None."""
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}, wanted a whole number from 2 to 8")
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {kind}, wanted a floating-point tensor")
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}, wanted [out_features, in_features], neither of them 0")
+    check_matrix(weight)
     in_features = weight.shape[1]
     if group_size is None:
         return in_features
@@ -115,9 +126,29 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
-@dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight as it is stored: packed codes, one scale and zero-point a group. Every byte is in one of the tensors.
+    """A weight as it is stored. What derives from it is a dataclass, and every byte is in one of its tensors.
+
+    shape: [out_features, in_features]. codes: a whole number for each weight, in that shape. dequantize(): what the weight reads
+    back as, float32 in that shape.
+    """
+
+    shape: tuple[int, int]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are stored."""
+        stored = (getattr(self, field.name) for field in fields(self))
+        return sum(t.nbytes for t in stored if isinstance(t, torch.Tensor | QuantizedTensor))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class UniformTensor(QuantizedTensor):
+    """A weight on uniform grids: packed codes, one scale and zero-point a group.
 
     packed_codes: uint8, the stream of `bits`-bit codes of the whole weight, row by row.
     scale: float [out, groups]. packed_zero_points: uint8 stream of `bits`-bit zero-points; None for a symmetric grid, whose
@@ -145,21 +176,10 @@ class QuantizedTensor:
         return unpack_bits(self.packed_zero_points, self.bits, self.scale.numel()).view(self.scale.shape).float()
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out_features, in_features]."""
         rows, columns = self.shape
         codes = self.codes.view(rows, -1, self.group_size).float()
         values = dequantize(codes, self.scale.float()[..., None], self.zero_point[..., None])
         return values.view(rows, columns)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that are stored."""
-        stored = (self.packed_codes, self.scale, self.packed_zero_points)
-        return sum(t.numel() * t.element_size() for t in stored if t is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
 
 def sqnr_db(weight: torch.Tensor, reconstruction: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from labsupport.quant import grid
-from labsupport.quant.grid import QuantizedTensor
+from labsupport.quant.grid import UniformTensor
 
 # Rows are taken a block at a time, small enough that a block stays in a CPU's last-level cache between the steps.
 BLOCK_BYTES = 2**21
@@ -17,7 +17,7 @@ def quantize(
     group_size: int | None = 128,
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
-) -> QuantizedTensor:
+) -> UniformTensor:
     """Round a weight to the nearest level of a grid for each group.
 
     weight: float [out_features, in_features], finite; it is not changed. group_size: a divisor of in_features, or None for a grid
@@ -37,8 +37,7 @@ def quantize(
         # Two passes, and yet many times faster on a CPU than aminmax, which PyTorch does not vectorize.
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         if not (low.isfinite().all() and high.isfinite().all()):
-            bad = "NaN" if weight.isnan().any() else "infinity"
-            raise ValueError(f"weight holds {bad}: {int((~weight.isfinite()).sum())} of {weight.numel()} values are not finite")
+            raise grid.not_finite(weight)
         scale, _ = grid.grids(low, high, bits, symmetric)
         stored = _as_stored(scale, scale_dtype)
         scale = stored.float()
@@ -46,7 +45,7 @@ def quantize(
         codes.append(grid.pack_bits(grid.quantize(groups, scale, zero_point, bits).to(torch.uint8), bits))
         scales.append(stored.flatten(1))
         zero_points.append(zero_point.flatten(1))
-    return QuantizedTensor(
+    return UniformTensor(
         packed_codes=torch.cat(codes),
         scale=torch.cat(scales),
         packed_zero_points=None if symmetric else grid.pack_bits(torch.cat(zero_points).to(torch.uint8), bits),

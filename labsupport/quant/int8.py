@@ -1,0 +1,152 @@
+"""LLM.int8(): eight bits for weights and activations, and sixteen for the few columns that would spoil it.
+
+Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, sections 2 and 3. Codes and statistics equal those of bitsandbytes 0.50 on a
+CPU to the last bit. A code stands for code * absmax / 127; absmax is the largest magnitude of a row (a token of an activation,
+an output of a weight) or of the whole tensor. A row's own magnitude on both sides is what the paper calls vector-wise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from labsupport.quant import grid
+from labsupport.quant.grid import QuantizedTensor
+
+THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own layer has 0.0
+# As bitsandbytes writes them; in float32 neither is the nearest number to 1 / 127 and 1 / 127**2.
+PER_CODE = 7.874015718698502e-3
+PER_PRODUCT = 6.200124e-05
+
+Granularity = Literal["row", "tensor"]
+
+
+@dataclass(frozen=True)
+class Int8Tensor(QuantizedTensor):
+    """A matrix in 8 bits. codes: int8 [rows, columns]. absmax: float32 [rows], or [1] for the whole tensor."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes * self.absmax[:, None] * PER_CODE
+
+
+def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str = "weight") -> Int8Tensor:
+    """Divide by the largest magnitude, of each row or of the tensor, and round to -127..127, half to even.
+
+    matrix: float [rows, columns], finite; it is not changed. A row of zeros gets codes 0 and magnitude 0. bitsandbytes casts a
+    weight to float16 first: pass weight.half() for its bytes. Raises ValueError for NaN, infinity or a shape that does not fit;
+    TypeError for a dtype that is not floating point.
+    """
+    grid.check_matrix(matrix, name, "[rows, columns]")
+    if granularity not in ("row", "tensor"):
+        raise ValueError(f"granularity is {granularity!r}, wanted 'row' or 'tensor'")
+    matrix = matrix.detach().float()
+    absmax = matrix.abs().amax(1 if granularity == "row" else (0, 1)).view(-1)
+    if not absmax.isfinite().all():
+        raise grid.not_finite(matrix, name)
+    codes = torch.round(matrix * (127.0 / absmax[:, None])).nan_to_num_(0.0).to(torch.int8)  # 0 * (127 / 0) in a row of zeros
+    return Int8Tensor(codes, absmax)
+
+
+def outlier_columns(activations: torch.Tensor, threshold: float = THRESHOLD) -> torch.Tensor:
+    """Columns in which any token reaches `threshold` in magnitude, ascending. float [tokens, features] -> int64 [outliers]."""
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}, wanted a number from 0 up")
+    return (activations.abs() >= threshold).any(0).nonzero().view(-1)
+
+
+def quantize_activations(
+    activations: torch.Tensor, threshold: float = 0.0, granularity: Granularity = "row"
+) -> tuple[Int8Tensor, torch.Tensor]:
+    """Codes of what is left when outliers are taken out, and the columns they stand in, int64 [outliers].
+
+    activations: float [tokens, features]. With threshold 0 nothing is taken out. Values that reach the threshold do not count for
+    a row's magnitude, and all codes of their columns are 0. (A small value in such a column still counts for its row's, as in
+    bitsandbytes.)
+    """
+    if threshold == 0:
+        return quantize(activations, granularity, "activations"), torch.zeros(0, dtype=torch.int64, device=activations.device)
+    columns = outlier_columns(activations, threshold)
+    inside = activations.masked_fill(activations.abs() >= threshold, 0)
+    quantized = quantize(inside, granularity, "activations")
+    quantized.codes[:, columns] = 0
+    return quantized, columns
+
+
+def matmul_int32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product a @ b.T of codes, exact: int8 [m, k] and int8 [n, k] -> int32 [m, n].
+
+    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144; float32 only up to 1,040.
+    """
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise TypeError(f"codes are {a.dtype} and {b.dtype}, wanted torch.int8 on both sides")
+    if a.device.type == "cpu":
+        return torch._int_mm(a.contiguous(), b.t())
+    return (a.double() @ b.double().t()).to(torch.int32)  # PyTorch's integer product on a GPU takes few shapes only
+
+
+def linear(
+    activations: torch.Tensor,
+    weight: Int8Tensor,
+    bias: torch.Tensor | None = None,
+    threshold: float = THRESHOLD,
+    outlier_weight: torch.Tensor | None = None,
+    granularity: Granularity = "row",
+) -> torch.Tensor:
+    """activations @ weight.T + bias: int8 times int8 for most columns, floating point for the outlier columns.
+
+    activations: float [tokens, in_features], cast to float16 before they are rounded to int8, as in bitsandbytes; the result
+    has their dtype. outlier_weight: float [out_features, in_features], the weight before quantization, from which the paper's form
+    takes the outlier columns. Without it they are read back from int8, which is bitsandbytes' form: it keeps no second copy
+    of the weight. threshold 0: all columns in int8. Raises ValueError for NaN, a negative threshold or shapes that do not fit.
+    """
+    if activations.shape[-1] != weight.shape[1]:
+        raise ValueError(f"activations have {activations.shape[-1]} features, the weight has in_features {weight.shape[1]}")
+    quantized, columns = quantize_activations(activations.half(), threshold, granularity)
+    scale = quantized.absmax[:, None] * weight.absmax[None]
+    output = matmul_int32(quantized.codes, weight.codes) * scale * PER_PRODUCT
+    output = (output if bias is None else output + bias.to(activations.dtype)).to(activations.dtype)
+    if len(columns) == 0:
+        return output
+    if outlier_weight is None:
+        kept = Int8Tensor(weight.codes[:, columns], weight.absmax).dequantize()
+    else:
+        kept = outlier_weight[:, columns]
+    return output.addmm(activations[:, columns], kept.to(activations.dtype).t())
+
+
+class Int8Linear(nn.Module):
+    """A linear layer that multiplies in int8, with outlier columns in floating point: `linear` with its weight at hand.
+
+    paper: keep the weight in float16 as well, for the outlier columns; otherwise they are read back from int8.
+    """
+
+    def __init__(self, layer: nn.Linear, threshold: float = THRESHOLD, paper: bool = False, granularity: Granularity = "row"):
+        super().__init__()
+        half = layer.weight.detach().half()
+        quantized = quantize(half, granularity)
+        self.threshold, self.granularity, self.bias = threshold, granularity, layer.bias
+        self.register_buffer("codes", quantized.codes)
+        self.register_buffer("absmax", quantized.absmax)
+        self.register_buffer("outlier_weight", half if paper else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored for the weight."""
+        stored = (self.codes, self.absmax, self.outlier_weight)
+        return sum(t.nbytes for t in stored if t is not None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = Int8Tensor(self.codes, self.absmax)
+        flat = x.reshape(-1, x.shape[-1])
+        output = linear(flat, weight, self.bias, self.threshold, self.outlier_weight, self.granularity)
+        return output.view(*x.shape[:-1], -1)

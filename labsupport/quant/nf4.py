@@ -1,0 +1,280 @@
+"""Sixteen levels of any spacing over blocks divided by their largest magnitude: NF4, FP4 and int4, stored as bitsandbytes does.
+
+Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, sections 3 and appendix E. The weight is read row by row as one long vector and cut
+into blocks, which may run from one row into the next. Codes, absmax and nested statistics equal those of bitsandbytes 0.50 on
+a CPU to the last bit; labsupport/quant/bnb_format.py reads and writes its state dicts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch.nn import functional as F
+
+from labsupport.quant import grid
+from labsupport.quant.grid import QuantizedTensor
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+# The outermost quantile: half way between those that 8 and 7 levels would ask for, 1 - (1/32 + 1/30) / 2, cut to seven digits.
+OFFSET = 0.9677083
+SMALLEST_ABSMAX = 1e-38  # a block of smaller values is divided by this; a short one at the end stores it as well
+# Values are taken some at a time, few enough that they stay in a CPU's last-level cache between the steps.
+CHUNK = 2**18
+
+
+def normal_quantiles(offset: float = OFFSET) -> torch.Tensor:
+    """The NF4 codebook: float32 [16], ascending, from -1 to 1, with an exact 0.
+
+    8 positive levels are quantiles of a standard normal at probabilities evenly spaced from 1/2 to `offset`, without 1/2 itself;
+    7 negative ones likewise; all are divided by the largest. The probabilities are spaced in float32, as bitsandbytes does:
+    in float64 ten of the sixteen levels differ in their last bit.
+    """
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in torch.linspace(offset, 0.5, 9)[:-1].tolist()]
+    negative = [-quantile(p) for p in torch.linspace(offset, 0.5, 8)[:-1].tolist()]
+    levels = torch.tensor(sorted([*negative, 0.0, *positive]))
+    return levels / levels.max()
+
+
+def fp4_levels() -> torch.Tensor:
+    """bitsandbytes' FP4 by code, not ascending: float32 [16]. One sign bit, and eight magnitudes over 12, 0 among them."""
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def int4_levels() -> torch.Tensor:
+    """A uniform grid in the same clothes: float32 [16], (code - 8) / 7.5, so that no value is more than half a step away.
+
+    It is the symmetric grid of rtn, with the largest magnitude in place of the scale.
+    """
+    return (torch.arange(16) - 8) / 7.5
+
+
+CODEBOOKS = {"nf4": normal_quantiles, "fp4": fp4_levels, "int4": int4_levels}
+
+
+@cache
+def levels_of(name: str) -> torch.Tensor:
+    """The levels of "nf4", "fp4" or "int4" by code. float32 [16]. Raises ValueError for another name."""
+    if name not in CODEBOOKS:
+        raise ValueError(f"codebook is {name!r}, wanted one of {', '.join(CODEBOOKS)}, or a tensor of 16 levels")
+    return CODEBOOKS[name]()
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """The 8-bit code for nested statistics: float32 [256], ascending, signed, fine near 0 and coarse near 1.
+
+    Seven decades, from 1e-6 to 1; each has twice as many values as the one below, at the middle of equal steps from a tenth of its
+    end to its end. 0 and 1 complete it. (Dettmers 2015, arXiv:1511.04561, section 4.1.)
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        middles = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+@cache
+def _dynamic_table() -> torch.Tensor:
+    """The code for each of 65,536 values from -1 to 1. bitsandbytes looks codes up here, where most but not all are the nearest."""
+    levels = dynamic_map()
+    values = -1 + 2 * torch.arange(65536, dtype=torch.float32) / 65535
+    return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class NestedAbsmax(QuantizedTensor):
+    """Largest magnitudes of blocks, quantized themselves: double quantization.
+
+    codes: uint8 [blocks]. absmax: float32 [blocks / 256, rounded up]. offset: float32 scalar, the mean of all magnitudes.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    offset: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 1, len(self.codes)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [blocks]."""
+        values = dynamic_map().to(self.codes.device)[self.codes.int()]
+        return _times(values, self.absmax, NESTED_BLOCK_SIZE) + self.offset
+
+
+@dataclass(frozen=True)
+class BlockTensor(QuantizedTensor):
+    """A weight in 4-bit codes, two a byte, the first in the high nibble, and the largest magnitude of each block.
+
+    packed_codes: uint8 [weights / 2, rounded up]. absmax: float [blocks], or nested. levels: float32 [16], the codebook; it is
+    the same for a whole model, so its 64 bytes are not counted. kind: its name, "" for one of your own.
+    """
+
+    packed_codes: torch.Tensor
+    absmax: torch.Tensor | NestedAbsmax
+    levels: tuple[float, ...]
+    kind: str
+    block_size: int
+    shape: tuple[int, int]
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [out_features, in_features]."""
+        rows, columns = self.shape
+        return unpack_nibbles(self.packed_codes)[: rows * columns].view(rows, columns)
+
+    @property
+    def block_absmax(self) -> torch.Tensor:
+        """float32 [blocks], read back where it is nested."""
+        return self.absmax.dequantize() if isinstance(self.absmax, NestedAbsmax) else self.absmax.float()
+
+    def dequantize(self) -> torch.Tensor:
+        rows, columns = self.shape
+        levels, device = torch.tensor(self.levels), self.packed_codes.device
+        # A byte is two codes: look both levels up at once, as one 64-bit word.
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).view(torch.int64).view(-1).to(device)
+        values = torch.empty(2 * len(self.packed_codes), device=device)
+        absmax, step = self.block_absmax, _chunk(self.block_size)
+        for start in range(0, rows * columns, step):
+            part = values[start : start + step]
+            some = self.packed_codes[start // 2 : (start + step) // 2].long()
+            torch.take(pairs, some, out=part.view(torch.int64))
+            _times(part, absmax[start // self.block_size :][: -(-len(part) // self.block_size)], self.block_size)
+        return values[: rows * columns].view(rows, columns)
+
+
+def quantize(
+    weight: torch.Tensor,
+    codebook: str | torch.Tensor = "nf4",
+    block_size: int = BLOCK_SIZE,
+    double_quant: bool = False,
+    absmax_dtype: torch.dtype = torch.float32,
+) -> BlockTensor:
+    """Divide each block by its largest magnitude and give each value the code of the nearest level.
+
+    weight: float [out_features, in_features], finite; it is not changed. codebook: "nf4", "fp4", "int4", or 16 levels from -1 to 1.
+    A value half way between two levels takes the lower one. double_quant: store the magnitudes in 8 bits each. absmax_dtype:
+    what they are stored in otherwise; codes are chosen with the magnitude that is stored.
+
+    Raises ValueError for NaN, infinity, a shape, block size or codebook that does not fit, a magnitude that `absmax_dtype` cannot
+    hold, or `double_quant` with another dtype than float32; TypeError for a dtype that is not floating point.
+    """
+    grid.check_matrix(weight)
+    levels = _check(codebook, block_size, double_quant, absmax_dtype)
+    by_size = levels.argsort(stable=True)  # FP4's codes do not ascend
+    ascending = levels[by_size]
+    bounds = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+    packed, largest = [], []
+    for some in weight.detach().reshape(-1).split(_chunk(block_size)):
+        values = some.float()
+        absmax = _absmax(values, block_size)
+        if len(values) % block_size:
+            absmax[-1].clamp_(min=SMALLEST_ABSMAX)
+        stored = absmax.to(absmax_dtype)
+        if not stored.isfinite().all():
+            if not weight.isfinite().all():
+                raise grid.not_finite(weight)
+            raise ValueError(f"a block's largest magnitude is {absmax.max().item():.3g}, more than {absmax_dtype} holds")
+        divided = _divided(values, stored.float(), block_size)
+        packed.append(pack_nibbles(_count_below(F.pad(divided, (0, len(divided) % 2)), bounds)))
+        largest.append(stored)
+    stream, absmax = torch.cat(packed), torch.cat(largest)
+    if not torch.equal(by_size, torch.arange(16)):
+        code = by_size.to(torch.uint8)
+        stream = pack_nibbles(torch.stack([code.repeat_interleave(16), code.repeat(16)], 1).view(-1)).to(stream.device)[
+            stream.int()
+        ]
+    return BlockTensor(
+        packed_codes=stream,
+        absmax=nest(absmax) if double_quant else absmax,
+        levels=tuple(levels.tolist()),
+        kind=codebook if isinstance(codebook, str) else "",
+        block_size=block_size,
+        shape=tuple(weight.shape),
+    )
+
+
+def nest(absmax: torch.Tensor) -> NestedAbsmax:
+    """Double quantization: float32 [blocks] to 8 bits each, with a magnitude for every 256 and one offset, their mean.
+
+    The mean is a float32 sum, whose last bit depends on the number of threads, as it does in bitsandbytes.
+    """
+    offset = absmax.mean()
+    centered = absmax - offset
+    largest = _absmax(centered, NESTED_BLOCK_SIZE)
+    table = _dynamic_table().to(absmax.device)
+    place = (_times(centered, 1 / largest, NESTED_BLOCK_SIZE) + 1) * 0.5 * 65535 + 0.5
+    place = place.nan_to_num(nan=0.0).clamp(0, 65535).int()  # where all magnitudes are equal, 0 / 0 takes the lowest code
+    return NestedAbsmax(codes=table[place], absmax=largest, offset=offset)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes below 16 [2 n] to bytes [n], the first of two in the high nibble."""
+    return codes[0::2] << 4 | codes[1::2]
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n] to codes, uint8 [2 n], high nibble first."""
+    return torch.stack([packed >> 4, packed & 15], 1).view(-1)
+
+
+def _check(codebook: str | torch.Tensor, block_size: int, double_quant: bool, absmax_dtype: torch.dtype) -> torch.Tensor:
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size is {block_size!r}, wanted a positive whole number")
+    if double_quant and absmax_dtype != torch.float32:
+        raise ValueError(f"absmax_dtype is {absmax_dtype}, wanted torch.float32 with double_quant: it replaces the stored dtype")
+    if not absmax_dtype.is_floating_point:
+        raise ValueError(f"absmax_dtype is {absmax_dtype}, wanted a floating-point dtype")
+    levels = levels_of(codebook) if isinstance(codebook, str) else codebook.detach().float().cpu()
+    if levels.shape != (16,) or not levels.isfinite().all():
+        raise ValueError(f"codebook has shape {list(levels.shape)}, wanted 16 finite levels")
+    return levels
+
+
+def _chunk(block_size: int) -> int:
+    """How many values to take at a time: whole blocks and whole bytes."""
+    whole = math.lcm(block_size, 2)
+    return max(1, CHUNK // whole) * whole
+
+
+def _absmax(values: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Largest magnitude of each block, the short one at the end included. float32 [n] -> [n / block_size, rounded up]."""
+    full = len(values) - len(values) % block_size
+    blocks = values[:full].view(-1, block_size)
+    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
+    if full < len(values):
+        largest = torch.cat([largest, values[full:].abs().max().view(1)])
+    return largest
+
+
+def _times(values: torch.Tensor, factors: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Multiply each block of `values` [n] by its factor, in place."""
+    full = len(values) - len(values) % block_size
+    values[:full].view(-1, block_size).mul_(factors[: full // block_size, None])
+    if full < len(values):
+        values[full:].mul_(factors[-1])
+    return values
+
+
+def _divided(values: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Each block over its magnitude: by its reciprocal, but a short block at the end by itself, as bitsandbytes does."""
+    absmax = absmax.clamp(min=SMALLEST_ABSMAX)
+    full = len(values) - len(values) % block_size
+    blocks = values[:full].view(-1, block_size) * (1 / absmax[: full // block_size, None])
+    return blocks.view(-1) if full == len(values) else torch.cat([blocks.view(-1), values[full:] / absmax[-1]])
+
+
+def _count_below(values: torch.Tensor, bounds: list[float]) -> torch.Tensor:
+    """How many bounds lie below each value, uint8 [n]. On a CPU many times faster than torch.bucketize, which searches each."""
+    codes = (values > bounds[0]).to(torch.uint8)
+    for bound in bounds[1:]:
+        codes += (values > bound).view(torch.uint8)
+    return codes
