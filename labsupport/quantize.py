@@ -1,7 +1,7 @@
 """A whole model through a method: every linear of its blocks is quantized.
 
-A method that stores weights alone leaves them in the layer as they would read back. int8 rounds what comes into a layer as well, so it
-puts another layer in its place.
+A method that stores weights alone leaves them in the layer as they would read back. int8 rounds what comes into a layer as well,
+so it puts another layer in its place.
 """
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ def run(
         "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,
         "model_sha256": model_digest(model),
         "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
-        "tokens": baseline.tokens.tolist(), "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
+        "tokens": baseline.tokens.tolist(),
+        "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
         "python": platform.python_version(), "torch": torch.__version__, "device": str(next(model.parameters()).device),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
     }  # fmt: skip

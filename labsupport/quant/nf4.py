@@ -188,10 +188,8 @@ def quantize(
         largest.append(stored)
     stream, absmax = torch.cat(packed), torch.cat(largest)
     if not torch.equal(by_size, torch.arange(16)):
-        code = by_size.to(torch.uint8)
-        stream = pack_nibbles(torch.stack([code.repeat_interleave(16), code.repeat(16)], 1).view(-1)).to(stream.device)[
-            stream.int()
-        ]
+        both = pack_nibbles(torch.cartesian_prod(by_size, by_size).to(torch.uint8).view(-1))  # of each byte, both codes
+        stream = torch.take(both.to(stream.device), stream.long())
     return BlockTensor(
         packed_codes=stream,
         absmax=nest(absmax) if double_quant else absmax,
