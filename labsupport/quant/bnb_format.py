@@ -9,6 +9,7 @@ double quantization weight.nested_absmax and weight.nested_quant_map; absmax is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,7 +131,9 @@ def _about(packed: torch.Tensor, name: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise FormatError(f"{name} is not the JSON that bitsandbytes writes: {type(error).__name__}: {error}") from error
     whole = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-    if kind not in KINDS or size not in BLOCK_SIZES or dtype not in DTYPES or not whole:
+    offset = about.get("nested_offset", 0.0)
+    number = isinstance(offset, int | float) and math.isfinite(offset)
+    if kind not in KINDS or size not in BLOCK_SIZES or dtype not in DTYPES or not whole or not number:
         raise FormatError(f"{name} holds settings that bitsandbytes does not write: {about}")
     if not name.endswith(kind):
         raise FormatError(f"{name} says that it holds {kind}")

@@ -44,7 +44,7 @@ def normal_quantiles(offset: float = OFFSET) -> torch.Tensor:
 def fp4_levels() -> torch.Tensor:
     """bitsandbytes' FP4 by code, not ascending: float32 [16]. One sign bit, and eight magnitudes over 12, 0 among them."""
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
-    return torch.cat([magnitudes, -magnitudes])
+    return torch.cat([magnitudes, 0 - magnitudes])  # 0.0 twice: their table holds no -0.0
 
 
 def int4_levels() -> torch.Tensor:
@@ -247,7 +247,7 @@ def _absmax(values: torch.Tensor, block_size: int) -> torch.Tensor:
     """Largest magnitude of each block, the short one at the end included. float32 [n] -> [n / block_size, rounded up]."""
     full = len(values) - len(values) % block_size
     blocks = values[:full].view(-1, block_size)
-    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
+    largest = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs_()  # abs turns the -0.0 of a zero block into 0.0
     if full < len(values):
         largest = torch.cat([largest, values[full:].abs().max().view(1)])
     return largest
