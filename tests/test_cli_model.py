@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from labsupport import export, models, sweep, text, train
+from labsupport import bench, export, models, sweep, text, train
 from labsupport.cli import app
 
 DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 300) for i in range(3)]
@@ -82,3 +82,20 @@ def test_what_cannot_be_done_is_one_line(arguments, said):
     assert done.exit_code != 0
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_bench_times_every_quantizer_against_a_copy_and_the_peer():
+    result = labs("bench", "--rows", 8, "--columns", 128, "--budget", 0.01)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "quantize" in line]
+    assert len(lines) == 12
+    assert sum("times" in line for line in lines) == 8  # bitsandbytes does all but round-to-nearest on uniform grids
+    refused = labs("bench", "--columns", 200)
+    assert refused.exit_code == 1
+    assert "the weight is 4096 x 200, wanted at least one row, and columns in groups of 128" in refused.output
+
+
+def test_a_timing_is_in_copies_and_in_multiples_of_the_peer():
+    timing = bench.Timing("work", seconds=0.2, copy=0.05, theirs=0.5)
+    assert (timing.passes, timing.ratio) == (4, 2.5)
+    assert bench.Timing("work", 0.2, 0.05).ratio is None

@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from labsupport import claims, models, sweep, text
-from labsupport.quant import rtn
+from labsupport import claims, evaluate, models, sweep, text
+from labsupport.quant import int8, nf4, rtn
 from labsupport.quantize import quantize_model
 
 
@@ -57,6 +58,42 @@ def test_in_place_per_tensor_and_overrides(tiny):
     assert torch.equal(linears["model.layers.1.mlp.down_proj"].weight, rtn.quantize(down, 8, None).dequantize())
     assert torch.equal(linears["model.layers.1.mlp.up_proj"].weight, models.linears(tiny)["model.layers.1.mlp.up_proj"].weight)
     assert report.layers["model.layers.1.mlp.up_proj"] == 16
+
+
+def test_nf4_leaves_what_is_stored_and_counts_it(tiny):
+    quantized, report = quantize_model(tiny, "nf4", codebook="fp4", block_size=32, double_quant=True)
+    nbytes = 0
+    for name, layer in models.linears(tiny).items():
+        stored = nf4.quantize(layer.weight, "fp4", 32, True)
+        assert torch.equal(models.linears(quantized)[name].weight, stored.dequantize()), name
+        nbytes += stored.nbytes
+    assert report.nbytes == nbytes
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_int8_puts_other_layers_in_place_and_weights_alone_do_not(tiny, paper):
+    names = models.linears(tiny).keys()
+    quantized, report = quantize_model(tiny, "int8", threshold=1.0, paper=paper, overrides={"o_proj": None})
+    for name in names:
+        module = quantized.get_submodule(name)
+        if name.endswith("o_proj"):
+            assert isinstance(module, nn.Linear)
+            assert report.layers[name] == 16
+        else:
+            assert isinstance(module, int8.Int8Linear)
+            assert module.threshold == 1.0
+            rows, columns = module.codes.shape
+            assert report.layers[name] == 8 * (rows * columns * (3 if paper else 1) + 4 * rows) / (rows * columns)
+    assert models.linears(tiny).keys() == names  # the model that was given is as it was
+
+    ids = torch.arange(12)[None]
+    weights, _ = quantize_model(tiny, "int8-weights")
+    both, _ = quantize_model(tiny, "int8", threshold=0.0)
+    with torch.no_grad():
+        exact, rounded, twice = (m(input_ids=ids).logits for m in (tiny, weights, both))
+    assert 0 < (rounded - exact).abs().mean() < (twice - exact).abs().mean()
+    for name, layer in models.linears(weights).items():
+        assert torch.equal(layer.weight, int8.quantize(models.linears(tiny)[name].weight).dequantize())
 
 
 @pytest.mark.parametrize(
@@ -107,11 +144,46 @@ def test_sweep_goes_on_where_it_was_stopped(tiny, stream, tmp_path, monkeypatch)
         sweep.run("magic", tiny, stream, path, "tiny")
 
 
-def test_shipped_measurements_are_of_the_shipped_model():
-    measured = sweep.load("rtn")
+def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
+    settings = [
+        {"planted": None, "method": "int8", "granularity": "tensor", "threshold": 0.0},
+        {"planted": 40, "method": "int8", "granularity": "tensor", "threshold": 0.0},
+        {"planted": None, "method": "nf4", "codebook": "nf4", "block_size": 32, "absmax": "double"},
+        {"planted": None, "method": "nf4", "codebook": "nf4", "block_size": 32, "absmax": "float16"},
+    ]
+    monkeypatch.setitem(sweep.SWEEPS, "int8", lambda model: iter(settings))
+    measured = sweep.run("int8", tiny, stream, tmp_path / "int8.json", "tiny", windows=None, length=64)
+    trained, planted, double, half = measured.rows
+    assert measured.find(planted=40) is planted
+    for wanted, count in (({"method": "nf4"}, 2), ({"planted": 3}, 0)):
+        with pytest.raises(LookupError, match=f"{count} rows have"):
+            measured.find(**wanted)
+
+    baseline = evaluate.evaluate(tiny, stream, 64)
+    for row, model in ((trained, tiny), (planted, models.plant_outliers(tiny, factor=40))):
+        quantized, _ = quantize_model(model, "int8", granularity="tensor", threshold=0.0)
+        again = evaluate.evaluate(quantized, stream, 64)
+        assert row["perplexity"] == again.perplexity
+        assert row["change"] == evaluate.paired_bootstrap(baseline, again).change
+    assert trained["perplexity"] != planted["perplexity"]
+    assert double["bits_per_weight"] < half["bits_per_weight"] == 4.5
+
+    pair = measured.paired(trained, planted)
+    # Losses are kept to 1e-4 nats of a document of about 128 tokens; the change is the exponential of their difference.
+    assert pair.change == pytest.approx(planted["perplexity"] / trained["perplexity"] - 1, abs=1e-5)
+    assert pair.low <= pair.change <= pair.high
+    assert measured.paired(trained, trained) == evaluate.Interval(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["rtn", "int8", "nf4"])
+def test_shipped_measurements_are_of_the_shipped_model(name):
+    measured = sweep.load(name)
     model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
     assert measured.about["model_sha256"] == sweep.model_digest(model)
-    assert len(measured.rows) == len(list(sweep.SWEEPS["rtn"](model)))
+    assert len(measured.rows) == len(list(sweep.SWEEPS[name](model)))
+    for row in measured.rows:
+        assert measured.paired(row, row).change == 0
+        assert row["low"] <= row["change"] <= row["high"]
     for key in ("command", "date", "torch", "python", "text_sha256", "processor"):
         assert measured.about[key]
     with pytest.raises(FileNotFoundError, match=r"no measurements 'magic'; there are .*rtn"):

@@ -1,4 +1,4 @@
-"""labs train, labs sweep."""
+"""labs train, labs sweep, labs bench."""
 
 from __future__ import annotations
 
@@ -78,3 +78,32 @@ def sweep(
     except ValueError as error:
         raise _fail(error) from error
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def bench(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the weight, out_features.")] = 4096,
+    columns: Annotated[int, typer.Option(min=128, help="Columns, in_features; groups of 128.")] = 4096,
+    budget: Annotated[float, typer.Option(min=0.01, help="Seconds for each piece of work.")] = 1.0,
+) -> None:
+    """Time the quantizers here: against copying the weight, and against bitsandbytes on the same weight in the same run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from labsupport import bench as benches
+    from labsupport.machine import describe
+
+    console = Console()
+    table = Table("work", "ms", "copies", "bitsandbytes", "as fast", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    with console.status("timing"):
+        try:
+            for timing in benches.quantizers(rows, columns, budget):
+                peer = ("", "") if timing.theirs is None else (f"{1e3 * timing.theirs:.1f} ms", f"{timing.ratio:.2f} times")
+                table.add_row(timing.name, f"{1e3 * timing.seconds:.1f}", f"{timing.passes:.1f}", *peer)
+        except ValueError as error:
+            raise _fail(error) from error
+    console.print(str(describe("cpu")))
+    console.print(f"A float32 weight, {rows} x {columns}; one copy of it takes {1e3 * timing.copy:.1f} ms.\n")
+    console.print(table)

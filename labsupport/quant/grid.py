@@ -11,6 +11,8 @@ from functools import cached_property
 
 import torch
 
+CHUNK = 2**18  # values to take at a time, few enough that they stay in a CPU's cache between the steps
+
 
 def _lanes(width: int, start: int, bits: int) -> int:
     """A 64-bit mask, as a signed number: `bits` bits from `start` on in every lane of `width` bits."""
@@ -35,7 +37,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a stream made by `pack_bits`. uint8 [count]."""
-    stream = _padded(packed, bits).view(-1, bits)
+    stream = _padded(packed[: -(-count * bits // 8)], bits).view(-1, bits)
     words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64).view(-1)
     for width in (32, 16, 8):
         used = width // 8 * bits
@@ -177,8 +179,15 @@ class UniformTensor(QuantizedTensor):
 
     def dequantize(self) -> torch.Tensor:
         rows, columns = self.shape
-        codes = self.codes.view(rows, -1, self.group_size).float()
-        values = dequantize(codes, self.scale.float()[..., None], self.zero_point[..., None])
+        scale, zero_point = self.scale.float()[..., None], self.zero_point[..., None]
+        values = torch.empty(rows, columns // self.group_size, self.group_size, device=scale.device)
+        step = -(-max(1, CHUNK // columns) // 8) * 8  # whole bytes of codes in every step but the last
+        for start in range(0, rows, step):
+            part = values[start : start + step]
+            first = start * columns * self.bits // 8
+            codes = unpack_bits(self.packed_codes[first:], self.bits, part.numel())
+            torch.sub(codes.view(part.shape), zero_point[start : start + step], out=part)
+            part.mul_(scale[start : start + step])
         return values.view(rows, columns)
 
 

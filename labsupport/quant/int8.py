@@ -20,6 +20,7 @@ THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own laye
 # As bitsandbytes writes them; in float32 neither is the nearest number to 1 / 127 and 1 / 127**2.
 PER_CODE = 7.874015718698502e-3
 PER_PRODUCT = 6.200124e-05
+CHUNK = 2**18  # values to take at a time
 
 Granularity = Literal["row", "tensor"]
 
@@ -49,11 +50,17 @@ def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str =
     grid.check_matrix(matrix, name, "[rows, columns]")
     if granularity not in ("row", "tensor"):
         raise ValueError(f"granularity is {granularity!r}, wanted 'row' or 'tensor'")
-    matrix = matrix.detach().float()
-    absmax = matrix.abs().amax(1 if granularity == "row" else (0, 1)).view(-1)
+    matrix = matrix.detach()
+    high, low = (matrix.amax(1), matrix.amin(1)) if granularity == "row" else (matrix.amax().view(1), matrix.amin().view(1))
+    absmax = torch.maximum(high, -low).abs_().float()  # abs turns the -0.0 of a row of zeros into 0.0
     if not absmax.isfinite().all():
         raise grid.not_finite(matrix, name)
-    codes = torch.round(matrix * (127.0 / absmax[:, None])).nan_to_num_(0.0).to(torch.int8)  # 0 * (127 / 0) in a row of zeros
+    factors = (127.0 / absmax)[:, None].expand(len(matrix), 1)
+    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+    step = max(1, CHUNK // matrix.shape[1])
+    for start in range(0, len(matrix), step):  # some rows at a time, which stay in a CPU's cache between the steps
+        rows = slice(start, start + step)
+        codes[rows] = (matrix[rows] * factors[rows]).round_().nan_to_num_(0.0)  # NaN: 0 * (127 / 0) in a row of zeros
     return Int8Tensor(codes, absmax)
 
 
