@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -217,7 +219,14 @@ def assess(exercise: Exercise, given: dict[str, Any], tried: Attempt) -> Verdict
         return wrong("it calls labsupport's own version. Write it out: the point is to have built it")
     with torch.no_grad():
         expected = run(exercise, exercise.reference, copy.deepcopy(given))
-        return exercise.judge(given, tried.outputs, expected)
+        verdict = exercise.judge(given, tried.outputs, expected)
+    for name, value in tried.outputs.items():
+        if not verdict.passed and isinstance(value, torch.Tensor) and value.dtype in HALF and expected[name].dtype not in HALF:
+            said = (
+                f"{verdict.message}. (And {name} is {value.dtype}, whose few digits alone can be the reason: compute in float32.)"
+            )
+            return wrong(said)
+    return verdict
 
 
 def test(exercise: Exercise, answer: Callable, seeds: Iterable[int]) -> tuple[Verdict, bool]:

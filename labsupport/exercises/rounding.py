@@ -258,6 +258,10 @@ def quantize_inputs(seed: int) -> dict:
 def judge_quantize(given: dict, got: dict, want: dict) -> Verdict:
     if fault := shape_fault(got, want):
         return wrong(fault)
+    if got["codes"].dtype == torch.int8:
+        return wrong(
+            "the codes are int8, which ends at 127: with 8 bits the upper half would wrap to negative numbers. uint8, or floats"
+        )
     codes, expected = got["codes"].float(), want["codes"]
     weight, scale, zero = given["weight"], given["scale"], given["zero_point"]
     top = 2 ** given["bits"] - 1
@@ -316,6 +320,8 @@ QUANTIZE = Exercise(
         Mutant(lambda w, s, z, b: torch.round(w / s).clamp(0, 2**b - 1), "zero-point is missing"),
         Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(0, 2**b), "counting starts at 0"),
         Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1), "signed codes"),
+        Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(0, 2**b - 1).to(torch.int8), "ends at 127"),
+        Mutant(lambda w, s, z, b: (torch.round(w / s) + z).clamp(0, 2**b - 1).half() + 1, "compute in float32"),
     ),
 )  # fmt: skip
 
@@ -364,6 +370,7 @@ DEQUANTIZE = Exercise(
         Mutant(lambda q, s, z: (q.float() + z) * s, "subtracted on the way out"),
         Mutant(lambda q, s, z: q * s - z, "counted in steps"),
         Mutant(lambda q, s, z: q * s, "zero-point is missing"),
+        Mutant(lambda q, s, z: ((q.float() - z) * s).half(), "compute in float32"),
     ),
 )  # fmt: skip
 
@@ -515,9 +522,9 @@ def judge_clip(given: dict, got: dict, want: dict) -> Verdict:
     reach = factors[:, None, None] * given["weight"].abs().amax(1)[None, :, None]
     inside = given["weight"].abs()[None] <= reach
     likely = {
-        "this minimizes the largest error. Saving one extreme weight costs all the others": errors.abs().amax(2),
+        "this minimizes the largest error and so clips nothing. One extreme weight is saved, all others pay": errors.abs().amax(2),
         "this minimizes the absolute error, not the squared: large errors weigh more in an output's variance": errors.abs().sum(2),
-        "this is what looks best when only the weights inside the clipped range are counted. The ones cut off pay too": (
+        "this counts only the weights inside the clipped range. The ones cut off pay too (are the codes clamped?)": (
             (errors * inside).pow(2).sum(2)
         ),
     }
@@ -529,7 +536,7 @@ def judge_clip(given: dict, got: dict, want: dict) -> Verdict:
     if (index == squared.sum(1).argmin()).all():
         return wrong("all rows got the factor that is best for their sum; each row has its own best one")
     if (index == len(factors) - 1).all():
-        return wrong("nothing is clipped in any row, though that leaves more squared error")
+        return wrong("this clips nothing in any row, though that leaves more squared error")
     row = int(excess.argmax())
     return wrong(
         f"row {row}: factor {factor[row].item():.3g} leaves {100 * excess[row].item():.1f} % more squared error than the best"
@@ -544,6 +551,12 @@ def _clip_by(loss):
     return answer
 
 
+def _unclamped(weight, bits, factors):
+    scale = factors[:, None, None] * grid.symmetric_scale(weight, bits)
+    errors = torch.round(weight / scale) * scale - weight
+    return factors[errors.pow(2).sum(2).argmin(0)][:, None]
+
+
 def _inside_only(errors, given):
     reach = given["factors"][:, None, None] * given["weight"].abs().amax(1)[None, :, None]
     return (errors * (given["weight"].abs()[None] <= reach)).pow(2).sum(2)
@@ -556,6 +569,7 @@ BEST_CLIP = Exercise(
         Mutant(_clip_by(lambda e, _: e.abs().amax(2)), "largest error"),
         Mutant(_clip_by(lambda e, _: e.abs().sum(2)), "absolute error"),
         Mutant(_clip_by(_inside_only), "cut off pay too"),
+        Mutant(_unclamped, "are the codes clamped"),
         Mutant(_clip_by(lambda e, _: -e.pow(2).sum(2)), "argmax"),
         Mutant(_clip_by(lambda e, _: e.pow(2).sum((1, 2))[:, None].expand(-1, e.shape[1])), "for their sum"),
         Mutant(lambda w, b, f: _clip_errors({"weight": w, "bits": b, "factors": f}).pow(2).sum(2).argmin(0)[:, None], "places in"),

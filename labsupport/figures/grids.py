@@ -33,20 +33,19 @@ def formats(largest: float = 2.0) -> CourseFigure:
         "Two panels. Left: levels of fp8 e4m3 crowd toward zero, levels of int8 and int4 grids are evenly spaced. "
         "Right: the gap between neighboring levels grows with magnitude in fp16, bf16 and fp8, and is flat for the integer grids."
     )
+    colors = {"fp8 e4m3": base.GREEN, "bf16": base.RED, "fp16": base.BLUE, "int4 grid": base.ORANGE, "int8 grid": base.BLACK}
     figure, (left, right) = base.new(alt, 1, 2, size=(9.0, 3.2))
-    for y, levels in enumerate(reversed(strips.values())):
-        left.vlines(levels, y - 0.3, y + 0.3, color=base.SERIES[y][0], linewidth=0.9)
+    for y, (name, levels) in enumerate(reversed(strips.items())):
+        left.vlines(levels, y - 0.3, y + 0.3, color=colors[name], linewidth=0.9)
     left.set_yticks(range(3), list(reversed(strips)))
     base.label(left, "Where the levels stand", "value", "")
-    for (name, e, m), (color, _, style) in zip(
-        (("fp8 e4m3", 4, 3), ("bf16", 8, 7), ("fp16", 5, 10)), reversed(base.SERIES[:3]), strict=True
-    ):
+    for name, e, m, style in (("fp8 e4m3", 4, 3, "-."), ("bf16", 8, 7, "--"), ("fp16", 5, 10, "-")):
         exponent = torch.arange(-10, 2, dtype=torch.float64)
         smallest = 2.0 ** (2 - 2 ** (e - 1) - m)
         gap = torch.exp2(exponent - m).clamp(min=smallest)
-        right.step(torch.exp2(exponent), gap, where="post", color=color, linestyle=style, label=name)
-    for name, steps, color in (("int4 grid", 7, base.ORANGE), ("int8 grid", 127, base.BLACK)):
-        right.axhline(largest / steps, color=color, linewidth=1.2, label=name)
+        right.step(torch.exp2(exponent), gap, where="post", color=colors[name], linestyle=style, label=name)
+    for name, steps in (("int4 grid", 7), ("int8 grid", 127)):
+        right.axhline(largest / steps, color=colors[name], linewidth=1.2, label=name)
     right.set(xscale="log", yscale="log", xlim=(2**-10, largest))
     base.label(right, "Gap to the next level", "magnitude of the value", "gap")
     base.legend(right, loc="center left", bbox_to_anchor=(1.0, 0.5))
