@@ -1,0 +1,53 @@
+"""Two results side by side, said in a line."""
+
+from __future__ import annotations
+
+import torch
+from interop.golden import Found, Solved
+
+# On a machine that rounds otherwise one flipped tie runs on along its row: shares and losses then, and no longer bits.
+LEAST_EQUAL = 0.995
+LOSS = 1e-3
+PARTS = ("codes", "scale", "zero_point", "g_idx")
+
+
+def loss(weight: torch.Tensor, hessian: torch.Tensor, solved: Solved) -> float:
+    """tr(E H E^T), in float64."""
+    error = solved.dequantize().double() - weight.double()
+    return ((error @ hessian.double()) * error).sum().item()
+
+
+def differences(one: Solved, other: Solved) -> str:
+    """Empty where both are equal bit for bit, else how much of what differs."""
+    said = []
+    for part in PARTS:
+        a, b = getattr(one, part), getattr(other, part)
+        if a.shape != b.shape:
+            said.append(f"{part} {list(a.shape)} against {list(b.shape)}")
+        elif not torch.equal(a.to(b.dtype), b):
+            said.append(f"{int((a != b).sum())} of {b.numel()} values of {part}")
+    return ", ".join(said)
+
+
+def equal_but_for_rounding(one: Solved, other: Solved, weight: torch.Tensor, hessian: torch.Tensor) -> bool:
+    """Whether at least 99.5 % of the codes are equal and the losses within 1e-3."""
+    share = (one.codes == other.codes).float().mean().item()
+    a, b = loss(weight, hessian, one), loss(weight, hessian, other)
+    return share >= LEAST_EQUAL and abs(a - b) <= LOSS * max(a, b)
+
+
+def found_differences(one: Found, other: Found) -> str:
+    """As `differences`, of what AutoAWQ found; timing left out, losses compared by the ratio that wins."""
+    said = []
+    if one.groups != other.groups:
+        said.append("other groups of linears")
+    for key in sorted((one.tensors.keys() | other.tensors.keys()) - {"seconds", "logits_change"}):
+        a, b = one.tensors.get(key), other.tensors.get(key)
+        if a is None or b is None:
+            said.append(f"{key} only on one side")
+        elif key.endswith("losses"):
+            if a.argmin() != b.argmin():
+                said.append(f"{key}: ratio {a.argmin() / len(a):.2f} against {b.argmin() / len(b):.2f}")
+        elif not torch.equal(a, b):
+            said.append(f"{int((a != b).sum())} of {b.numel()} values of {key}")
+    return ", ".join(said)

@@ -1,0 +1,71 @@
+"""The peers on what the golden files hold, and AutoGPTQ on every linear of the course model: run again, not read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from interop import cases, golden, layers, peers, tiny
+from interop.golden import Layer, Model
+
+from labsupport import models, text
+
+
+def gptq(threads: int) -> dict[str, Layer]:
+    """The layers of the golden file, made where there is none yet, with fresh results."""
+    if golden.GPTQ.exists():
+        given = {name: (layer.weight, layer.inputs) for name, layer in golden.read_gptq().items()}
+    else:
+        given = layers.make()
+    hessians = {name: cases.exact_hessian(inputs) for name, (_, inputs) in given.items()}
+    asked = {name: (weight, hessians[name], layers.SETTINGS[name]) for name, (weight, _) in given.items()}
+    return {name: Layer(*given[name], answer.results, answer.rounding) for name, answer in peers.gptq(asked, threads)}
+
+
+def awq(threads: int) -> dict[str, Model]:
+    """The tiny models of the golden file, made where there is none yet, with fresh results."""
+    given = {name: tiny.make(shape, seed) for seed, (name, shape) in enumerate(tiny.SHAPES.items())}
+    if golden.AWQ.exists():
+        given = {name: (model.weights, model.tokens) for name, model in golden.read_awq().items()}
+    fresh = {}
+    for name, (weights, tokens) in given.items():
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / name
+            tiny.save(tiny.SHAPES[name], weights, directory)
+            fresh[name] = Model(weights, tokens, peers.awq(directory, tokens, tiny.RUNS[name], threads))
+    return fresh
+
+
+@torch.no_grad()
+def course_hessians(windows: int = 16, length: int = 512) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weight and H = 2/n X^T X, float32, of every linear of the course model, over windows spread over the training code."""
+    model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
+    stream = text.load_text(tokenizer, "code", "train")
+    starts = stream.windows(length, windows)
+    linears = models.linears(model)
+    sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
+
+    def watch(name: str):
+        def add(_, inputs) -> None:
+            x = inputs[0].flatten(0, 1).float()
+            sums[name].addmm_(x.T, x)
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears.items()]
+    for start in starts:
+        model(input_ids=stream.ids[start : start + length][None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    tokens = len(starts) * length
+    return {name: (layer.weight.detach(), sums[name] * (2 / tokens)) for name, layer in linears.items()}
+
+
+def course(threads: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, peers.Answer]]:
+    """Every linear of the course model at every setting: its name, weight, Hessian, and what AutoGPTQ makes of them."""
+    given = course_hessians()
+    asked = {name: (weight, hessian, cases.ALL) for name, (weight, hessian) in given.items()}
+    for name, answer in peers.gptq(asked, threads):
+        yield name, *given[name], answer
