@@ -1,6 +1,6 @@
-"""What AutoGPTQ and AutoAWQ made of the same weights, Hessians and text, kept in tests/interop/golden: whole, and what it says it is.
+"""What AutoGPTQ and AutoAWQ made of given weights, Hessians and text, kept in tests/interop/golden: whole, and what it says it is.
 
-`make interop` makes the files and compares them with the libraries themselves. Methods are held to them in the tests of each method.
+`make interop` compares the files with the libraries themselves.
 """
 
 from __future__ import annotations

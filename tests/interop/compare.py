@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from interop.golden import Found, Solved
 
 # On a machine that rounds otherwise one flipped tie runs on along its row: shares and losses then, and no longer bits.
 LEAST_EQUAL = 0.995
 LOSS = 1e-3
+EQUAL = "equal"
 PARTS = ("codes", "scale", "zero_point", "g_idx")
 
 
@@ -29,11 +32,23 @@ def differences(one: Solved, other: Solved) -> str:
     return ", ".join(said)
 
 
-def equal_but_for_rounding(one: Solved, other: Solved, weight: torch.Tensor, hessian: torch.Tensor) -> bool:
-    """Whether at least 99.5 % of the codes are equal and the losses within 1e-3."""
+@dataclass(frozen=True)
+class Verdict:
+    said: str
+    good: bool
+
+
+def verdict(one: Solved, other: Solved, weight: torch.Tensor, hessian: torch.Tensor, same_rounding: bool) -> Verdict:
+    """Bit for bit where both sides round alike (cases.rounding_of); else 99.5 % of the codes, and losses within 1e-3."""
+    said = differences(one, other)
+    if not said:
+        return Verdict(EQUAL, True)
+    if same_rounding or one.codes.shape != other.codes.shape:
+        return Verdict(f"differs in {said}", False)
     share = (one.codes == other.codes).float().mean().item()
     a, b = loss(weight, hessian, one), loss(weight, hessian, other)
-    return share >= LEAST_EQUAL and abs(a - b) <= LOSS * max(a, b)
+    good = share >= LEAST_EQUAL and abs(a - b) <= LOSS * max(a, b)
+    return Verdict(f"{100 * share:.2f} % of codes equal where the factorization rounds otherwise", good)
 
 
 def found_differences(one: Found, other: Found) -> str:

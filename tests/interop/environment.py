@@ -35,10 +35,8 @@ def versions() -> dict[str, str]:
     """What the peers' environment was made from: the packages that can change a result, and its Python."""
     pins = PINS.read_text()
     named = ("auto-gptq", "autoawq", "torch", "transformers", "numpy")
-    asked = subprocess.run(
-        [str(build()), "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
-    )
-    return {name: install.pinned(pins, name) for name in named} | {"python": asked.stdout.strip()}
+    asked = subprocess.run([str(build()), "-V"], capture_output=True, text=True)
+    return {name: install.pinned(pins, name) for name in named} | {"python": asked.stdout.split()[-1]}
 
 
 def build() -> Path:
@@ -68,17 +66,10 @@ def build() -> Path:
 def run(module: str, *arguments: str, threads: int = 1) -> None:
     """Run one of this folder's modules in the peers' environment; it may print, and is heard on standard error only if it fails.
 
-    Raises install.InstallError with the last line of what it said there.
+    Raises install.InstallError with what it said there.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DEBUG")}  # AutoGPTQ reads DEBUG
-    env |= {
-        "PYTHONPATH": str(HERE.parent),
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    env |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(build()), "-m", f"interop.{module}", *arguments], env=env, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise install.InstallError(
-            f"interop.{module} failed in the peers' environment: {install.last_line(done.stderr)}\n{done.stderr}"
-        )
+        raise install.InstallError(f"{done.stderr}\ninterop.{module} failed in the peers' environment; what it said is above")

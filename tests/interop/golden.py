@@ -24,7 +24,7 @@ COMMAND = "make interop ARGS=--write"
 
 @dataclass(frozen=True)
 class Solved:
-    """What GPTQ gave. codes uint8 [out, in], scale float32 and zero_point uint8 [out, groups], g_idx int16 [in]: each column's group."""
+    """What GPTQ gave: codes uint8 [out, in]; scale float32, zero_point uint8 [out, groups], g_idx int16 [in], each its group."""
 
     codes: torch.Tensor
     scale: torch.Tensor

@@ -1,4 +1,4 @@
-"""The layers whose GPTQ results are kept: two made up to be awkward, two of the course model. Made once; the golden file holds them."""
+"""The layers whose GPTQ results are kept, in the golden file with them: two made up to be awkward, two of the course model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _without_ties(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _correlated() -> tuple[torch.Tensor, torch.Tensor]:
-    """32x256: inputs of unequal size that share 32 directions. Column 77 is never fed, and holds the largest weight of every row."""
+    """32x256: inputs of unequal size that share 32 directions. Column 77 is never fed, and has the largest weight of each row."""
     generator = torch.Generator().manual_seed(32)
     mixing = torch.randn(32, 256, generator=generator)
     inputs = torch.randn(256, 32, generator=generator) @ mixing / 5 + torch.randn(256, 256, generator=generator) / 3
@@ -42,7 +42,7 @@ def _correlated() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _one_sided() -> tuple[torch.Tensor, torch.Tensor]:
-    """18x384, fewer inputs than columns: H is singular before damping. Rows that are all positive, all negative, zero, and constant."""
+    """18x384, fewer inputs than columns: H is singular before damping. Rows all positive, all negative, zero, constant."""
     generator = torch.Generator().manual_seed(18)
     inputs = torch.randn(128, 64, generator=generator) @ torch.randn(64, 384, generator=generator)
     inputs = inputs * torch.exp(0.5 * torch.randn(384, generator=generator))

@@ -1,7 +1,7 @@
 """AutoAWQ itself on a whole model, on a CPU. Runs in the peers' environment: `python -m interop.run_awq FOLDER`.
 
 FOLDER/model is a Llama directory, FOLDER/tokens.safetensors holds `tokens`, int64 [samples, length], FOLDER/runs.json a list of
-cases.AwqRun. FOLDER/NAME.out.safetensors gets, for every group G of linears that share an input (block by block, in AutoAWQ's order):
+cases.AwqRun. FOLDER/NAME.out.safetensors gets, for every group G of linears that share an input, in AutoAWQ's order:
   group.G/scale [in], group.G/x_mean and group.G/w_mean [in], what it was made of, group.G/losses float64 [20], one for each ratio;
 for every linear: LINEAR/clip float32 [out, groups], where one was searched; LINEAR/qweight, qzeros and scales as AutoAWQ stores
 them; for every norm NORM/weight after folding; logits_change, the largest change of a logit relative to the largest logit, and
