@@ -115,6 +115,24 @@ def grids(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool) -> 
     return (_symmetric if symmetric else _asymmetric)(low, high, bits)
 
 
+def stored_grids(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `grids`, with the scale in the dtype that it is stored in and a zero_point that belongs to the scale so rounded.
+
+    Raises ValueError for a scale that `scale_dtype` cannot hold.
+    """
+    scale, zero_point = grids(low, high, bits, symmetric)
+    stored = scale.to(scale_dtype)
+    if stored.isinf().any():
+        raise ValueError(f"a scale of {scale.max().item():.3g} is more than {scale_dtype} holds: pass scale_dtype=torch.float32")
+    # A scale too small for the dtype would become 0 and divide by it; its weights are that small too, and become 0.
+    stored = torch.where(stored == 0, torch.ones_like(stored), stored)
+    if not symmetric:
+        zero_point = torch.round(-low.clamp(max=0) / stored.float()).clamp_(0, 2**bits - 1)
+    return stored, zero_point
+
+
 def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of `weight` on a grid that broadcasts against it: round, half to even, then move by zero_point, then clamp.
 

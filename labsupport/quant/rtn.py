@@ -38,11 +38,8 @@ def quantize(
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise grid.not_finite(weight)
-        scale, _ = grid.grids(low, high, bits, symmetric)
-        stored = _as_stored(scale, scale_dtype)
-        scale = stored.float()
-        zero_point = _zero_points(low, scale, bits, symmetric)
-        codes.append(grid.pack_bits(grid.quantize(groups, scale, zero_point, bits).to(torch.uint8), bits))
+        stored, zero_point = grid.stored_grids(low, high, bits, symmetric, scale_dtype)
+        codes.append(grid.pack_bits(grid.quantize(groups, stored.float(), zero_point, bits).to(torch.uint8), bits))
         scales.append(stored.flatten(1))
         zero_points.append(zero_point.flatten(1))
     return UniformTensor(
@@ -53,17 +50,3 @@ def quantize(
         group_size=size,
         shape=(rows, columns),
     )
-
-
-def _as_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    stored = scale.to(dtype)
-    if stored.isinf().any():
-        raise ValueError(f"a scale of {scale.max().item():.3g} is more than {dtype} holds: pass scale_dtype=torch.float32")
-    # A scale too small for the dtype would become 0 and divide by it; its weights are that small too, and become 0.
-    return torch.where(stored == 0, torch.ones_like(stored), stored)
-
-
-def _zero_points(low: torch.Tensor, scale: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    if symmetric:
-        return torch.full_like(scale, 2 ** (bits - 1))
-    return torch.round(-low.clamp(max=0) / scale).clamp_(0, 2**bits - 1)
