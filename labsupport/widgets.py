@@ -6,12 +6,13 @@ it is the same in JupyterLab, in Colab and in a test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ipywidgets
 import torch
 
 from labsupport.figures import groups
+from labsupport.figures import levels as drawn
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 
@@ -36,3 +37,50 @@ def group_size(row: torch.Tensor, bits: int = 4, start: int = 32, sizes: Sequenc
 
     slider.observe(redraw, names="value")
     return ipywidgets.VBox([slider, picture])
+
+
+def levels(values: torch.Tensor, presets: Mapping[str, torch.Tensor]) -> ipywidgets.VBox:
+    """A slider for each level above the picture of `values` (from -1 to 1) with the levels as they stand; a button for each preset.
+
+    presets: codebooks of one length by name, in the order of their buttons; the first is where the sliders start.
+    Raises ValueError where there is none, or where their lengths differ.
+    """
+    values = values.detach().cpu().float().flatten()
+    books = {name: book.detach().float().sort().values.tolist() for name, book in presets.items()}
+    if len({len(book) for book in books.values()}) != 1:
+        raise ValueError(
+            f"presets hold {[len(book) for book in books.values()]} levels, wanted at least one preset, all of one length"
+        )
+    start = next(iter(books))
+    style = {"min": -1.1, "max": 1.1, "step": 0.005, "orientation": "vertical", "readout": False, "continuous_update": False}
+    width, height = "34px", "150px"
+    sliders = [
+        ipywidgets.FloatSlider(value=level, description=str(code), layout={"width": width, "height": height}, **style)
+        for code, level in enumerate(books[start])
+    ]
+    buttons = [ipywidgets.Button(description=name) for name in books]
+    picture = ipywidgets.Image(format="png")
+    state = {"name": start, "moving": False}
+
+    def redraw() -> None:
+        standing = torch.tensor([slider.value for slider in sliders])
+        picture.value = drawn.on_values(values, standing, state["name"]).png()
+
+    def dragged(change) -> None:
+        if not state["moving"]:
+            state["name"] = "your levels"
+            redraw()
+
+    def chosen(button) -> None:
+        state.update(name=button.description, moving=True)
+        for slider, level in zip(sliders, books[button.description], strict=True):
+            slider.value = level
+        state["moving"] = False
+        redraw()
+
+    for slider in sliders:
+        slider.observe(dragged, names="value")
+    for button in buttons:
+        button.on_click(chosen)
+    redraw()
+    return ipywidgets.VBox([ipywidgets.HBox(buttons), ipywidgets.HBox(sliders), picture])

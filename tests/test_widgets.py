@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from labsupport import widgets
-from labsupport.figures import groups
+from labsupport.figures import groups, levels
 
 PNG = b"\x89PNG"
 
@@ -54,3 +54,43 @@ def test_the_row_is_left_alone(row):
     slider, _ = parts(widgets.group_size(row))
     slider.value = 8
     assert torch.equal(row, before)
+
+
+@pytest.fixture
+def values():
+    return torch.rand(512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+PRESETS = {"even": torch.linspace(-1, 1, 16), "middle": torch.linspace(-0.5, 0.5, 16)}
+
+
+def test_levels_start_with_the_figure_below_them(values):
+    buttons, sliders, picture = widgets.levels(values, PRESETS).children
+    assert [button.description for button in buttons.children] == ["even", "middle"]
+    assert len(sliders.children) == 16
+    assert bytes(picture.value) == levels.on_values(values, PRESETS["even"], "even").png()
+
+
+def test_dragging_a_level_redraws_with_it(values):
+    _, sliders, picture = widgets.levels(values, PRESETS).children
+    sliders.children[3].value = 0.25
+    moved = PRESETS["even"].clone()
+    moved[3] = 0.25
+    assert bytes(picture.value) == levels.on_values(values, moved, "your levels").png()
+
+
+def test_a_preset_moves_all_levels_and_comes_back(values):
+    buttons, sliders, picture = widgets.levels(values, PRESETS).children
+    first = bytes(picture.value)
+    buttons.children[1].click()
+    assert [s.value for s in sliders.children] == PRESETS["middle"].tolist()
+    assert bytes(picture.value) == levels.on_values(values, PRESETS["middle"], "middle").png()
+    sliders.children[0].value = -1.0
+    buttons.children[0].click()
+    assert bytes(picture.value) == first
+
+
+@pytest.mark.parametrize("presets", [{}, {"one": torch.zeros(16), "other": torch.zeros(8)}])
+def test_presets_must_be_of_one_length(values, presets):
+    with pytest.raises(ValueError, match="presets hold"):
+        widgets.levels(values, presets)
