@@ -1,0 +1,251 @@
+"""Activation-aware weight quantization: stretch the channels that matter before rounding, divide their inputs by as much.
+
+Lin et al. 2023, "AWQ", arXiv:2306.00978, section 3. With a scale s for each input channel, x W^T = (x / s) (W s)^T, so nothing
+changes until W s is rounded; then what counts is the error of Q(W s) / s. A channel that is stretched is rounded more finely, until
+it stretches the steps of its whole group. `search` tries a row of scales made from the inputs' magnitudes and keeps the best.
+
+    found = awq.search([q, k, v], x.T @ x, awq.saliency(x))     # one scale for all linears that read x
+    rtn.quantize(q * found.scale)                               # after 1 / scale is folded into what comes before: labsupport.fold
+
+Nothing else is stored. GPTQ on top of AWQ's scales is GPTQ of the folded model, with Hessians measured there, or
+`scaled_gram(hessian, found.scale)`, which is the same matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from labsupport.quant import grid, rtn
+from labsupport.quant.grid import UniformTensor
+
+Rule = Literal["llm-awq", "autoawq"]
+RULES = ("llm-awq", "autoawq")
+SMALLEST_SCALE = 1e-4  # both libraries': of a channel that never saw an input, before all scales are divided by their middle
+CLIP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Search:
+    """scale: float32 [in_features], the best one. ratio: its exponent. losses: float64 [n_grid], at the ratios i / n_grid."""
+
+    scale: torch.Tensor
+    ratio: float
+    losses: torch.Tensor
+
+
+def saliency(inputs: torch.Tensor) -> torch.Tensor:
+    """How much each input channel matters: its mean magnitude (section 3.1). [..., in_features] -> float32 [in_features]."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    grid.check_matrix(flat, "inputs", "[..., in_features]")
+    mean = flat.abs().float().sum(0) / len(flat)
+    if not mean.isfinite().all():
+        raise grid.not_finite(flat, "inputs")
+    return mean
+
+
+def relative_magnitude(weights: Sequence[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Mean over all rows of |W| relative to the largest of its group, AutoAWQ's w_mean. float32 [in_features]."""
+    stacked = _stacked(weights)
+    groups = stacked.view(-1, group_size).abs()
+    return (groups / (groups.amax(1, keepdim=True) + 1e-6)).view_as(stacked).mean(0)
+
+
+def scale_at(ratio: float, mean_abs: torch.Tensor, magnitude: torch.Tensor | None = None) -> torch.Tensor:
+    """The scale of each input channel that a ratio stands for, float32 [in_features] > 0.
+
+    mean_abs to the power of ratio (equation 5): at 0 all scales are 1, and rounding is plain. With `magnitude`, the relative
+    magnitude of the weights, AutoAWQ's rule: divided by its power 1 - ratio, so that 0 is not plain. Both libraries clamp and
+    then divide by the geometric mean of the largest and the smallest. A channel that never saw an input is clamped: it gets the
+    smallest scale, and its weights are rounded most coarsely, but to finite numbers.
+    """
+    scale = mean_abs.pow(ratio)
+    if magnitude is not None:
+        scale = scale / (magnitude.pow(1 - ratio) + 1e-4)
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    scale = scale / (scale.max() * scale.min()).sqrt()
+    return torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+
+
+def search(
+    weights: Sequence[torch.Tensor],
+    gram: torch.Tensor | None,
+    mean_abs: torch.Tensor,
+    bits: int = 4,
+    group_size: int | None = 128,
+    rule: Rule = "llm-awq",
+    n_grid: int = 20,
+    symmetric: bool = False,
+    peer_grid: bool = False,
+    loss: Callable[[list[torch.Tensor]], float] | None = None,
+) -> Search:
+    """Try the ratios 0, 1/n_grid, ... below 1 and keep the scale with the least loss; at a tie the smaller ratio.
+
+    weights: the linears that share an input, each float [out_features, in_features]; they are not changed. gram: X^T X of that
+    input, float [in_features, in_features], times any positive factor (a Hessian will do). mean_abs: its `saliency`. The loss is
+    the linears' own output error, tr(E G E^T) with E = Q(W s) / s - W: what running them on X again would give, without X. Or
+    `loss`, called with what each weight would read back as, decides: see `fold.module_loss`; gram may then be None.
+
+    rule: how scales are made, see `scale_at`. The grid is that of rtn.quantize, or with peer_grid that of `quantize_as_autoawq`
+    in float32. For AutoAWQ's scales to the bit: rule "autoawq", peer_grid and fold.module_loss.
+    Raises ValueError for shapes that do not fit, for NaN and infinity, and where no ratio has a finite loss.
+    """
+    stacked = _stacked(weights)
+    size = grid.check_weight(stacked, bits, group_size)
+    if not stacked.isfinite().all():
+        raise grid.not_finite(stacked, "weights")
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}, wanted one of {', '.join(RULES)}")
+    if not isinstance(n_grid, int) or n_grid < 1:
+        raise ValueError(f"n_grid is {n_grid!r}, wanted a positive whole number")
+    mean_abs = _checked_mean(mean_abs, stacked)
+    if loss is None:
+        gram = _checked_gram(gram, stacked)
+    magnitude = relative_magnitude([stacked], size) if rule == "autoawq" else None
+    rounded = _rounding(bits, size, symmetric, peer_grid)
+    rows = [len(weight) for weight in weights]
+    losses: list[float] = []
+    best = None
+    for ratio in (i / n_grid for i in range(n_grid)):
+        scale = scale_at(ratio, mean_abs, magnitude)
+        values = rounded(stacked * scale).div_(scale)  # Q(W s) / s
+        losses.append(loss(list(values.split(rows))) if loss else _output_error(values.sub_(stacked), gram))
+        if losses[-1] < (losses[best[0]] if best else math.inf):
+            best = len(losses) - 1, ratio, scale
+    if best is None:
+        raise ValueError(f"no ratio has a finite loss: the first is {losses[0]}")
+    return Search(best[2], best[1], torch.tensor(losses, dtype=torch.float64))
+
+
+def _output_error(error: torch.Tensor, gram: torch.Tensor) -> float:
+    return (error @ gram).mul_(error).sum(dtype=torch.float64).item()  # tr(E G E^T): the squares of X E^T, summed
+
+
+def scaled_gram(gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix (or Hessian) of the inputs once they are divided by scale: entry i, j over scale i and scale j."""
+    return gram / scale[:, None] / scale
+
+
+def search_clip(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    bits: int = 4,
+    group_size: int | None = 128,
+    n_grid: int = 20,
+    max_shrink: float = 0.5,
+    symmetric: bool = False,
+    peer_grid: bool = False,
+) -> torch.Tensor:
+    """The largest magnitude that each group should keep, float32 [out_features, groups]: what is larger is worth clipping.
+
+    Tries the group's own largest magnitude times 1, 1 - 1/n_grid, ... above 1 - max_shrink: ten steps down to 0.55, as both
+    libraries do. The loss is the squared error of the group's part of the output, over the inputs: E_g G_gg E_g^T, for which a
+    diagonal block of the Gram matrix is enough. weight: as it will be rounded, so after scaling; gram: X^T X of what it then
+    reads, see `scaled_gram`. AutoAWQ takes X from `clip_tokens`, and leaves q and k as they are: their product is what counts,
+    and clips badly. Raises ValueError for shapes that do not fit, and for NaN and infinity.
+    """
+    size = grid.check_weight(weight, bits, group_size)
+    if not weight.isfinite().all():
+        raise grid.not_finite(weight)
+    if not 0 < max_shrink <= 1 or not isinstance(n_grid, int) or n_grid < 1:
+        raise ValueError(
+            f"n_grid is {n_grid!r} and max_shrink {max_shrink!r}, wanted a whole number from 1 up, and 0 < max_shrink <= 1"
+        )
+    weight = weight.detach().float()
+    groups = len(weight.T) // size
+    blocks = _checked_gram(gram, weight).view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    rounded = _rounding(bits, size, symmetric, peer_grid)
+    largest = weight.view(-1, groups, size).abs().amax(2)  # [out, groups]
+    least, best = torch.full_like(largest, math.inf), largest.clone()
+    for step in range(max(1, int(max_shrink * n_grid))):
+        limit = largest * (1 - step / n_grid)
+        error = rounded(clip(weight, limit)).sub_(weight).view(-1, groups, size).transpose(0, 1)  # [groups, out, size]
+        loss = (error @ blocks).mul_(error).sum(2).T  # E_g G_gg E_g^T, row by row
+        better = loss < least
+        least, best = torch.where(better, loss, least), torch.where(better, limit, best)
+    return best
+
+
+def clip(weight: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """The weight with every group kept within plus and minus its limit, [out_features, groups]."""
+    groups = weight.unflatten(1, (limit.shape[1], -1))
+    return groups.clamp(-limit[..., None], limit[..., None]).flatten(1)
+
+
+def clip_tokens(inputs: torch.Tensor) -> torch.Tensor:
+    """What AutoAWQ searches clips on: every n-th token, so that 512 to 1023 remain. [..., in_features] -> [tokens, in_features]."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    return flat[:: max(1, len(flat) // CLIP_TOKENS)]
+
+
+def quantize_as_autoawq(
+    weight: torch.Tensor, bits: int = 4, group_size: int | None = 128, dtype: torch.dtype = torch.float16
+) -> UniformTensor:
+    """Round to nearest on AutoAWQ's grid, from the least to the largest weight of a group, whether or not 0 lies between.
+
+    The zero-point is clamped to a code, so a group that lies to one side of 0 saturates: weights between 1 and 2 all read back as
+    about 1. rtn.quantize reaches to 0 instead. weight: float [out_features, in_features], cast to `dtype`, in which the
+    arithmetic is done: float16 for what AutoAWQ stores at last (float32 gives some other codes), float32 for its searches. Errors
+    as rtn.quantize.
+    """
+    size = grid.check_weight(weight, bits, group_size)
+    groups = weight.detach().to(dtype).view(len(weight), -1, size)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    if not (low.isfinite().all() and high.isfinite().all()):
+        raise grid.not_finite(weight.to(dtype))
+    maxq = 2**bits - 1
+    scale = (high - low).clamp(min=1e-5) / maxq
+    zero_point = (-torch.round(low / scale)).clamp(0, maxq)
+    codes = (torch.round(groups / scale) + zero_point).clamp(0, maxq)
+    return UniformTensor(
+        packed_codes=grid.pack_bits(codes.to(torch.uint8), bits),
+        scale=scale.flatten(1),
+        packed_zero_points=grid.pack_bits(zero_point.to(torch.uint8), bits),
+        bits=bits,
+        group_size=size,
+        shape=tuple(weight.shape),
+    )
+
+
+def _rounding(bits: int, size: int, symmetric: bool, peer_grid: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a weight reads back as, float32."""
+    if symmetric and peer_grid:
+        raise ValueError("symmetric and peer_grid exclude each other: AutoAWQ's grid is the asymmetric one here")
+    if peer_grid:
+        return lambda weight: quantize_as_autoawq(weight, bits, size, torch.float32).dequantize()
+    return lambda weight: rtn.quantize(weight, bits, size, symmetric).dequantize()
+
+
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [sum of out_features, in_features]."""
+    if isinstance(weights, torch.Tensor) or not weights:
+        raise ValueError("weights is a tensor or empty, wanted a list of the weights that share an input")
+    for index, weight in enumerate(weights):
+        grid.check_matrix(weight, f"weights[{index}]")
+        if weight.shape[1] != weights[0].shape[1]:
+            raise ValueError(f"weights[{index}] has in_features {weight.shape[1]}, weights[0] has {weights[0].shape[1]}")
+    return torch.cat([weight.detach().float() for weight in weights])
+
+
+def _checked_mean(mean_abs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if mean_abs.shape != weight.shape[1:]:
+        raise ValueError(f"mean_abs has shape {list(mean_abs.shape)}, wanted one value for each of {weight.shape[1]} in_features")
+    mean_abs = mean_abs.to(weight)
+    if not mean_abs.isfinite().all() or (mean_abs < 0).any():
+        raise ValueError("mean_abs holds NaN, infinity or a negative number, wanted means of magnitudes")
+    return mean_abs
+
+
+def _checked_gram(gram: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    columns = weight.shape[1]
+    if gram is None or gram.shape != (columns, columns):
+        got = "None" if gram is None else f"of shape {list(gram.shape)}"
+        raise ValueError(f"gram is {got}, wanted [{columns}, {columns}]: X^T X of the inputs")
+    gram = gram.to(weight)
+    if not gram.isfinite().all():
+        raise grid.not_finite(gram, "gram")
+    return gram
