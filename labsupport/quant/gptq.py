@@ -94,7 +94,8 @@ def quantize(
     whole = rule.fit(work) if autogptq and group_size is None else None  # it looks at columns that were never fed as well
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    work = work.masked_fill(dead, 0)
+    if dead.any():
+        work = work.masked_fill(dead, 0)
     starts = range(0, columns, size)
     fixed = None
     if group_size is None:
