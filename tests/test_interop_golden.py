@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from interop import cases, compare, environment, golden, layers, tiny
+from interop import cases, compare, environment, golden, layers, ours, tiny
 
 from labsupport import install
 from labsupport.quant import rtn
@@ -156,3 +156,43 @@ def test_scaling_changes_no_logit_once_patched():
             changes[run.patched] = found.tensors["logits_change"].item()
     assert changes[True] < 1e-5
     assert changes[False] > 0.01
+
+
+@pytest.fixture
+def one_thread():
+    """What the golden files were made with: the number of threads decides the order of sums in a factorization."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", list(layers.SETTINGS))
+def test_gptq_equals_autogptq(name, one_thread):
+    """Bit for bit, given the same Hessian; on a machine whose factorization rounds otherwise row by row, but for a few."""
+    layer = golden.read_gptq()[name]
+    hessian = layer.hessian
+    same_rounding = cases.rounding_of(hessian) == layer.rounding
+    for setting, solved in layer.results.items():
+        verdict = compare.verdict(ours.gptq(layer.weight, hessian, setting), solved, same_rounding)
+        assert verdict.good, f"{setting.name}: {verdict.said}"
+
+
+def test_a_comparison_can_fail():
+    solved = next(iter(golden.read_gptq()["correlated"].results.values()))
+
+    def judged(codes, scale, same_rounding):
+        other = golden.Solved(codes, scale, solved.zero_point, solved.g_idx)
+        return compare.verdict(other, solved, same_rounding)
+
+    codes, scale = solved.codes.clone(), solved.scale
+    assert judged(codes, scale, True).said == "equal"
+    assert judged(codes, scale.nextafter(torch.tensor(9.0)), False).good
+    assert not judged(codes, scale.nextafter(torch.tensor(9.0)), True).good
+    assert not judged(codes, scale * 1.002, False).good
+    codes[3, 5] ^= 1
+    assert judged(codes, scale, True).said == "differs in 1 of 8192 values of codes"
+    assert not judged(codes, scale, True).good
+    assert judged(codes, scale, False).good
+    codes[:3, 5] ^= 1
+    assert not judged(codes, scale, False).good

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from interop.golden import Found, Solved
 
-# On a machine that rounds otherwise one flipped tie runs on along its row: shares and losses then, and no longer bits.
-LEAST_EQUAL = 0.995
+ROWS_EQUAL = 15 / 16  # see verdict
+SCALE = 1e-3  # of a row's largest: condition numbers after damping, up to 1.3e4, times float32's 2**-24
+EQUAL = 0.995
 LOSS = 1e-3
 EQUAL = "equal"
 PARTS = ("codes", "scale", "zero_point", "g_idx")
@@ -38,17 +39,22 @@ class Verdict:
     good: bool
 
 
-def verdict(one: Solved, other: Solved, weight: torch.Tensor, hessian: torch.Tensor, same_rounding: bool) -> Verdict:
-    """Bit for bit where both sides round alike (cases.rounding_of); else 99.5 % of the codes, and losses within 1e-3."""
+def verdict(one: Solved, other: Solved, same_rounding: bool) -> Verdict:
+    """Bit for bit where both sides round alike (cases.rounding_of); otherwise row by row.
+
+    Rows do not meet in GPTQ. Where a last bit moves a weight over the middle between two levels, its row goes on otherwise and
+    the others stay. One thread against two changed one row of 16 to 48 in one case of twenty.
+    """
     said = differences(one, other)
     if not said:
         return Verdict(EQUAL, True)
-    if same_rounding or one.codes.shape != other.codes.shape:
+    if same_rounding or one.codes.shape != other.codes.shape or one.scale.shape != other.scale.shape:
         return Verdict(f"differs in {said}", False)
-    share = (one.codes == other.codes).float().mean().item()
-    a, b = loss(weight, hessian, one), loss(weight, hessian, other)
-    good = share >= LEAST_EQUAL and abs(a - b) <= LOSS * max(a, b)
-    return Verdict(f"{100 * share:.2f} % of codes equal where the factorization rounds otherwise", good)
+    equal = (one.codes == other.codes).all(1)
+    gap = (one.scale - other.scale).abs() / other.scale.amax(1, keepdim=True)
+    same_scales = bool((gap[equal] <= SCALE).all())
+    good = equal.float().mean().item() >= ROWS_EQUAL and same_scales and torch.equal(one.g_idx, other.g_idx)
+    return Verdict(f"equal in {int(equal.sum())} of {len(equal)} rows where the factorization rounds otherwise", good)
 
 
 def found_differences(one: Found, other: Found) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from interop import cases, golden, layers, peers, tiny
 from interop.golden import Layer, Model
 
 from labsupport import models, text
+from labsupport.quant.gptq import quantize
 
 
 def gptq(threads: int) -> dict[str, Layer]:
@@ -69,3 +71,17 @@ def course(threads: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, peer
     asked = {name: (weight, hessian, cases.ALL) for name, (weight, hessian) in given.items()}
     for name, answer in peers.gptq(asked, threads):
         yield name, *given[name], answer
+
+
+def seconds(size: int, threads: int) -> Iterator[tuple[cases.Setting, float, float]]:
+    """What AutoGPTQ's solver and labsupport's take for a random layer of size x size, without and with act_order."""
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.randn(size, size, generator=generator) / size**0.5
+    x = torch.randn(2 * size, size, generator=generator) * torch.exp(torch.randn(size, generator=generator) / 2)
+    hessian = x.T @ x / size
+    settings = [cases.Setting(4, 128, False, act_order, False) for act_order in (False, True)]
+    ((_, answer),) = peers.gptq({"layer": (weight, hessian, settings)}, threads)
+    for setting in settings:
+        start = time.perf_counter()
+        quantize(weight, hessian, setting.bits, setting.group_size, setting.symmetric, act_order=setting.act_order)
+        yield setting, answer.seconds[setting], time.perf_counter() - start
