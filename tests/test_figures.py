@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 
 from labsupport import figures
 from labsupport.evaluate import Evaluation
-from labsupport.figures import base, course, curves, grids, groups, roofline
+from labsupport.figures import base, course, curves, grids, groups, levels, outliers, roofline
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (course, curves, grids, groups, roofline)
+MODULES = (course, curves, grids, groups, levels, outliers, roofline)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
@@ -57,6 +57,24 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     groups.layer_map: (LAYERS, "Bits spent", "bits a weight"),
     groups.paired: (evaluation(2.0), evaluation(2.1), ("16 bits", "4 bits")),
     groups.intervals: ({"one": (0.01, 0.005, 0.02), "other": (0.0, -0.01, 0.01)}, "Changes"),
+    levels.on_values: (WEIGHT / WEIGHT.abs().max(), torch.linspace(-1, 1, 16), "an even grid"),
+    levels.slices: ({"even": torch.linspace(-1, 1, 16), "with 0": torch.linspace(-1.125, 0.75, 16)},),
+    levels.code_use: ({"int4": [6.0] * 8 + [6.5] * 8, "NF4": [5.0] * 8 + [7.5] * 8}, "Use"),
+    levels.densities: ({"one": WEIGHT, "other": WEIGHT / 3}, "Shapes"),
+    levels.table: ({"normal": {"int4": 19.0, "NF4": 20.0}, "uniform": {"int4": 23.0, "NF4": 20.5}}, "Decibels"),
+    levels.rises: ({"NF4": ROWS, "int4": ROWS}, "Rises", (4.1, 0.02)),
+    levels.error_and_loss: ({"NF4": (20.7, 0.02, 0.01, 0.03), "int4": (19.7, 0.03, 0.02, 0.04)}, "Both"),
+    outliers.by_block: ({f"model.layers.{i}.mlp.{kind}": 3 * WEIGHT for i in range(2) for kind in ("up_proj", "down_proj")}, 6.0),
+    outliers.token_map: ({"one": 3 * WEIGHT, "other": WEIGHT}, 2.0),
+    outliers.columns_against_tokens: ([1, 8, 64], {"down_proj": [1, 20, 60]}, {"down_proj": 64}),
+    outliers.one_column: ([1, 8, 64], {"per tensor": [40.0, 20.0, 3.0], "per row": [42.0, 24.0, 7.0]}),
+    outliers.rises: ({"int8": {"as trained": (0.02, 0.01, 0.03), "planted": (0.2, 0.1, 0.3)}}, "Rises"),
+    outliers.against_threshold: (
+        {"as trained": {3.0: (0.0, -0.001, 0.001), 6.0: (0.01, 0.0, 0.02)}},
+        {"as trained": (0.1, 0.0, 0.2)},
+    ),
+    outliers.time_parts: ({"quantize": [0.1, 0.1], "int8 product": [0.3, 0.3]}, ["none", "8 columns"], {"float32": 1.0}),
+    outliers.two_errors: (WEIGHT.std(0), {"loud": torch.tensor([0, 1])}, {"loud": (0.01, 0.02)}),
     roofline.model_sizes: ({"7B": {16: (12.9, 0.0, 0.6), 4: (3.2, 0.1, 0.6)}}, (8, 24)),
     roofline.rooflines: (DEVICES, {"decode": 1.0, "prefill": 500.0}),
     roofline.intensity_against_batch: ([1, 8, 64], {"16 bits": [1.0, 8.0, 60.0]}, {"here": 5.0}, "Intensity"),
