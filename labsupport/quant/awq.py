@@ -80,7 +80,7 @@ def search(
     rule: Rule = "llm-awq",
     n_grid: int = 20,
     symmetric: bool = False,
-    peer_grid: bool = False,
+    autoawq_grid: bool = False,
     loss: Callable[[list[torch.Tensor]], float] | None = None,
 ) -> Search:
     """Try the ratios 0, 1/n_grid, ... below 1 and keep the scale with the least loss; at a tie the smaller ratio.
@@ -90,8 +90,8 @@ def search(
     the linears' own output error, tr(E G E^T) with E = Q(W s) / s - W: what running them on X again would give, without X. Or
     `loss`, called with what each weight would read back as, decides: see `fold.module_loss`; gram may then be None.
 
-    rule: how scales are made, see `scale_at`. The grid is that of rtn.quantize, or with peer_grid that of `quantize_as_autoawq`
-    in float32. For AutoAWQ's scales to the bit: rule "autoawq", peer_grid and fold.module_loss.
+    rule: how scales are made, see `scale_at`. The grid is that of rtn.quantize, or with autoawq_grid that of `quantize_as_autoawq`
+    in float32. For AutoAWQ's scales to the bit: rule "autoawq", autoawq_grid and fold.module_loss.
     Raises ValueError for shapes that do not fit, for NaN and infinity, and where no ratio has a finite loss.
     """
     stacked = _stacked(weights)
@@ -106,7 +106,7 @@ def search(
     if loss is None:
         gram = _checked_gram(gram, stacked)
     magnitude = relative_magnitude([stacked], size) if rule == "autoawq" else None
-    rounded = _rounding(bits, size, symmetric, peer_grid)
+    rounded = _rounding(bits, size, symmetric, autoawq_grid)
     rows = [len(weight) for weight in weights]
     losses: list[float] = []
     best = None
@@ -138,7 +138,7 @@ def search_clip(
     n_grid: int = 20,
     max_shrink: float = 0.5,
     symmetric: bool = False,
-    peer_grid: bool = False,
+    autoawq_grid: bool = False,
 ) -> torch.Tensor:
     """The largest magnitude that each group should keep, float32 [out_features, groups]: what is larger is worth clipping.
 
@@ -158,7 +158,7 @@ def search_clip(
     weight = weight.detach().float()
     groups = len(weight.T) // size
     blocks = _checked_gram(gram, weight).view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    rounded = _rounding(bits, size, symmetric, peer_grid)
+    rounded = _rounding(bits, size, symmetric, autoawq_grid)
     largest = weight.view(-1, groups, size).abs().amax(2)  # [out, groups]
     least, best = torch.full_like(largest, math.inf), largest.clone()
     for step in range(max(1, int(max_shrink * n_grid))):
@@ -211,11 +211,11 @@ def quantize_as_autoawq(
     )
 
 
-def _rounding(bits: int, size: int, symmetric: bool, peer_grid: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _rounding(bits: int, size: int, symmetric: bool, autoawq_grid: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a weight reads back as, float32."""
-    if symmetric and peer_grid:
-        raise ValueError("symmetric and peer_grid exclude each other: AutoAWQ's grid is the asymmetric one here")
-    if peer_grid:
+    if symmetric and autoawq_grid:
+        raise ValueError("symmetric and autoawq_grid exclude each other: AutoAWQ's grid is the asymmetric one here")
+    if autoawq_grid:
         return lambda weight: quantize_as_autoawq(weight, bits, size, torch.float32).dequantize()
     return lambda weight: rtn.quantize(weight, bits, size, symmetric).dequantize()
 
