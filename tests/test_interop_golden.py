@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from interop import cases, compare, environment, golden, layers, ours, tiny
+from interop.golden import unpack_awq
 
 from labsupport import install
 from labsupport.quant import rtn
@@ -87,12 +88,6 @@ def test_hessians_are_exact():
         assert len(energy.unique()) == len(energy), "act_order would depend on how a sort breaks ties"
     with pytest.raises(ValueError, match=r"wanted below 2\*\*24"):
         cases.exact_hessian(torch.full((2048, 1), 127, dtype=torch.int8))
-
-
-def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """int32 [rows, columns / 8] to codes [columns, rows]: nibble i of a word is column 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
-    nibbles = words[..., None] >> 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) & 15
-    return nibbles.flatten(1).T
 
 
 @pytest.mark.parametrize(("name", "run"), [(name, run) for name, runs in tiny.RUNS.items() for run in runs], ids=str)
@@ -174,7 +169,7 @@ def test_gptq_equals_autogptq(name, one_thread):
     hessian = layer.hessian
     same_rounding = cases.rounding_of(hessian) == layer.rounding
     for setting, solved in layer.results.items():
-        verdict = compare.verdict(ours.gptq(layer.weight, hessian, setting), solved, same_rounding)
+        verdict = compare.verdict(ours.by_gptq(layer.weight, hessian, setting), solved, same_rounding)
         assert verdict.good, f"{setting.name}: {verdict.said}"
 
 

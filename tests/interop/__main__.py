@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from interop import cases, compare, environment, golden, live, ours
+from interop import cases, compare, environment, golden, live, ours, tiny
 
 from labsupport.install import InstallError
 
@@ -28,7 +28,7 @@ def gptq_layers(threads: int) -> Iterator[Line]:
         same_here = fresh.rounding == cases.rounding_of(hessian)
         for setting, result in fresh.results.items():
             file = compare.verdict(kept[name].results[setting], result, same)
-            mine = compare.verdict(ours.gptq(weight, hessian, setting), result, same_here)
+            mine = compare.verdict(ours.by_gptq(weight, hessian, setting), result, same_here)
             yield f"AutoGPTQ {name} {setting.name}: golden file {file.said}, labsupport {mine.said}", file.good and mine.good
 
 
@@ -37,7 +37,7 @@ def gptq_course(threads: int) -> Iterator[Line]:
     for name, weight, hessian, answer in live.course(threads):
         same_here = answer.rounding == cases.rounding_of(hessian)
         verdicts = {
-            setting: compare.verdict(ours.gptq(weight, hessian, setting), result, same_here)
+            setting: compare.verdict(ours.by_gptq(weight, hessian, setting), result, same_here)
             for setting, result in answer.results.items()
         }
         equal = sum(verdict.said == compare.EQUAL for verdict in verdicts.values())
@@ -46,12 +46,17 @@ def gptq_course(threads: int) -> Iterator[Line]:
 
 
 def awq_models(threads: int) -> Iterator[Line]:
-    """Fresh results of the golden file's tiny models, a line for each run."""
+    """Fresh results of the golden file's tiny models, a line for each run. labsupport does not do what stock AutoAWQ does."""
     kept = golden.read_awq()
     for name, fresh in live.awq(threads).items():
         for run, found in fresh.results.items():
-            said = compare.found_differences(kept[name].results[run], found)
-            yield f"AutoAWQ {name} {run.name}: golden file {said or compare.EQUAL}", not said
+            file = compare.found_differences(kept[name].results[run], found)
+            said = f"AutoAWQ {name} {run.name}: golden file {file or compare.EQUAL}"
+            mine = ""
+            if run.patched:
+                mine = compare.found_differences(ours.by_awq(fresh, tiny.SHAPES[name], run), found.unpacked())
+                said += f", labsupport {mine or compare.EQUAL}"
+            yield said, not file and not mine
 
 
 def speed(size: int, threads: int) -> Iterator[Line]:

@@ -69,6 +69,8 @@ def found_differences(one: Found, other: Found) -> str:
         elif key.endswith("losses"):
             if a.argmin() != b.argmin():
                 said.append(f"{key}: ratio {a.argmin() / len(a):.2f} against {b.argmin() / len(b):.2f}")
+        elif a.shape != b.shape:
+            said.append(f"{key} {list(a.shape)} against {list(b.shape)}")
         elif not torch.equal(a, b):
-            said.append(f"{int((a != b).sum())} of {b.numel()} values of {key}")
+            said.append(f"differs in {int((a != b).sum())} of {b.numel()} values of {key}")
     return ", ".join(said)

@@ -63,6 +63,25 @@ class Found:
         losses = self.tensors[f"group.{group}/losses"]
         return losses.argmin().item() / len(losses)
 
+    def unpacked(self) -> Found:
+        """The results alone, with codes uint8 [out, in], zero_point and scale [out, groups] in place of AutoAWQ's layout."""
+        results = {}
+        for key, tensor in self.tensors.items():
+            name, _, part = key.rpartition("/")
+            if part in ("qweight", "qzeros"):
+                results[f"{name}/{'codes' if part == 'qweight' else 'zero_point'}"] = unpack_awq(tensor).to(torch.uint8)
+            elif part == "scales":
+                results[f"{name}/scale"] = tensor.T.contiguous()
+            elif part not in ("x_mean", "w_mean", "logits_change", "seconds"):
+                results[key] = tensor
+        return Found(results, self.groups)
+
+
+def unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """int32 [rows, columns / 8] to codes [columns, rows]: nibble i of a word is column 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
+    nibbles = words[..., None] >> 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) & 15
+    return nibbles.flatten(1).T
+
 
 @dataclass(frozen=True)
 class Model:
