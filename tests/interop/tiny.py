@@ -82,8 +82,8 @@ def make(shape: Shape, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor
 
 
 def floats(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict, float32."""
-    return {name: weight.float() * STEP if weight.dtype == torch.int8 else weight for name, weight in weights.items()}
+    """The state dict, float32, in tensors of its own."""
+    return {name: weight.float() * STEP if weight.dtype == torch.int8 else weight.clone() for name, weight in weights.items()}
 
 
 def save(shape: Shape, weights: dict[str, torch.Tensor], directory: Path) -> None:
