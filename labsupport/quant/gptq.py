@@ -235,7 +235,7 @@ def _checked(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _factorize(hessian: torch.Tensor, damping: float, form: Callable[[torch.Tensor], torch.Tensor | None]):
     """form(H + damping * mean diagonal), and the damping with which that exists."""
     diagonal = hessian.diagonal()
-    before, mean = diagonal.clone(), diagonal.mean()
+    before, mean = diagonal.clone(), torch.diag(hessian).mean()  # of a copy, as AutoGPTQ: a strided mean has other last bits
     for _ in range(RAISES + 1):
         diagonal.copy_(before + damping * mean)
         factor = form(hessian)

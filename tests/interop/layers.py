@@ -34,11 +34,11 @@ def _correlated() -> tuple[torch.Tensor, torch.Tensor]:
     """32x256: inputs of unequal size that share 32 directions. Column 77 is never fed, and has the largest weight of each row."""
     generator = torch.Generator().manual_seed(32)
     mixing = torch.randn(32, 256, generator=generator)
-    inputs = torch.randn(256, 32, generator=generator) @ mixing / 5 + torch.randn(256, 256, generator=generator) / 3
+    inputs = torch.randn(250, 32, generator=generator) @ mixing / 5 + torch.randn(250, 256, generator=generator) / 3
     inputs = inputs * torch.exp(0.7 * torch.randn(256, generator=generator))
     weight = torch.randn(32, 256, generator=generator) / 16
     inputs[:, 77], weight[:, 77] = 0, 0.5
-    return weight, _integers(inputs, 100)
+    return weight, _integers(inputs, 100)[:243]  # 2/243 H has entries that are no whole numbers: how a mean is added shows
 
 
 def _one_sided() -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,6 +74,6 @@ def make() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "correlated": _correlated(),
         "one-sided": _one_sided(),
         "course-o_proj": _course("model.layers.2.self_attn.o_proj", 48, 256),
-        "course-down_proj": _course("model.layers.5.mlp.down_proj", 16, 256),
+        "course-down_proj": _course("model.layers.5.mlp.down_proj", 16, 250),
     }
     return {name: (weight.half().float(), _without_ties(inputs)) for name, (weight, inputs) in layers.items()}
