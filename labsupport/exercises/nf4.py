@@ -75,7 +75,7 @@ def judge_codebook(given: dict, got: dict, want: dict) -> Verdict:
     if fault := shape_fault(got, want):
         return wrong(fault)
     levels, wanted = got["levels"].double(), want["levels"].double()
-    # A probability rounded to float32 moves by up to 2**-25, and its quantile by 1 / density as much: 14 times at the outermost, over
+    # A probability rounded to float32 moves by up to 2**-25, its quantile by 1 / density as much: 14 times at the outermost, by
     # which all are divided (1.85). With two roundings more it comes to 3.5e-7. Probabilities in float64 come within 1.4e-7.
     allowed = 4e-7
     off = largest_difference(levels, wanted)
