@@ -66,6 +66,15 @@ def speed(size: int, threads: int) -> Iterator[Line]:
         yield f"{size}x{size} {setting.name}, {threads} threads: {said}", True
 
 
+def quality(windows: int, threads: int) -> Iterator[Line]:
+    """Perplexity of the course model by AutoAWQ and by labsupport, and the seconds that each took. For the eye: never wrong."""
+    for who, perplexity, seconds in live.course_awq(windows, threads):
+        yield (
+            f"AWQ, 4 bits g128, {windows} x 512 tokens, {threads} threads: {who}, perplexity {perplexity:.4f}, {seconds:.1f} s",
+            True,
+        )
+
+
 def write(threads: int) -> None:
     """The golden files, from fresh results."""
     processor = torch.backends.cpu.get_cpu_capability()
@@ -81,6 +90,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="make the golden files anew instead of comparing with them")
     parser.add_argument("--small", action="store_true", help="leave out the linears of the course model")
     parser.add_argument("--time", type=int, metavar="SIZE", help="only time the solvers on one layer of SIZE x SIZE")
+    parser.add_argument("--awq", type=int, metavar="WINDOWS", help="only AWQ of the course model on WINDOWS x 512 tokens")
     parser.add_argument("--threads", type=int, default=1, help="of the peers and of labsupport; the golden files are of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -91,6 +101,8 @@ def main() -> int:
             return 0
         if options.time:
             parts = [speed(options.time, options.threads)]
+        elif options.awq:
+            parts = [quality(options.awq, options.threads)]
         else:
             parts = [gptq_layers(options.threads), awq_models(options.threads)]
             parts += [] if options.small else [gptq_course(options.threads)]

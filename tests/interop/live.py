@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from interop import cases, golden, layers, peers, tiny
-from interop.golden import Layer, Model
+from interop.golden import Found, Layer, Model
+from torch import nn
 
-from labsupport import models, text
+from labsupport import fold, models, text
+from labsupport.evaluate import perplexity
 from labsupport.quant.gptq import quantize
+from labsupport.quantize import quantize_model
 
 
 def gptq(threads: int) -> dict[str, Layer]:
@@ -85,3 +88,34 @@ def seconds(size: int, threads: int) -> Iterator[tuple[cases.Setting, float, flo
         start = time.perf_counter()
         quantize(weight, hessian, setting.bits, setting.group_size, setting.symmetric, act_order=setting.act_order)
         yield setting, answer.seconds[setting], time.perf_counter() - start
+
+
+@torch.no_grad()
+def as_read_back(model: nn.Module, found: Found, run: cases.AwqRun) -> nn.Module:
+    """A copy of a model with the weights that AutoAWQ's codes stand for, and its norms."""
+    copy, found = models.duplicate(model), found.unpacked()
+    for name, linear in models.linears(copy).items():
+        codes, zero_point, scale = (found.tensors[f"{name}/{part}"] for part in ("codes", "zero_point", "scale"))
+        groups = codes.unflatten(1, (-1, run.group_size)).float() - zero_point[..., None]
+        linear.weight.copy_((groups * scale[..., None]).flatten(1))
+    for name, module in copy.named_modules():
+        if name.endswith(fold.NORMS):
+            module.weight.copy_(found.tensors[f"{name}/weight"])
+    return copy
+
+
+def course_awq(windows: int, threads: int) -> Iterator[tuple[str, float, float]]:
+    """AutoAWQ and labsupport on the course model, 4 bits g128, same calibration text: who, perplexity on held-out code, seconds."""
+    model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
+    heldout, train = (text.load_text(tokenizer, "code", split) for split in ("heldout", "train"))
+    ids = train.ids[train.windows(512, windows)[:, None] + torch.arange(512)]
+    run = cases.AwqRun(128)
+    yield "unquantized", perplexity(model, heldout, windows=64), 0.0
+    found = peers.awq(models.course_model_dir(), ids, [run], threads)[run]
+    theirs = as_read_back(model, found, run)
+    yield "AutoAWQ", perplexity(theirs, heldout, windows=64), found.tensors["seconds"].item()
+    for loss in ("gram", "block"):
+        start = time.perf_counter()
+        mine, _ = quantize_model(model, "awq", calibration=ids, bits=4, group_size=128, loss=loss)
+        seconds = time.perf_counter() - start
+        yield f"labsupport, loss {loss}", perplexity(mine, heldout, windows=64), seconds
