@@ -244,8 +244,9 @@ def test_bad_input_to_the_clip_search():
 def test_a_group_to_one_side_of_0_saturates_on_autoawqs_grid_and_not_on_ours():
     weight = torch.linspace(1, 2, 128)[None] * torch.tensor([[1.0], [-1.0]])
     theirs, ours = awq.quantize_as_autoawq(weight), rtn.quantize(weight)
-    # Their 15 steps are as long as the range, 1; from 0 on they end at 1, and float16 rounds each scale by 2**-11.
-    assert (theirs.dequantize().abs() <= 1 + 2**-11).all()
+    # Their 15 steps are as long as the range, 1, and count from 0. float16 rounds each scale by 2**-11.
+    assert theirs.zero_point[:, 0].tolist() == [0, 15]
+    assert (theirs.dequantize() - torch.tensor([[1.0], [-1.0]])).abs().max() <= 2**-11
     assert (ours.dequantize() - weight).abs().max() <= 2 / 15 / 2 + 2 * 2**-11
 
 
