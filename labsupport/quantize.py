@@ -6,28 +6,38 @@ so it puts another layer in its place.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from labsupport import models
+from labsupport import calibrate, calibrated, models
+from labsupport.calibrated import LayerReport, lost_share
 from labsupport.quant import int8, nf4, rtn
 from labsupport.quant.int8 import Int8Linear
+from labsupport.text import TokenStream
 
 WEIGHT_ONLY = {"rtn": rtn.quantize, "nf4": nf4.quantize, "int8-weights": int8.quantize}
-METHODS = (*WEIGHT_ONLY, "int8")
+CALIBRATED = ("gptq", "awq")
+METHODS = (*WEIGHT_ONLY, "int8", *CALIBRATED)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was stored. nbytes: of the quantized linears, counted. weights: how many they hold."""
+    """What was stored. weights: how many the quantized linears hold. layers: what became of each, by full name."""
 
-    nbytes: int
     weights: int
-    layers: dict[str, float]  # bits a weight of each linear
+    layers: dict[str, LayerReport]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all linears, counted from what is stored."""
+        return sum(layer.nbytes for layer in self.layers.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -39,49 +49,80 @@ def quantize_model(
     model: nn.Module,
     method: str = "rtn",
     *,
+    calibration: torch.Tensor | TokenStream | None = None,
     overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
     in_place: bool = False,
+    keep: str | Path | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> tuple[nn.Module, Report]:
-    """Quantize every linear of the model's blocks; return the model and what it stores.
+    """Quantize every linear of the model's blocks; return the model and what became of each linear.
 
-    settings go to the method: bits, group_size and symmetric for "rtn" (group_size "tensor": one grid for a whole weight);
-    codebook, block_size, double_quant for "nf4"; threshold, paper and granularity for "int8" (see Int8Linear), which
-    rounds activations too; granularity for "int8-weights", which does not. overrides: other settings for the linears whose full
-    name ends in a key, or None to leave them as they are, at 16 bits a weight. A copy is made unless `in_place`.
-    Raises ValueError for an unknown method or an override that matches nothing, and what the method raises.
+    settings go to the method:
+    - "rtn": bits, group_size ("tensor": one grid for a whole weight), symmetric; see quant.rtn.quantize.
+    - "nf4": codebook, block_size, double_quant, absmax_dtype; see quant.nf4.quantize.
+    - "int8": threshold, paper, granularity; see quant.int8.Int8Linear. It rounds activations too.
+    - "int8-weights": granularity. It does not.
+    - "gptq": bits, group_size, symmetric, act_order, static_groups, damping, mse, ...; see quant.gptq.quantize.
+    - "awq": bits, group_size, symmetric, rule, n_grid, autoawq_grid; see quant.awq.search. loss: "gram", or "block" for the output
+      of attention and MLP. clip: False for scales alone. base: "rtn", or "gptq" for GPTQ of the scaled weights.
+
+    calibration, which gptq and awq need: token ids, int64 [windows, length] (calibrate.windows), or a stream, of which 64 windows
+    of 512 tokens are taken. overrides: other settings for the linears whose full name ends in a key, or None to leave them as they
+    are, at 16 bits a weight. A copy is made unless `in_place`. keep: a folder for gptq's and awq's finished blocks, from which
+    a run that was stopped goes on. progress: show a bar. The same arguments give the same codes.
+    Raises ValueError for an unknown method, an override that matches nothing, calibration missing or in vain, a folder of another
+    run, and what the method raises.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
-    model = model if in_place else models.duplicate(model)
-    layers = models.linears(model)
+    if (method in CALIBRATED) != (calibration is not None):
+        said = "needs text: pass calibration" if method in CALIBRATED else "looks at no text: leave calibration out"
+        raise ValueError(f"calibration is {'missing' if calibration is None else 'given'}, but {method} {said}")
+    if keep is not None and method not in CALIBRATED:
+        raise ValueError(f"keep is given, but {method} has nothing worth keeping: it takes seconds")
+    names = models.linears(model).keys()
     for key in overrides or {}:
-        if not any(name.endswith(key) for name in layers):
+        if not any(name.endswith(key) for name in names):
             raise ValueError(f"overrides names {key!r}, with which no linear's name ends")
-    nbytes, per_layer = 0, {}
-    for name, layer in layers.items():
+
+    def settings_of(name: str) -> Mapping[str, Any] | None:
         chosen: Mapping[str, Any] | None = settings
         for key, other in (overrides or {}).items():
             if name.endswith(key):
                 chosen = None if other is None else {**settings, **other}
-        weight = layer.weight
-        if chosen is None:
-            stored = 2 * weight.numel()
-        elif method == "int8":
-            replacement = Int8Linear(layer, **chosen)
-            stored = replacement.nbytes
-            model.set_submodule(name, replacement)
+        return chosen
+
+    model = model if in_place else models.duplicate(model)
+    weights = sum(layer.weight.numel() for layer in models.linears(model).values())
+    with tqdm(total=len(names), desc=method, unit="layer", disable=not progress) as bar:
+        if method in CALIBRATED:
+            ids = calibrate.windows(calibration) if isinstance(calibration, TokenStream) else calibration
+            kept = None if keep is None else Path(keep)
+            layers = calibrated.quantize_blocks(model, method, ids, settings_of, kept, lambda _: bar.update())
         else:
-            stored, values = _apply(WEIGHT_ONLY[method], weight, dict(chosen))
-            weight.copy_(values)
-        nbytes += stored
-        per_layer[name] = 8 * stored / weight.numel()
-    return model, Report(nbytes, sum(layer.weight.numel() for layer in layers.values()), per_layer)
+            layers = {}
+            for name, layer in models.linears(model).items():
+                layers[name] = _quantize_linear(model, method, name, layer, settings_of(name))
+                bar.update()
+    return model, Report(weights, layers)
 
 
-def _apply(method, weight: torch.Tensor, settings: dict[str, Any]) -> tuple[int, torch.Tensor]:
-    if settings.get("group_size") == "tensor":
-        quantized = method(weight.reshape(1, -1), **settings | {"group_size": None})
+def _quantize_linear(model: nn.Module, method: str, name: str, layer: nn.Linear, settings: Mapping[str, Any] | None) -> LayerReport:
+    weight, start = layer.weight, time.perf_counter()
+    if settings is None:
+        return LayerReport.of(weight, 2 * weight.numel(), 0.0, 0.0)
+    if method == "int8":
+        replacement = Int8Linear(layer, **settings)
+        model.set_submodule(name, replacement)
+        stored, values = replacement, replacement.stored.dequantize()
+    elif settings.get("group_size") == "tensor":
+        stored = WEIGHT_ONLY[method](weight.reshape(1, -1), **{**settings, "group_size": None})
+        values = stored.dequantize().view_as(weight)
     else:
-        quantized = method(weight, **settings)
-    return quantized.nbytes, quantized.dequantize().view_as(weight)
+        stored = WEIGHT_ONLY[method](weight, **settings)
+        values = stored.dequantize()
+    error = lost_share(weight, values)
+    if method != "int8":
+        weight.copy_(values)
+    return LayerReport.of(weight, stored.nbytes, error, time.perf_counter() - start)

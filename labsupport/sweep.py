@@ -25,6 +25,8 @@ from labsupport.quantize import quantize_model
 from labsupport.text import TokenStream
 
 GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
+# What a row says beside its setting.
+MEASURED = ("bits_per_weight", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement")
 # What must agree for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
 
@@ -75,7 +77,39 @@ def _nf4(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield {"planted": planted, "method": "rtn", "bits": 4, "group_size": group_size, "symmetric": symmetric}
 
 
-SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {"rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4}
+def _gptq(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for planted in PLANTED[:2]:
+        for bits in (4, 3, 2):
+            setting = {"planted": planted, "bits": bits, "group_size": 128}
+            yield setting | {"method": "rtn"}
+            yield setting | {"method": "gptq", "samples": 64}
+            yield setting | {"method": "gptq", "samples": 64, "act_order": True, "static_groups": True}
+        for bits in (4, 3):
+            yield {"planted": planted, "bits": bits, "group_size": 32, "method": "gptq", "samples": 64}
+    trained = {"planted": None, "bits": 3, "group_size": 128, "method": "gptq"}
+    for samples in (2, 8, 32):
+        yield trained | {"samples": samples}
+    yield trained | {"samples": 64, "text": "prose"}
+    yield trained | {"samples": 64, "mse": True}
+    yield trained | {"samples": 64, "group_size": 32, "stale_grids": True}
+
+
+def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for planted in PLANTED[:2]:
+        for bits in (4, 3):
+            setting = {"planted": planted, "bits": bits, "group_size": 128}
+            yield setting | {"method": "rtn"}
+            yield setting | {"method": "gptq", "samples": 64}
+            for own in ({}, {"clip": False}, {"base": "gptq"}, {"rule": "autoawq"}):
+                yield setting | {"method": "awq", "samples": 64} | own
+        yield {"planted": planted, "bits": 4, "group_size": 32, "method": "awq", "samples": 64}
+
+
+SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
+    "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq,
+}  # fmt: skip
+# What gives the calibration text of a row: token ids, int64 [samples, length], from the domain's training text.
+Calibration = Callable[[str, int], torch.Tensor]
 # What is chosen by a sweep's rows is judged on held-out text, so they come from other text.
 SPLITS = {"layers": "train"}
 
@@ -92,7 +126,7 @@ class Measurements:
         return self.about["baseline_perplexity"]
 
     def find(self, **setting: Any) -> dict[str, Any]:
-        """The one row with this setting. Raises LookupError where there is none or more than one."""
+        """The one row with this setting; None stands for a key that a row does not have. Raises LookupError unless it is one."""
         found = [row for row in self.rows if all(row.get(key) == value for key, value in setting.items())]
         if len(found) != 1:
             raise LookupError(f"{len(found)} rows have {setting}, wanted one")
@@ -146,9 +180,12 @@ def run(
     model_name: str,
     windows: int | None = 256,
     length: int = LENGTH,
+    calibration: Calibration | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows already in `path` for the same model and text are kept.
+
+    calibration: what gptq and awq are given, for a domain and a number of windows.
 
     Raises ValueError for an unknown sweep, and where `path` holds rows of another model, text or length.
     """
@@ -173,34 +210,39 @@ def run(
         rows = before["rows"]
     settings = list(SWEEPS[name](model))
     for number, setting in enumerate(settings):
-        if not any(all(row.get(k) == v for k, v in setting.items()) for row in rows):
+        if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
             if "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
             else:
-                rows.append(_measure(name, model, stream, length, windows, baseline, setting))
+                rows.append(_measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting))
             _write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
 
 
-def _measure(name, model, stream, length, windows, baseline, setting) -> dict[str, Any]:
-    quantized, report = quantize_model(**_arguments(name, model, setting))
+def _measure(arguments, stream, length, windows, baseline, setting) -> dict[str, Any]:
+    quantized, report = quantize_model(**arguments)
     result = evaluate(quantized, stream, length, windows)
     change = paired_bootstrap(baseline, result)
     return {
         **setting, "bits_per_weight": report.bits_per_weight, "nbytes": report.nbytes, "perplexity": result.perplexity,
+        "seconds": round(sum(layer.seconds for layer in report.layers.values()), 2),
         "change": change.change, "low": change.low, "high": change.high,
         "loss": [round(nats, 4) for nats in result.loss.tolist()],  # of each document, so that rows can be paired
     }  # fmt: skip
 
 
-def _arguments(name: str, model: nn.Module, setting: dict[str, Any]) -> dict[str, Any]:
+def _arguments(name: str, model: nn.Module, setting: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
     """A row's setting as what `quantize_model` takes."""
     arguments = {"model": model, "method": name, **setting}
     if planted := arguments.pop("planted", None):
         arguments["model"] = models.plant_outliers(model, factor=planted)
     if arguments.get("group_size") == "row":
         arguments["group_size"] = None
+    if samples := arguments.pop("samples", None):
+        if calibration is None:
+            raise ValueError(f"calibration is missing, and the sweep {name!r} has rows that need it")
+        arguments["calibration"] = calibration(arguments.pop("text", "code"), samples)
     if stored := arguments.pop("absmax", None):
         arguments |= {"double_quant": True} if stored == "double" else {"absmax_dtype": getattr(torch, stored)}
     return arguments
@@ -211,6 +253,5 @@ def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:
     group_size = None if setting["group_size"] == "row" else setting["group_size"]
     others = {name: None for name in models.linears(model) if name != setting["layer"]}
     quantized, report = quantize_model(model, "rtn", bits=setting["bits"], group_size=group_size, overrides=others)
-    weights = models.linears(model)[setting["layer"]].weight.numel()
     kl, agreement = divergence(model, quantized, stream, length, windows)
-    return {**setting, "nbytes": round(report.layers[setting["layer"]] * weights / 8), "kl": kl, "agreement": agreement}
+    return {**setting, "nbytes": report.layers[setting["layer"]].nbytes, "kl": kl, "agreement": agreement}

@@ -49,15 +49,16 @@ def train(
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers, int8, nf4.")] = "rtn",
+    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers, int8, nf4, gptq, awq.")] = "rtn",
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
 ) -> None:
     """Measure a method at many settings and keep the rows; a stopped sweep goes on where it was."""
+    import torch
     from tqdm import tqdm
 
-    from labsupport import models, text
+    from labsupport import calibrate, models, text
     from labsupport import sweep as sweeps
 
     try:
@@ -73,8 +74,11 @@ def sweep(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            path = out or sweeps.path_of(name)
-            sweeps.run(name, loaded, stream, path, "course-model" if own else chosen, windows, on_row=on_row)
+            def calibration(domain: str, samples: int) -> torch.Tensor:
+                return calibrate.windows(text.load_text(tokenizer, domain, "train"), samples)
+
+            path, said = out or sweeps.path_of(name), "course-model" if own else chosen
+            sweeps.run(name, loaded, stream, path, said, windows, calibration=calibration, on_row=on_row)
     except ValueError as error:
         raise _fail(error) from error
     typer.echo(f"wrote {path}")

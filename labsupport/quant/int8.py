@@ -152,8 +152,12 @@ class Int8Linear(nn.Module):
         stored = (self.codes, self.absmax, self.outlier_weight)
         return sum(t.nbytes for t in stored if t is not None)
 
+    @property
+    def stored(self) -> Int8Tensor:
+        """The weight in 8 bits."""
+        return Int8Tensor(self.codes, self.absmax)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = Int8Tensor(self.codes, self.absmax)
         flat = x.reshape(-1, x.shape[-1])
-        output = linear(flat, weight, self.bias, self.threshold, self.outlier_weight, self.granularity)
+        output = linear(flat, self.stored, self.bias, self.threshold, self.outlier_weight, self.granularity)
         return output.view(*x.shape[:-1], -1)
