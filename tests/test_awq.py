@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from interop import golden, tiny
-from test_interop_golden import unpack_awq
+from interop.golden import unpack_awq
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
