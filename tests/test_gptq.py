@@ -204,6 +204,7 @@ def test_columns_that_were_never_fed_become_zero_and_leave_no_trace():
 def test_searched_grids_have_the_least_error_of_all_that_were_tried(symmetric):
     torch.manual_seed(0)
     weight = torch.randn(4, 64)
+    weight[0] **= 5  # one so far from the others that half of the range is given up
     q = gptq.quantize(weight, torch.eye(64), 3, None, symmetric, mse=True, scale_dtype=torch.float32)
     error = (q.dequantize() - weight).abs().pow(2.4).sum(1)
     best = torch.full((4,), math.inf)
@@ -229,17 +230,19 @@ def test_autogptq_clips_symmetric_groups_without_a_negative_weight():
     assert ((ours.amax(1) / largest - 14 / 15).abs() < 2**-10).all()
 
 
-@pytest.mark.parametrize("factor", [gptq.inverse_factor, gptq.autogptq_factor])
 @pytest.mark.parametrize("columns", [1, 2, 255, 600])
-def test_factors_of_the_inverse(factor, columns):
+def test_factors(columns):
     _, hessian = correlated(1, columns)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
-    upper = factor(hessian).double()
-    assert torch.equal(upper, upper.triu())
-    assert (upper.diagonal() > 0).all()
-    # Float32 rounding, 6e-8, times the condition of H, some 1e3 here, times what sums of 600 terms add.
-    assert torch.allclose(upper.T @ upper @ hessian.double(), torch.eye(columns, dtype=torch.float64), atol=2e-3)
-    assert factor(-hessian) is None
+    root, inverse = gptq.upper_root(hessian).double(), gptq.autogptq_factor(hessian).double()
+    for upper in (root, inverse):
+        assert torch.equal(upper, upper.triu())
+        assert (upper.diagonal() > 0).all()
+    # Float32 rounding, 6e-8, times what sums of 600 terms add; for what has been inverted, times the condition of H, some 1e3 here.
+    assert torch.allclose(root @ root.T, hessian.double(), atol=1e-5 * hessian.diagonal().max().item())
+    assert torch.allclose(inverse @ root, torch.eye(columns, dtype=torch.float64), atol=2e-3)
+    assert gptq.upper_root(-hessian) is None
+    assert gptq.autogptq_factor(-hessian) is None
 
 
 def test_damping_is_raised_until_the_hessian_can_be_factorized_and_no_further():
@@ -251,7 +254,9 @@ def test_damping_is_raised_until_the_hessian_can_be_factorized_and_no_further():
     assert torch.equal(q.codes, gptq.quantize(weight, hessian, 4, 32, damping=0.001).codes)
     negative = hessian - 0.05 * hessian.diagonal().mean() * torch.eye(64)
     negative.diagonal().clamp_(min=0.01)
-    assert gptq.quantize(weight, negative, 4, 32).damping > 0.01
+    raised = gptq.quantize(weight, negative, 4, 32)
+    assert raised.damping > 0.01
+    assert torch.equal(raised.codes, gptq.quantize(weight, negative, 4, 32, damping=raised.damping).codes)
     mirror = torch.full((64, 64), -5.0).fill_diagonal_(0.1)
     with pytest.raises(ValueError, match="hessian is not positive definite even with damping 10: it cannot be a sum of x x"):
         gptq.quantize(weight, mirror, 4, 32)

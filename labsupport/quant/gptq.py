@@ -4,7 +4,8 @@ Frantar et al. 2022, "GPTQ", arXiv:2210.17323, section 3.3 and algorithm 1. The 
 H = 2/n X^T X the Hessian of each row, X the layer's inputs: the squared error of the outputs.
 
 With `autogptq` everything is computed as AutoGPTQ 0.7.1 does and in its order, so that codes, scales and zero-points are its own to
-the last bit. Without, the same method takes the factor of the inverse of H from a factor of H itself, and updates in more levels.
+the last bit. Without, it is the same method with less to compute: inside a block of columns errors are spread by the inverse of H,
+as in the paper, but from block to block by a factor of H itself, so that H is never inverted.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def quantize(
     not symmetric or not positive definite; TypeError for a dtype that is not floating point.
     """
     size = grid.check_weight(weight, bits, group_size)
-    if not weight.isfinite().all():
+    if not weight.sum().isfinite() and not weight.isfinite().all():  # a finite sum has finite terms, and is quicker to know
         raise grid.not_finite(weight)
     if not (isinstance(block_size, int) and block_size >= 1):
         raise ValueError(f"block_size is {block_size!r}, wanted a positive whole number")
@@ -108,15 +109,12 @@ def quantize(
     if order is not None:
         work, hessian = work[:, order], hessian[order][:, order]
         group_of = group_of[order] if fixed else group_of
-    factor, damping = _factorize(hessian, damping, autogptq_factor if autogptq else inverse_factor)
+    factor, damping = _factorize(hessian, damping, autogptq_factor if autogptq else upper_root)
     del hessian
-    solver = _Solver(work, factor, rule, size, group_of, fixed)
-    if fixed:
-        solver.run(0, columns, _sizes(block_size, None, autogptq))
-    elif stale_grids:
-        solver.run(0, columns, _sizes(block_size, None, autogptq), grids_at=block_size)
-    else:
-        solver.run(0, columns, _sizes(block_size, size, autogptq), grids_at=size)
+    solver = _Solver(rows, columns, rule, size, group_of, fixed)
+    sizes = _sizes(block_size, None if fixed or stale_grids else size, autogptq)
+    grids_at = None if fixed else block_size if stale_grids else size
+    (solver.as_autogptq if autogptq else solver.by_blocks)(work, factor, sizes, grids_at)
 
     codes = solver.codes.t()
     if order is not None:
@@ -142,30 +140,50 @@ def output_error(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tens
 
 
 class _Solver:
-    """Columns in the order in which they are quantized, and what is known of them so far.
+    """Columns in the order in which they are quantized, and what is known of those that are done.
 
-    work: float32 [out, in], each column as the errors before it have left it. error: [out, in], what the later columns answer to.
-    codes: uint8 [in, out]. scale, zero_point: float32 [groups, out].
+    codes: uint8 [in, out]. scale, zero_point: float32 [groups, out]. While a stretch of columns is at work, `offset` is where it
+    starts; work, float32 [out, stretch], its columns as the errors before them have left them, then as they read back; error
+    [out, stretch], what the columns after each answer to; factor [stretch, stretch], how, as in algorithm 1.
     """
 
-    def __init__(self, work, factor, rule, group_size, group_of, fixed):
-        self.factor, self.rule, self.group_size = factor, rule, group_size
-        self.group_of = group_of.tolist()
-        if rule.autogptq:
-            self.work = work.clone(memory_format=torch.contiguous_format)
-        else:
-            # A column is a row in memory: what is done to one column at a time reads and writes neighbors.
-            self.work = work.t().clone(memory_format=torch.contiguous_format).t()
-        self.error = torch.zeros_like(self.work)
-        rows, columns = work.shape
-        self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=work.device)
-        self.scale = torch.empty(len(set(self.group_of)), rows, device=work.device)
+    def __init__(self, rows: int, columns: int, rule: Grids, group_size: int, group_of: torch.Tensor, fixed: list | None):
+        self.columns, self.rule, self.group_size, self.group_of = columns, rule, group_size, group_of.tolist()
+        self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=group_of.device)
+        self.scale = torch.empty(len(set(self.group_of)), rows, device=group_of.device)
         self.zero_point = torch.empty_like(self.scale)
         for group, (scale, zero_point) in enumerate(fixed or []):
             self.scale[group], self.zero_point[group] = scale[:, 0], zero_point[:, 0]
 
-    def run(self, start: int, stop: int, sizes: list[int], grids_at: int | None = None) -> None:
-        """Quantize columns start to stop: in parts of sizes[0], each of them in parts of sizes[1], at last one by one.
+    def as_autogptq(self, weight: torch.Tensor, factor: torch.Tensor, sizes: list[int], grids_at: int | None) -> None:
+        """All columns are one stretch."""
+        self.work = weight.clone(memory_format=torch.contiguous_format)
+        self.offset, self.error, self.factor = 0, torch.zeros_like(self.work), factor
+        self._run(0, self.columns, sizes, grids_at)
+
+    def by_blocks(self, weight: torch.Tensor, root: torch.Tensor, sizes: list[int], grids_at: int | None) -> None:
+        """One block after the other is a stretch. root: R, upper triangular, H = R R^T.
+
+        The loss is |E R|^2. With errors E, weights less values, in the columns before block b, it is least where the block comes
+        to W_b + E R_eb R_bb^-1, if the columns after it may move too. R_bb^-1 is also the block's part of algorithm 1's factor.
+        """
+        # A column is a row in memory: what is done to one column at a time reads and writes neighbors.
+        # Columns that are done hold their error against the weight as it came; the others hold that weight.
+        errors = weight.t().clone(memory_format=torch.contiguous_format)
+        for first in range(0, self.columns, sizes[0]):
+            last = min(first + sizes[0], self.columns)
+            reach = last if grids_at is None else max([last, *(start + self.group_size for start in self._starts(first, last))])
+            inside = torch.linalg.solve_triangular(
+                root[first:reach, first:reach], torch.eye(reach - first, device=root.device), upper=True
+            )
+            above = root[:first, first:reach].t() @ errors[:first]
+            self.work = torch.addmm(errors[first:reach], inside.t(), above).t()
+            self.offset, self.error, self.factor = first, torch.empty_like(self.work), inside
+            self._run(0, last - first, sizes, grids_at)
+            errors[first:last] -= self.work.t()[: last - first]
+
+    def _run(self, start: int, stop: int, sizes: list[int], grids_at: int | None) -> None:
+        """Quantize columns start to stop of the stretch: in parts of sizes[0], each in parts of sizes[1], at last one by one.
 
         The columns up to `stop` answer to a part's error as soon as it is done; those after `stop` wait, and the caller sees
         to them. So whoever starts a part finds all columns up to `stop` up to date. The last level is the method; the
@@ -177,18 +195,21 @@ class _Solver:
             if size == grids_at:
                 self._take_grids(first, last)
             if finer:
-                self.run(first, last, finer, grids_at)
+                self._run(first, last, finer, grids_at)
             else:
                 self._round(first)
             if last < stop:
                 self._subtract(self.work[:, last:stop], self.error[:, first:last], self.factor[first:last, last:stop])
 
     def _round(self, i: int) -> None:
-        group = self.group_of[i]
+        group = self.group_of[self.offset + i]
         scale, zero_point = self.scale[group], self.zero_point[group]
-        codes = self.rule.codes(self.work[:, i], scale, zero_point)
-        self.codes[i] = codes
-        self.error[:, i] = (self.work[:, i] - grid.dequantize(codes, scale, zero_point)) / self.factor[i, i]
+        column = self.work[:, i]
+        codes = self.rule.codes(column, scale, zero_point)
+        values = grid.dequantize(codes, scale, zero_point)
+        self.codes[self.offset + i] = codes
+        self.error[:, i] = (column - values) / self.factor[i, i]
+        self.work[:, i] = values
 
     def _subtract(self, rest: torch.Tensor, error: torch.Tensor, factor: torch.Tensor) -> None:
         if self.rule.autogptq:
@@ -196,16 +217,20 @@ class _Solver:
         else:
             rest.addmm_(error, factor, alpha=-1)
 
+    def _starts(self, first: int, last: int) -> range:
+        """Where groups start from column `first` on, before `last`."""
+        return range(-(-first // self.group_size) * self.group_size, last, self.group_size)
+
     def _take_grids(self, first: int, last: int) -> None:
-        """Grids for the groups that start from `first` on, before `last`, from the weights as they are now."""
-        size = self.group_size
-        for start in range(-(-first // size) * size, last, size):
-            scale, zero_point = self.rule.fit(self.work[:, start : start + size])
-            self.scale[start // size], self.zero_point[start // size] = scale[:, 0], zero_point[:, 0]
+        """Grids for the groups that start in columns first to last of the stretch, from the weights as they are now."""
+        for start in self._starts(self.offset + first, self.offset + last):
+            group = start // self.group_size
+            scale, zero_point = self.rule.fit(self.work[:, start - self.offset :][:, : self.group_size])
+            self.scale[group], self.zero_point[group] = scale[:, 0], zero_point[:, 0]
 
 
 def _sizes(block_size: int, group_size: int | None, autogptq: bool) -> list[int]:
-    """The levels of `_Solver.run`. With a group size, one level's parts are groups and no part holds a piece of one."""
+    """The levels of `_Solver._run`. With a group size, one level's parts are groups and no part holds a piece of one."""
     levels = {block_size, 1} if autogptq else {block_size, min(block_size, INNER_BLOCK), 1}
     if group_size:
         levels = {size if size <= group_size else size // group_size * group_size for size in levels} | {group_size}
@@ -245,36 +270,25 @@ def _factorize(hessian: torch.Tensor, damping: float, form: Callable[[torch.Tens
     raise ValueError(f"hessian is not positive definite even with damping {tried:g}: it cannot be a sum of x x^T")
 
 
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """Upper U with U^T U = H^-1: its row i tells how later columns answer to column i (algorithm 1). None where H has none.
+def upper_root(hessian: torch.Tensor) -> torch.Tensor | None:
+    """Upper triangular R with R R^T = H: factorized from the last column on. None where H has none.
 
-    Factorized from the last column on, H = R R^T with R upper, and then U = R^-1. So no full inverse is formed: less than half
-    the arithmetic of `autogptq_factor`, and closer to the true U.
+    R^-1 is the factor of algorithm 1, U with U^T U = H^-1, and the blocks on its diagonal are the inverses of R's.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    return None if failed else _invert_upper(lower.flip(0, 1))
+    return None if failed else lower.flip(0, 1)
 
 
 def autogptq_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """As `inverse_factor`, by way of the inverse, as AutoGPTQ and the reference implementation take it."""
+    """Upper triangular U with U^T U = H^-1: its row i tells how later columns answer to column i. None where H has none.
+
+    By way of the inverse, as AutoGPTQ and the reference implementation take it.
+    """
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return None
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return None if failed else upper
-
-
-def _invert_upper(upper: torch.Tensor, at_once: int = 256) -> torch.Tensor:
-    """The inverse of an upper triangular matrix, in its place. [[A, B], [0, C]] becomes [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
-    half = len(upper) // 2
-    if len(upper) <= at_once:
-        eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
-    a, b, c = upper[:half, :half], upper[:half, half:], upper[half:, half:]
-    b.copy_(torch.linalg.solve_triangular(c, torch.linalg.solve_triangular(a, b, upper=True).neg_(), upper=True, left=False))
-    _invert_upper(a, at_once)
-    _invert_upper(c, at_once)
-    return upper
 
 
 @dataclass(frozen=True)
