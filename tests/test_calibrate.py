@@ -118,6 +118,17 @@ def test_groups_progress_and_results(ids):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_pass_ends_where_all_that_were_asked_for_have_been_fed(ids):
+    model = llama()
+    called = []
+    for name, layer in models.linears(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: called.append(name))
+    block = next(calibrate.blocks(model, ids, batch=2))
+    called.clear()
+    block.statistics(["model.layers.0.self_attn.o_proj"])
+    assert called == [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"] * 3
+
+
 def by_gptq(name, layer, statistics):
     with torch.no_grad():
         layer.weight.copy_(gptq.quantize(layer.weight, statistics.hessian, 3, 16).dequantize())
