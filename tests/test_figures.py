@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 
 from labsupport import figures
 from labsupport.evaluate import Evaluation
-from labsupport.figures import base, course, curves, grids, groups, levels, outliers, roofline
+from labsupport.figures import base, compensate, course, curves, grids, groups, levels, outliers, roofline
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (course, curves, grids, groups, levels, outliers, roofline)
+MODULES = (compensate, course, curves, grids, groups, levels, outliers, roofline)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
@@ -40,6 +40,17 @@ def evaluation(loss: float) -> Evaluation:
 
 
 SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
+    compensate.two_weights: (
+        torch.tensor([0.4, 0.4]),
+        torch.tensor([[1.0, 0.9], [0.9, 1.0]]),
+        {"rounding": torch.zeros(2), "GPTQ": torch.tensor([0.0, 1.0])},
+        [torch.tensor([0.4, 0.4]), torch.tensor([0.0, 0.76])],
+    ),
+    compensate.spectrum: ({"q_proj": torch.logspace(-3, 2, 64), "o_proj": torch.logspace(-4, 1, 64)},),
+    compensate.frames: ({1: WEIGHT[:, :8], 8: 0.5 * WEIGHT[:, :8]},),
+    compensate.trade: ({"q_proj": [(1.3, 0.6), (1.2, 0.7)], "o_proj": [(1.9, 0.4)]},),
+    compensate.by_sensitivity: ({"rounding": [0.29] * 10, "GPTQ": [0.5 - 0.02 * i for i in range(10)]},),
+    compensate.run_times: ({"OPT": {13.0: 20.9, 175.0: 252.0}, "here": {0.005: 0.1}}, 30.0),
     course.map: (),
     course.parts: ({"stored": {"embedding": 2e6, "the rest": 1e4}, "loaded": {"embedding": 4e6, "the rest": 2e4}},),
     course.token_losses: (["def", " f", "(", "$x", "\n", "$"], [3.0, 1.0, 0.1, 5.0, 0.2, 1], 4096),
