@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 
 from labsupport import figures
 from labsupport.evaluate import Evaluation
-from labsupport.figures import base, compensate, course, curves, grids, groups, levels, outliers, roofline
+from labsupport.figures import base, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (compensate, course, curves, grids, groups, levels, outliers, roofline)
+MODULES = (calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
@@ -51,6 +51,18 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     compensate.trade: ({"q_proj": [(1.3, 0.6), (1.2, 0.7)], "o_proj": [(1.9, 0.4)]},),
     compensate.by_sensitivity: ({"rounding": [0.29] * 10, "GPTQ": [0.5 - 0.02 * i for i in range(10)]},),
     compensate.run_times: ({"OPT": {13.0: 20.9, 175.0: 252.0}, "here": {0.005: 0.1}}, 30.0),
+    calibration.writes: (256, [1, 4, 16, 64, 256]),
+    calibration.by_turn: ({"column order": torch.rand(64), "act-order": torch.rand(64) + 0.1},),
+    calibration.by_setting: ({"updated": LAYERS, "stale": LAYERS}, "When a grid is taken", "error / rounding's (times)"),
+    calibration.group_strips: ({"act-order": torch.arange(64) * 7 % 4, "static groups": torch.arange(64) // 16},),
+    calibration.against: (
+        {"seen": {"code": [(64, 0.2), (256, 0.3)]}, "unseen": {"code": [(64, 2.0), (256, 0.5)]}},
+        "By tokens",
+        "text (tokens)",
+        "error / rounding's (times)",
+        128,
+    ),
+    calibration.domains: ({"code": {"code": 0.5, "prose": 0.6}, "prose": {"code": 0.7, "prose": 0.4}}, "Two domains"),
     course.map: (),
     course.parts: ({"stored": {"embedding": 2e6, "the rest": 1e4}, "loaded": {"embedding": 4e6, "the rest": 2e4}},),
     course.token_losses: (["def", " f", "(", "$x", "\n", "$"], [3.0, 1.0, 0.1, 5.0, 0.2, 1], 4096),
@@ -91,6 +103,18 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     roofline.intensity_against_batch: ([1, 8, 64], {"16 bits": [1.0, 8.0, 60.0]}, {"here": 5.0}, "Intensity"),
     roofline.gain_against_batch: ([1, 8], {"4 bits": [3.5, 2.0]}, "Gain"),
     roofline.throughput: ([1, 8], {"16 bits": [10.0, 70.0]}, {"16 bits": [12.0, 90.0]}, "Tokens a second"),
+    saliency.channels: ({"as trained": (WEIGHT[0].abs(), WEIGHT[1].abs()), "planted": (WEIGHT[2].exp(), WEIGHT[3].exp())},),
+    saliency.by_model: ({"rounded": {"as trained": (0.1, 0.05, 0.2), "planted": (4.0, 3.0, 5.0)}}, "Rises"),
+    saliency.stretch: ([1.0, 2.0, 4.0], [60.0, 15.0, 10.0], [40.0, 41.0, 80.0], (1.5, 2.5), "One channel"),
+    saliency.ratios: ({"as trained": {"a.q_proj": WEIGHT[0].exp(), "a.up_proj": WEIGHT[1].exp()}}, "Loss"),
+    saliency.scales: (WEIGHT[0].exp(), WEIGHT[0].exp().sqrt(), "Scales"),
+    saliency.clips: (WEIGHT.exp()[:, :10], torch.tensor([[1.0, 0.95], [0.55, 0.6]]), "Clips"),
+    saliency.flip: (
+        {"GPTQ": {"as trained": (0.02, 0.01, 0.03), "planted": (0.2, 0.1, 0.3)}},
+        "Who wins",
+        ("GPTQ", "planted", 0.25),
+    ),
+    saliency.one_sided: (WEIGHT[0].abs() + 3, {"ours": WEIGHT[0].abs() + 3, "other": WEIGHT[0].abs()}, "One side"),
 }
 
 

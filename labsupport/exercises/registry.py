@@ -6,7 +6,17 @@ from importlib import import_module
 
 from labsupport.exercises.base import Exercise
 
-CHAPTERS = {0: "start_here", 1: "why_four_bits", 2: "rounding", 3: "group_size", 4: "int8_outliers", 5: "nf4", 6: "gptq"}
+CHAPTERS = {
+    0: "start_here",
+    1: "why_four_bits",
+    2: "rounding",
+    3: "group_size",
+    4: "int8_outliers",
+    5: "nf4",
+    6: "gptq",
+    7: "gptq_in_practice",
+    8: "awq",
+}
 
 
 def exercises_of(chapter: int) -> tuple[Exercise, ...]:

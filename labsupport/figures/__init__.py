@@ -1,5 +1,5 @@
 """Every plot of the course: pure functions from data to a Figure, one file a theme."""
 
-from labsupport.figures import compensate, course, curves, grids, groups, levels, outliers, roofline
+from labsupport.figures import calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
 
-__all__ = ["compensate", "course", "curves", "grids", "groups", "levels", "outliers", "roofline"]
+__all__ = ["calibration", "compensate", "course", "curves", "grids", "groups", "levels", "outliers", "roofline", "saliency"]
