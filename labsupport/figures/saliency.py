@@ -84,7 +84,7 @@ def stretch(
         f"rises from {others[0]:.0f} to {others[-1]:.0f} %; their sum is least, {total[best]:.0f} %, at {factors[best]:.2g}. Half "
         f"of the rows have their kink between {kinks[0]:.2g} and {kinks[1]:.2g}, shaded."
     )
-    figure, axis = base.new(alt, size=(6.6, 3.5))
+    figure, axis = base.new(alt, size=(8.2, 3.4))
     axis.axvspan(*kinks, color=base.ORANGE, alpha=0.3, linewidth=0, label="kinks, middle half of rows")
     lines = {"the channel's own": own, "all others'": others, "sum": total}
     for (name, values), (color, _, style) in zip(lines.items(), base.SERIES, strict=False):
@@ -94,7 +94,7 @@ def stretch(
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylim(0, 1.1 * max(total[0], min(total[-1], 2 * total[0])))
     base.label(axis, title, "s, by which the channel is stretched (times)", "squared error (% of the sum at s = 1)")
-    base.legend(axis, loc="upper center", ncols=2)
+    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
