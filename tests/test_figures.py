@@ -52,7 +52,7 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     compensate.by_sensitivity: ({"rounding": [0.29] * 10, "GPTQ": [0.5 - 0.02 * i for i in range(10)]},),
     compensate.run_times: ({"OPT": {13.0: 20.9, 175.0: 252.0}, "here": {0.005: 0.1}}, 30.0),
     calibration.writes: (256, [1, 4, 16, 64, 256]),
-    calibration.by_turn: ({"column order": torch.rand(64), "act-order": torch.rand(64) + 0.1},),
+    calibration.by_turn: ({"column order": WEIGHT[0].abs(), "act-order": WEIGHT[1].abs()},),
     calibration.by_setting: ({"updated": LAYERS, "stale": LAYERS}, "When a grid is taken", "error / rounding's (times)"),
     calibration.group_strips: ({"act-order": torch.arange(64) * 7 % 4, "static groups": torch.arange(64) // 16},),
     calibration.against: (
