@@ -531,6 +531,8 @@ def judge_clip(given: dict, got: dict, want: dict) -> Verdict:
     for said, loss in likely.items():
         if torch.equal(index, loss.argmin(0)):
             return wrong(said)
+    if (index == 0).all():
+        return wrong("every row got the smallest factor. Without a clamp nothing is cut off: are the codes clamped?")
     if (index == squared.argmax(0)).all():
         return wrong("this is the worst factor: argmax for argmin?")
     if (index == squared.sum(1).argmin()).all():
