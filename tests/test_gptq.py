@@ -133,7 +133,8 @@ def test_stale_grids_are_taken_from_the_weights_as_they_were_when_the_block_bega
     assert torch.allclose(q.scale[same], scale[same].float(), rtol=1e-4)
     fresh = gptq.quantize(weight, hessian, 3, group_size, scale_dtype=torch.float32)
     # Where a group is a whole block there is nothing to be stale.
-    assert torch.equal(q.scale, fresh.scale) == (group_size % 128 == 0)
+    agree = (q.codes == fresh.codes).all(1).double().mean()
+    assert agree > 0.9 if group_size % 128 == 0 else agree < 0.5
 
 
 @pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"mse": True}], ids=str)
@@ -237,14 +238,17 @@ def test_autogptq_clips_symmetric_groups_without_a_negative_weight():
 def test_factors(columns):
     _, hessian = correlated(1, columns)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
-    root, inverse = gptq.upper_root(hessian).double(), gptq.autogptq_factor(hessian).double()
+    order = torch.randperm(columns)
+    root = gptq.reverse_cholesky(hessian, hessian.diagonal()[order], order).tril().t().double()
+    hessian = hessian[order][:, order]
+    inverse = gptq.autogptq_factor(hessian).double()
     for upper in (root, inverse):
         assert torch.equal(upper, upper.triu())
         assert (upper.diagonal() > 0).all()
     # Float32 rounding, 6e-8, times what sums of 600 terms add; for what has been inverted, times the condition of H, some 1e3 here.
     assert torch.allclose(root @ root.T, hessian.double(), atol=1e-5 * hessian.diagonal().max().item())
     assert torch.allclose(inverse @ root, torch.eye(columns, dtype=torch.float64), atol=2e-3)
-    assert gptq.upper_root(-hessian) is None
+    assert gptq.reverse_cholesky(hessian, -hessian.diagonal(), torch.arange(columns)) is None
     assert gptq.autogptq_factor(-hessian) is None
 
 

@@ -447,10 +447,8 @@ def prepare_inputs(seed: int) -> dict:
 def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """labsupport's rules, and the matrix that it factorizes."""
     dead = hessian.diagonal() == 0
-    hessian = hessian.clone()
-    hessian.diagonal()[dead] = 1
-    damped, _ = gptq._factorize(hessian, damping, torch.clone)
-    return weight.masked_fill(dead, 0), damped
+    diagonal = gptq.damped(hessian.diagonal().masked_fill(dead, 1), damping)
+    return weight.masked_fill(dead, 0), hessian.diagonal_scatter(diagonal)
 
 
 def _prepared(

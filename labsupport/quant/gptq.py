@@ -10,7 +10,6 @@ as in the paper, but from block to block by a factor of H itself, so that H is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ INNER_BLOCK = 32  # columns after which the rest of a block is updated by a matr
 NORM, STEPS, SHRINK = 2.4, 100, 0.8
 # Damping where the factorization fails: ten times more, from at least a thousandth on, so often before it is an error.
 RAISES, LEAST_RAISED = 3, 1e-3
+BLOCK = 256  # rows or columns of a large matrix to take at a time
 ROW_BYTES = 2**21  # ranges are searched some rows at a time, few enough that they stay in a CPU's last-level cache
 
 
@@ -94,7 +94,6 @@ def quantize(
     work = weight.detach().float()
     whole = rule.fit(work) if autogptq and group_size is None else None  # it looks at columns that were never fed as well
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
     if dead.any():
         work = work.masked_fill(dead, 0)
     starts = range(0, columns, size)
@@ -105,21 +104,19 @@ def quantize(
         fixed = [rule.fit(work[:, start : start + size]) for start in starts]
 
     group_of = torch.arange(columns, device=weight.device) // size
-    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else None
-    if order is not None:
-        work, hessian = work[:, order], hessian[order][:, order]
-        group_of = group_of[order] if fixed else group_of
-    factor, damping = _factorize(hessian, damping, autogptq_factor if autogptq else upper_root)
-    del hessian
+    diagonal = hessian.diagonal().masked_fill(dead, 1)
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(columns, device=weight.device)
+    if fixed:
+        group_of = group_of[order]
+    factor, damping = _factorize(hessian, diagonal, order, damping, autogptq)
+    work = _columns(work, order)
     solver = _Solver(rows, columns, rule, size, group_of, fixed)
-    sizes = _sizes(block_size, None if fixed or stale_grids else size, autogptq)
+    sizes = _sizes(block_size, None if fixed or stale_grids else size, autogptq, stale_grids)
     grids_at = None if fixed else block_size if stale_grids else size
     (solver.as_autogptq if autogptq else solver.by_blocks)(work, factor, sizes, grids_at)
 
-    codes = solver.codes.t()
-    if order is not None:
-        inverse = torch.argsort(order)
-        codes, group_of = codes[:, inverse], group_of[inverse]
+    inverse = torch.argsort(order)
+    codes, group_of = solver.codes[inverse].t(), group_of[inverse]
     scattered = not torch.equal(group_of, torch.arange(columns, device=weight.device) // size)
     return GPTQTensor(
         packed_codes=grid.pack_bits(codes, bits),
@@ -143,44 +140,50 @@ class _Solver:
     """Columns in the order in which they are quantized, and what is known of those that are done.
 
     codes: uint8 [in, out]. scale, zero_point: float32 [groups, out]. While a stretch of columns is at work, `offset` is where it
-    starts; work, float32 [out, stretch], its columns as the errors before them have left them, then as they read back; error
-    [out, stretch], what the columns after each answer to; factor [stretch, stretch], how, as in algorithm 1.
+    starts; work, float32 [out, stretch], its columns as the errors before them have left them, then as they read back; steps
+    [out, stretch], their codes less zero_point; error [out, stretch], what the columns after each answer to; factor
+    [stretch, stretch], how, as in algorithm 1.
     """
 
     def __init__(self, rows: int, columns: int, rule: Grids, group_size: int, group_of: torch.Tensor, fixed: list | None):
-        self.columns, self.rule, self.group_size, self.group_of = columns, rule, group_size, group_of.tolist()
+        self.columns, self.rule, self.group_size, self.group_of = columns, rule, group_size, group_of
+        self.groups = group_of.tolist()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=group_of.device)
-        self.scale = torch.empty(len(set(self.group_of)), rows, device=group_of.device)
+        self.scale = torch.empty(len(set(self.groups)), rows, device=group_of.device)
         self.zero_point = torch.empty_like(self.scale)
+        self.grids: dict[int, tuple[torch.Tensor, ...]] = {}
         for group, (scale, zero_point) in enumerate(fixed or []):
-            self.scale[group], self.zero_point[group] = scale[:, 0], zero_point[:, 0]
+            self._keep(group, scale, zero_point)
 
     def as_autogptq(self, weight: torch.Tensor, factor: torch.Tensor, sizes: list[int], grids_at: int | None) -> None:
         """All columns are one stretch."""
-        self.work = weight.clone(memory_format=torch.contiguous_format)
-        self.offset, self.error, self.factor = 0, torch.zeros_like(self.work), factor
-        self._run(0, self.columns, sizes, grids_at)
+        self._stretch(0, self.columns, weight.clone(), factor, sizes, grids_at)
 
     def by_blocks(self, weight: torch.Tensor, root: torch.Tensor, sizes: list[int], grids_at: int | None) -> None:
-        """One block after the other is a stretch. root: R, upper triangular, H = R R^T.
+        """One block after the other is a stretch. root: see `reverse_cholesky`; here R = root^T, so that H = R R^T.
 
         The loss is |E R|^2. With errors E, weights less values, in the columns before block b, it is least where the block comes
         to W_b + E R_eb R_bb^-1, if the columns after it may move too. R_bb^-1 is also the block's part of algorithm 1's factor.
         """
-        # A column is a row in memory: what is done to one column at a time reads and writes neighbors.
-        # Columns that are done hold their error against the weight as it came; the others hold that weight.
-        errors = weight.t().clone(memory_format=torch.contiguous_format)
+        errors = weight  # columns that are done hold their error against the weight as it came; the others hold that weight
         for first in range(0, self.columns, sizes[0]):
             last = min(first + sizes[0], self.columns)
             reach = last if grids_at is None else max([last, *(start + self.group_size for start in self._starts(first, last))])
-            inside = torch.linalg.solve_triangular(
-                root[first:reach, first:reach], torch.eye(reach - first, device=root.device), upper=True
-            )
-            above = root[:first, first:reach].t() @ errors[:first]
-            self.work = torch.addmm(errors[first:reach], inside.t(), above).t()
-            self.offset, self.error, self.factor = first, torch.empty_like(self.work), inside
-            self._run(0, last - first, sizes, grids_at)
-            errors[first:last] -= self.work.t()[: last - first]
+            here, done = slice(first, reach), slice(first)
+            inside = torch.linalg.solve_triangular(root[here, here].t(), torch.eye(reach - first, device=root.device), upper=True)
+            work = torch.mm(inside.t(), root[here, done] @ errors[done]).add_(errors[here])
+            self._stretch(first, last, work, inside, sizes, grids_at)
+            errors[first:last] -= work[: last - first]
+
+    def _stretch(
+        self, first: int, last: int, columns: torch.Tensor, factor: torch.Tensor, sizes: list[int], grids_at: int | None
+    ) -> None:
+        """Quantize columns first to last. columns: float32 [stretch, out], those and what a grid looks at; they become values."""
+        self.offset, self.factor, self.diagonal = first, factor, factor.diagonal().tolist()
+        self.work, self.error = columns.t(), torch.empty_like(columns).t()
+        self.steps = torch.empty_like(columns[: last - first]).t()
+        self._run(0, last - first, sizes, grids_at)
+        self.codes[first:last] = self.steps.t().add_(self.zero_point[self.group_of[first:last]])
 
     def _run(self, start: int, stop: int, sizes: list[int], grids_at: int | None) -> None:
         """Quantize columns start to stop of the stretch: in parts of sizes[0], each in parts of sizes[1], at last one by one.
@@ -202,14 +205,12 @@ class _Solver:
                 self._subtract(self.work[:, last:stop], self.error[:, first:last], self.factor[first:last, last:stop])
 
     def _round(self, i: int) -> None:
-        group = self.group_of[self.offset + i]
-        scale, zero_point = self.scale[group], self.zero_point[group]
+        scale, *grid_of_group = self.grids[self.groups[self.offset + i]]
         column = self.work[:, i]
-        codes = self.rule.codes(column, scale, zero_point)
-        values = grid.dequantize(codes, scale, zero_point)
-        self.codes[self.offset + i] = codes
-        self.error[:, i] = (column - values) / self.factor[i, i]
-        self.work[:, i] = values
+        steps = self.rule.steps(column, scale, *grid_of_group, out=self.steps[:, i])
+        values = steps * scale
+        torch.sub(column, values, out=self.error[:, i]).div_(self.diagonal[i])
+        column.copy_(values)
 
     def _subtract(self, rest: torch.Tensor, error: torch.Tensor, factor: torch.Tensor) -> None:
         if self.rule.autogptq:
@@ -225,27 +226,36 @@ class _Solver:
         """Grids for the groups that start in columns first to last of the stretch, from the weights as they are now."""
         for start in self._starts(self.offset + first, self.offset + last):
             group = start // self.group_size
-            scale, zero_point = self.rule.fit(self.work[:, start - self.offset :][:, : self.group_size])
-            self.scale[group], self.zero_point[group] = scale[:, 0], zero_point[:, 0]
+            self._keep(group, *self.rule.fit(self.work[:, start - self.offset :][:, : self.group_size]))
+
+    def _keep(self, group: int, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        """Both [out, 1]."""
+        self.scale[group], self.zero_point[group] = scale[:, 0], zero_point[:, 0]
+        self.grids[group] = self.rule.prepared(self.scale[group], self.zero_point[group])
 
 
-def _sizes(block_size: int, group_size: int | None, autogptq: bool) -> list[int]:
+def _sizes(block_size: int, group_size: int | None, autogptq: bool, stale_grids: bool) -> list[int]:
     """The levels of `_Solver._run`. With a group size, one level's parts are groups and no part holds a piece of one."""
-    levels = {block_size, 1} if autogptq else {block_size, min(block_size, INNER_BLOCK), 1}
+    levels = {block_size, 1}
+    if not autogptq:
+        levels |= {min(block_size, INNER_BLOCK)}
+    if not stale_grids:  # the grids do not depend on it: as large as is fast
+        levels |= {max(block_size, BLOCK)}
     if group_size:
         levels = {size if size <= group_size else size // group_size * group_size for size in levels} | {group_size}
     return sorted(levels, reverse=True)
 
 
 def _checked(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A float32 copy of a Hessian that can be one."""
+    """A Hessian that can be one, float32."""
     columns = weight.shape[1]
     grid.check_matrix(hessian, "hessian", "[in_features, in_features]")
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian has shape {list(hessian.shape)}, wanted [{columns}, {columns}] for in_features {columns}")
-    hessian = hessian.detach().to(weight.device, torch.float32, copy=True)
+    hessian = hessian.detach().to(weight.device, torch.float32)
     largest = hessian.diagonal().max().item()
-    gap = max((hessian[i : i + 256, i:] - hessian[i:, i : i + 256].t()).abs_().max().item() for i in range(0, columns, 256))
+    tiles = [slice(start, start + BLOCK) for start in range(0, columns, BLOCK)]
+    gap = max((hessian[i, j] - hessian[j, i].t()).abs_().max().item() for i in tiles for j in tiles if i.start <= j.start)
     if not gap < float("inf"):
         raise grid.not_finite(hessian, "hessian")
     if gap > 1e-3 * abs(largest):  # X^T X summed in float32 is symmetric to some 1e-6 of it
@@ -257,26 +267,59 @@ def _checked(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hessian
 
 
-def _factorize(hessian: torch.Tensor, damping: float, form: Callable[[torch.Tensor], torch.Tensor | None]):
-    """form(H + damping * mean diagonal), and the damping with which that exists."""
-    diagonal = hessian.diagonal()
-    before, mean = diagonal.clone(), torch.diag(hessian).mean()  # of a copy, as AutoGPTQ: a strided mean has other last bits
+def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The columns of a weight in that order, each a row in memory: what is done to one reads and writes neighbors. [in, out]."""
+    columns = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
+    for some, into in zip(order.split(BLOCK), columns.split(BLOCK), strict=True):
+        into.copy_(weight.gather(1, some.expand(len(weight), -1)).t())
+    return columns
+
+
+def _factorize(
+    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, damping: float, autogptq: bool
+) -> tuple[torch.Tensor, float]:
+    """What the solver wants of H with `diagonal`, damped, its columns in that order; and the damping with which that exists."""
+    diagonal = diagonal[order]
     for _ in range(RAISES + 1):
-        diagonal.copy_(before + damping * mean)
-        factor = form(hessian)
+        with_damping = damped(diagonal, damping)
+        if autogptq:
+            factor = autogptq_factor(hessian[order][:, order].diagonal_scatter(with_damping))
+        else:
+            factor = reverse_cholesky(hessian, with_damping, order)
         if factor is not None:
             return factor, damping
         tried, damping = damping, max(10 * damping, LEAST_RAISED)
     raise ValueError(f"hessian is not positive definite even with damping {tried:g}: it cannot be a sum of x x^T")
 
 
-def upper_root(hessian: torch.Tensor) -> torch.Tensor | None:
-    """Upper triangular R with R R^T = H: factorized from the last column on. None where H has none.
+def damped(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """H's diagonal, float32 [in], with this share of its mean added to each entry."""
+    return diagonal + damping * diagonal.mean()
 
-    R^-1 is the factor of algorithm 1, U with U^T U = H^-1, and the blocks on its diagonal are the inverses of R's.
+
+def reverse_cholesky(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
+    """Lower triangular L with L^T L = H, for H with its columns and rows in `order` and this diagonal, already so. None: has none.
+
+    L^-T is the factor of algorithm 1, U with U^T U = H^-1, and the blocks on its diagonal are the inverses of L^T's.
+    What is above the diagonal is left as it is in memory, and no ordered copy of H is made: at 4096 columns, fresh memory costs
+    as much time as the arithmetic. From the last block to the first: a block of rows of L^T L = H, less what the blocks after it
+    give, is its part of the diagonal times the rest.
     """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    return None if failed else lower.flip(0, 1)
+    lower = torch.empty_like(hessian)
+    columns = len(hessian)
+    for first in reversed(range(0, columns, BLOCK)):
+        last = min(first + BLOCK, columns)
+        rows = hessian[order[first:last]].gather(1, order[:last].expand(last - first, last))
+        rows.diagonal(first).copy_(diagonal[first:last])
+        rows.addmm_(lower[last:, first:last].t(), lower[last:, :last], alpha=-1)
+        backwards, failed = torch.linalg.cholesky_ex(rows[:, first:].flip(0, 1))
+        if failed:
+            return None
+        upper = backwards.flip(0, 1)
+        lower[first:last, first:last] = upper.t()
+        # Transposed, so that the columns of the system are neighbors in memory, as LAPACK wants them.
+        lower[first:last, :first] = torch.linalg.solve_triangular(upper.t(), rows[:, :first].t(), upper=False, left=False).t()
+    return lower
 
 
 def autogptq_factor(hessian: torch.Tensor) -> torch.Tensor | None:
@@ -310,10 +353,16 @@ class Grids:
         parts = [self._search(*some) for some in zip(group.split(step), low.split(step), high.split(step), strict=True)]
         return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
 
-    def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        if self.autogptq:
-            return (weight / scale).round_().add_(zero_point).clamp_(0, 2**self.bits - 1)
-        return grid.quantize(weight, scale, zero_point, self.bits)
+    def prepared(self, scale: torch.Tensor, zero_point: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `steps` wants: the scale, its inverse, and the least and the largest step."""
+        return scale, 1 / scale, -zero_point, 2**self.bits - 1 - zero_point
+
+    def steps(
+        self, weight: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out=None
+    ) -> torch.Tensor:
+        """Codes less zero_point, as `grid.quantize` gives them: to do without the zero_point is one pass less."""
+        scaled = torch.div(weight, scale, out=out) if self.autogptq else torch.mul(weight, inverse, out=out)
+        return torch.clamp(scaled.round_(), low, high, out=scaled)
 
     def _at(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.autogptq:
@@ -329,7 +378,7 @@ class Grids:
         for step in range(int(SHRINK * STEPS)):
             share = 1 - step / STEPS
             some_scale, some_zero = self._at(share * low, share * high)
-            values = grid.dequantize(self.codes(group, some_scale, some_zero), some_scale, some_zero)
+            values = self.steps(group, *self.prepared(some_scale, some_zero)).mul_(some_scale)
             error = values.sub_(group).abs_().pow_(NORM).sum(1, keepdim=True)
             better = error < least
             least = torch.where(better, error, least)

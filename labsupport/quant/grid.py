@@ -26,13 +26,15 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     codes: any integer dtype, any shape, read row by row. The last byte is filled with zeros.
     """
     flat = codes.reshape(-1).to(torch.uint8)
-    # Eight codes are one 64-bit word (little-endian). Move neighbors together, then pairs, then fours: 8 * bits bits remain.
-    words = _padded(flat, 8).view(torch.int64)
-    for width in (8, 16, 32):
-        used = width // 8 * bits
-        words = words & _lanes(2 * width, 0, used) | words >> (width - used) & _lanes(2 * width, used, used)
-    stream = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
-    return stream[: -(-len(flat) * bits // 8)].clone()
+    packed = flat.new_empty(-(-len(flat) * bits // 8))
+    for part, into in zip(flat.split(CHUNK), packed.split(CHUNK * bits // 8), strict=True):
+        # Eight codes are one 64-bit word (little-endian). Move neighbors together, then pairs, then fours: 8 * bits bits remain.
+        words = _padded(part, 8).view(torch.int64)
+        for width in (8, 16, 32):
+            used = width // 8 * bits
+            words = words & _lanes(2 * width, 0, used) | words >> (width - used) & _lanes(2 * width, used, used)
+        into.copy_(words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[: len(into)])
+    return packed
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
