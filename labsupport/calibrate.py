@@ -147,6 +147,19 @@ class Block:
                 self._run(batch)
         return found
 
+    def fed(self, true_sequential: bool = True) -> Iterator[tuple[str, InputStatistics]]:
+        """Each linear in the order in which they are called, with what feeds it.
+
+        true_sequential: what those before it have become is seen, so whoever quantizes them does so before asking for the next.
+        Without it, all are fed by the block as it was, in a single pass. Raises what `groups` raises.
+        """
+        groups = self.groups()
+        at_once = {} if true_sequential else self.statistics(group[0] for group in groups)
+        for first, *others in groups:
+            statistics = at_once.pop(first) if at_once else self.statistics([first])[first]
+            for name in (first, *others):
+                yield name, statistics
+
     @torch.no_grad()
     def _run(self, batch: int) -> torch.Tensor | None:
         args, kwargs = self.calls[batch]
@@ -191,19 +204,14 @@ def blockwise(
 ) -> dict[str, Any]:
     """Go through the model block by block and call quantize_linear(name, layer, statistics) for each linear.
 
-    It puts the quantized weight into the layer; what it returns is returned by name. true_sequential: within a block, too,
-    linears are fed by what those before them have become; without it they are fed by the block as it was, in a single pass.
+    It puts the quantized weight into the layer; what it returns is returned by name. true_sequential: see `Block.fed`.
     on_linear(name, done, total) is called after each. Raises what `blocks` and `Block.groups` raise.
     """
     total, results = len(models.linears(model)), {}
     for block in blocks(model, ids, batch):
-        groups = block.groups()
-        at_once = {} if true_sequential else block.statistics(group[0] for group in groups)
-        for first, *others in groups:
-            fed = at_once.pop(first) if at_once else block.statistics([first])[first]
-            for name in (first, *others):
-                results[name] = quantize_linear(name, block.linears[name], fed)
-                on_linear(name, len(results), total)
+        for name, fed in block.fed(true_sequential):
+            results[name] = quantize_linear(name, block.linears[name], fed)
+            on_linear(name, len(results), total)
     return results
 
 

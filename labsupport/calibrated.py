@@ -32,7 +32,8 @@ class LayerReport:
     """What became of one linear.
 
     nbytes: stored. bits_per_weight. error: the share of its output's energy that is lost on the calibration text, or of its
-    weight's energy where there is none; 0 for a linear that was left as it is. seconds: that it took.
+    weight's energy where there is none; 0 for a linear that was left as it is. seconds: that it took, by GPTQ with the pass that
+    fed it, which is the first's of those that share an input.
     """
 
     nbytes: int
@@ -89,15 +90,12 @@ def quantize_blocks(
 def _gptq_block(
     model: nn.Module, block: Block, settings: Mapping[str, Settings | None], groups: Iterable
 ) -> dict[str, LayerReport]:
-    """True sequential: the linears that share an input together, fed by what those before them have become."""
-    reports = {}
-    for group in block.groups():
+    """True sequential: each linear is fed by what those before it have become."""
+    reports, start = {}, time.perf_counter()
+    for name, fed in block.fed():
+        weight, waited = block.linears[name].weight, time.perf_counter() - start
+        reports[name] = _replaced(weight, settings[name], fed.gram, waited, partial(_gptq, weight, fed))
         start = time.perf_counter()
-        fed = block.statistics(group[:1])[group[0]]
-        waited = (time.perf_counter() - start) / len(group)
-        for name in group:
-            weight = block.linears[name].weight
-            reports[name] = _replaced(weight, settings[name], fed.gram, waited, partial(_gptq, weight, fed))
     return reports
 
 
@@ -128,7 +126,8 @@ def _awq_block(
 ) -> dict[str, LayerReport]:
     """All searches on the block as it came, then all folds, then clips and rounding.
 
-    A group of which one linear is left as it is gets no scale, since folding would change that one too.
+    A group has one scale, searched with the settings of its first linear. One of which a linear is left as it is gets no scale,
+    since folding would change that one too.
     """
     start = time.perf_counter()
     reader = {name: names[0] for names in block.groups() for name in names}
