@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from interop import cases, compare, environment, golden, live, ours, tiny
+from interop import cases, compare, environment, golden, live, ours, pack, tiny
 
 from labsupport.install import InstallError
 
@@ -81,7 +81,8 @@ def write(threads: int) -> None:
     about = {"command": golden.COMMAND, "versions": environment.versions(), "threads": threads, "processor": processor}
     golden.write_gptq(live.gptq(threads), about)
     golden.write_awq(live.awq(threads), about)
-    for path in (golden.GPTQ, golden.AWQ):
+    pack.write(pack.live(threads), about)
+    for path in (golden.GPTQ, golden.AWQ, pack.PATH):
         print(f"wrote {path.name}, {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -104,7 +105,7 @@ def main() -> int:
         elif options.awq:
             parts = [quality(options.awq, options.threads)]
         else:
-            parts = [gptq_layers(options.threads), awq_models(options.threads)]
+            parts = [pack.lines(options.threads), gptq_layers(options.threads), awq_models(options.threads)]
             parts += [] if options.small else [gptq_course(options.threads)]
         for part in parts:
             for said, good in part:
