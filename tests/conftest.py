@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # nbgrader calls `alembic` by name: the environment need not be activated for the tests to find its commands.
@@ -22,3 +23,16 @@ settings.load_profile("labs")
 def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("LABS_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Llama of three blocks with grouped-query attention and random weights. Whoever changes it works on a copy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()

@@ -6,23 +6,12 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from labsupport import calibrate, calibrated, evaluate, fold, models, quantize_model, sweep, text
 from labsupport.quant import awq, gptq, rtn
 
 SETTINGS = {"bits": 3, "group_size": 16}
 PLAIN = {"method": "gptq", "act_order": None, "samples": 64, "text": None, "mse": None}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

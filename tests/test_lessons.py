@@ -1,24 +1,51 @@
-"""What notebooks carry of the golden files is what those hold, and a lesson's plain method gives labsupport's codes."""
+"""What the notebooks show of the golden files is what those hold, and a lesson's plain method gives labsupport's codes."""
 
+import json
+
+import pytest
 import torch
-from interop import golden, lessons
+from interop import golden, lessons, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from labsupport.exercises import gptq as exercises
 from labsupport.quant import gptq, grid
 
 
-def test_copies_are_the_originals():
-    kept, wanted = load_file(lessons.GPTQ), lessons.gptq_tensors()
+@pytest.mark.parametrize("name", lessons.FILES)
+def test_copies_are_the_originals(name):
+    wanted, about = lessons.FILES[name]()
+    kept = load_file(lessons.path(name))
     assert kept.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert kept[name].dtype == tensor.dtype
-        assert torch.equal(kept[name], tensor), name
-    assert golden.about(lessons.GPTQ) == lessons.gptq_about()
+    for key, tensor in wanted.items():
+        assert kept[key].dtype == tensor.dtype, key
+        assert torch.equal(kept[key], tensor), key
+    with safe_open(lessons.path(name), "pt") as file:
+        said = file.metadata()
+    assert said == {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
 
 
-def test_copies_are_small():
-    assert lessons.GPTQ.stat().st_size < 200e3
+@pytest.mark.parametrize("name", lessons.FILES)
+def test_copies_are_small(name):
+    assert lessons.path(name).stat().st_size <= 200 * 1024
+
+
+def test_all_copies_are_tested():
+    assert {path.stem for path in lessons.path("any").parent.iterdir()} == set(lessons.FILES)
+
+
+def test_autoawqs_copy_was_made_with_the_repaired_search():
+    assert [name for name, run in lessons.AWQ_RUNS.items() if not run.patched] == ["stock"]
+    stored = load_file(lessons.path("autoawq"))
+    assert stored["stock/logits_change"] > 0.01 > 1e-5 > stored["scaled/logits_change"]
+
+
+def test_autoawqs_copy_holds_the_weights_of_the_tiny_model():
+    floats = tiny.floats(golden.read_awq()[lessons.AWQ_MODEL].weights)
+    stored = load_file(lessons.path("autoawq"))
+    for name, weight in floats.items():
+        raw = stored[f"weights/{name}"]
+        assert torch.equal(raw.float() * tiny.STEP if raw.dtype == torch.int8 else raw, weight), name
 
 
 def test_the_loop_of_exercise_6_5_gives_labsupports_codes():

@@ -7,21 +7,10 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from labsupport import claims, evaluate, models, sweep, text
 from labsupport.quant import int8, nf4, rtn
 from labsupport.quantize import quantize_model
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def test_every_linear_holds_what_is_stored_and_nothing_else_moves(tiny):

@@ -9,17 +9,13 @@ import torch
 from torch import nn
 
 from labsupport import fold as folding
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
 from labsupport.quant import awq, rtn
 
 N_GRID = 20
 # Another order of the same float32 operations may move a code that lies on a tie, or the last bit of a float16 scale: of some
 # thousand codes that is worth less than this in a sum of squares.
 LOSS = 1e-2
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _read_back(weight: torch.Tensor, quantize: Callable, bits: int, group_size: int) -> torch.Tensor:
@@ -36,7 +32,7 @@ def _uneven(tokens: int, channels: int, generator: torch.Generator) -> torch.Ten
 
 def saliency_inputs(seed: int) -> dict:
     """Windows of tokens: a channel that swings around 0, one that is loud once, one that is steady, one that never speaks."""
-    g = _generator(seed)
+    g = generator(seed)
     inputs = _uneven(3 * 20, 12, g)
     inputs[:, 2] = 5 * torch.tensor([1.0, -1.0]).repeat(30)
     inputs[int(torch.randint(60, (1,), generator=g)), 4] = 90
@@ -98,7 +94,7 @@ SALIENCY = Exercise(
 
 def keep_inputs(seed: int) -> dict:
     """More rows than columns, so that rows can be mistaken for channels; shares that are no whole number of them."""
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(160, 150, generator=g)
     return {
         "weight": weight,
@@ -171,7 +167,7 @@ KEEP = Exercise(
 
 def kink_inputs(seed: int) -> dict:
     """Rows in which the channel is a middling weight of either sign, an end of the range, 0, or among weights of one sign."""
-    g = _generator(seed)
+    g = generator(seed)
     channel = int(torch.randint(1, 15, (1,), generator=g))
     group = torch.randn(7, 16, generator=g)
     group[:, 0], group[:, 15] = 3.0, -2.0  # the ends of each row's range, at unequal distance
@@ -265,7 +261,7 @@ def search_inputs(seed: int) -> dict:
 
 @cache
 def _layers(seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         weights = [torch.randn(rows, 32, generator=g) for rows in (20, 12)]
         inputs = _uneven(40, 32, g)
@@ -434,7 +430,7 @@ KEY_HEADS = {"every head its own": HEADS, "grouped-query": HEADS // 2}
 
 def fold_inputs(seed: int) -> dict:
     """Weights of two blocks, with and without heads that share keys and values; scales for the four inputs of a block."""
-    g = _generator(seed)
+    g = generator(seed)
     blocks = {}
     for kind, key_heads in KEY_HEADS.items():
         shapes = {name: parameter.shape for name, parameter in Block(key_heads).state_dict().items()}
@@ -566,7 +562,7 @@ STEPS = 10
 
 def clip_inputs(seed: int) -> dict:
     """Weights whose groups differ in how far their tails reach, and inputs of unequal size that share directions."""
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(12, 48, generator=g)
     weight = weight * (1 + weight.abs())
     inputs = _uneven(30, 48, g) + _uneven(30, 6, g) @ torch.randn(6, 48, generator=g)
@@ -690,7 +686,7 @@ def bug_inputs(seed: int) -> dict:
 
 @cache
 def _faulty(seed: int) -> tuple[dict, dict, dict]:
-    g = _generator(seed)
+    g = generator(seed)
     widths = {"attention": 32, "o": 32, "mlp": 32, "down": 48}
     while True:
         inputs = {name: 2 ** (2 * torch.rand(1, generator=g)) * _uneven(30, width, g) for name, width in widths.items()}

@@ -269,3 +269,13 @@ def shape_fault(got: dict[str, Any], expected: dict[str, Any]) -> str | None:
 
 def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return (got.double() - want.double()).abs().max().item()
+
+
+def generator(seed: int) -> torch.Generator:
+    """Where an exercise's inputs come from."""
+    return torch.Generator().manual_seed(seed)
+
+
+def like(mistakes: dict[str, Any], said: str) -> Any:
+    """The mistake whose message holds `said`. mistakes: by the message that each is told."""
+    return next(mistake for message, mistake in mistakes.items() if said in message)

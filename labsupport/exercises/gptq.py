@@ -5,20 +5,11 @@ from __future__ import annotations
 import torch
 
 from labsupport.calibrate import InputStatistics
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, like, right, shape_fault, wrong
 from labsupport.quant import gptq, grid, rtn
 
 ROUNDING = 2.0**-24  # of one float32 operation, relative
 CONDITION = 100.0  # Hessians of these exercises are no worse, so that float32 is enough for whatever way an answer takes
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _like(mistakes: dict, said: str):
-    """The mistake whose message holds `said`."""
-    return next(mistake for message, mistake in mistakes.items() if said in message)
 
 
 def _hessian(columns: int, g: torch.Generator, least: float = 0.0) -> torch.Tensor:
@@ -38,7 +29,7 @@ def _hessian(columns: int, g: torch.Generator, least: float = 0.0) -> torch.Tens
 
 def batch_inputs(seed: int) -> dict:
     """Batches of 5, 1, 12 and 2 tokens, each louder or quieter than the last, none of them centered on 0. Seven channels."""
-    g = _generator(seed)
+    g = generator(seed)
     sizes = (5, 1, 12, 2)
     return {"batches": [(0.5 + torch.randn(n, 7, generator=g)) * (1 + i) for i, n in enumerate(sizes)]}
 
@@ -114,7 +105,7 @@ HESSIAN = Exercise(
     returns=("hessian",), inputs=batch_inputs, reference=hessian, judge=judge_hessian,
     mutants=(
         *(
-            Mutant(_like(BATCH_MISTAKES, said), said)
+            Mutant(like(BATCH_MISTAKES, said), said)
             for said in (
                 "own means: a batch of one", "added up", "last batch alone", "number of batches", "not divided by n", "2 of 2/n",
                 "a covariance", "only the diagonal",
@@ -132,7 +123,7 @@ HESSIAN = Exercise(
 
 def error_inputs(seed: int) -> dict:
     """Four rows, six columns, inputs that share directions."""
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(4, 6, generator=g)
     return {"weight": weight, "values": weight + 0.3 * torch.randn(4, 6, generator=g), "hessian": _hessian(6, g)}
 
@@ -195,7 +186,7 @@ OUTPUT_ERROR = Exercise(
 
 def step_inputs(seed: int) -> dict:
     """Three rows, five columns; neither the first column nor the last is the one that is fixed."""
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(3, 5, generator=g)
     column = 1 + seed % 3
     moved = (0.3 + 0.7 * torch.rand(3, generator=g)) * torch.tensor([1.0, -1.0, 1.0])
@@ -295,7 +286,7 @@ MAKE_UP = Exercise(
 
 
 def factor_inputs(seed: int) -> dict:
-    return {"hessian": _hessian(6, _generator(seed))}
+    return {"hessian": _hessian(6, generator(seed))}
 
 
 def _inverse(hessian: torch.Tensor) -> torch.Tensor:
@@ -389,7 +380,7 @@ def _loop(weight, hessian, scale, zero_point, bits, factor=None, against=None, d
 
 def loop_inputs(seed: int) -> dict:
     """Six rows, ten columns, 3 bits. No rounding is near a tie, some weights are driven off their grid, and every mistake shows."""
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
@@ -508,7 +499,7 @@ def judge_two(given: dict, got: dict, want: dict) -> Verdict:
     if fault := shape_fault(got, want):
         return wrong(fault)
     size = given["size"]
-    weight = torch.randn(32, size, generator=_generator(size))
+    weight = torch.randn(32, size, generator=generator(size))
     nearest = rtn.quantize(weight, 3, None)
     changed, losses = {}, {}
     for name, h in got.items():

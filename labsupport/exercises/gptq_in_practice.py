@@ -6,20 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, right, shape_fault, wrong
 from labsupport.quant import gptq, grid, rtn
 
 CONDITION = 100.0  # Hessians of these exercises are no worse, so that float32 is enough for whatever way an answer takes
 UNDECIDED = 5e-4  # of a step: no weight comes this near to the middle of two levels on its way through the loop
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _like(mistakes: dict, said: str):
-    """The mistake whose message holds `said`."""
-    return next(mistake for message, mistake in mistakes.items() if said in message)
 
 
 def _hessian(columns: int, g: torch.Generator, own: float = 1.6) -> torch.Tensor:
@@ -43,7 +34,7 @@ def block_inputs(seed: int) -> dict:
 
     Every wrong way gives codes of its own.
     """
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         weight, hessian = torch.randn(5, 22, generator=g), _hessian(22, g, own=1.2)
         factor = gptq.autogptq_factor(hessian)
@@ -201,7 +192,7 @@ ORDER_BITS = 3
 
 def order_inputs(seed: int) -> dict:
     """Six rows, ten columns; the order by H's diagonal is not its own inverse, nor that of the weights' sizes."""
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g, own=0.9)
         order = hessian.diagonal().argsort(descending=True)
@@ -338,7 +329,7 @@ SOLVE_IN_ORDER = Exercise(
 
 def scatter_inputs(seed: int) -> dict:
     """Loudness of 24 columns in groups of 6, or of 20 in groups of 4; every wrong answer differs from the right one."""
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         columns, size = (24, 6) if seed % 2 else (20, 4)
         given = {"diagonal": torch.rand(columns, generator=g) + 0.1, "group_size": size}
@@ -434,7 +425,7 @@ GROUPS_IN_ORDER = Exercise(
 
 def prepare_inputs(seed: int) -> dict:
     """Seven rows, nine columns of which two were never fed and have the largest weights. The mean of H's diagonal is far from 1."""
-    g = _generator(seed)
+    g = generator(seed)
     x = torch.randn(30, 3, generator=g) @ torch.randn(3, 9, generator=g) + 0.5 * torch.randn(30, 9, generator=g) + 0.8
     dead = torch.randperm(9, generator=g)[:2]
     weight = torch.randn(7, 9, generator=g)
@@ -545,7 +536,7 @@ def mislead_inputs(seed: int) -> dict:
 
     Those that are most like a token mislead, whichever of the first eight it is.
     """
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         topics = []
         for _ in range(TOPICS):
@@ -571,7 +562,7 @@ def _alike(tokens: torch.Tensor, count: int, like: int = 0) -> torch.Tensor:
 
 def mislead_ratios(tokens: torch.Tensor, chosen: torch.Tensor) -> tuple[float, float]:
     """GPTQ's output error over that of rounding, on the chosen tokens and on all; 3 bits, a grid a row, damping 0.01."""
-    weight = torch.randn(24, tokens.shape[1], generator=_generator(7))
+    weight = torch.randn(24, tokens.shape[1], generator=generator(7))
     picked, everything = (2 / len(x) * x.T @ x for x in (tokens[chosen], tokens))
     values, rounded = gptq.quantize(weight, picked, 3, None).dequantize(), rtn.quantize(weight, 3, None).dequantize()
     seen, unseen = (gptq.output_error(weight, values, h) / gptq.output_error(weight, rounded, h) for h in (picked, everything))
@@ -602,7 +593,7 @@ def judge_mislead(given: dict, got: dict, want: dict) -> Verdict:
 
 
 def _random_tokens(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.randperm(len(tokens), generator=_generator(1))[:count]
+    return torch.randperm(len(tokens), generator=generator(1))[:count]
 
 
 MISLEAD = Exercise(
@@ -630,7 +621,7 @@ def runs_inputs(seed: int) -> dict:
 
     Exactly one column of each run equals plain rounding. The run with the largest output error is not the one that is wrong.
     """
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         weight, hessian = torch.randn(96, 12, generator=g), _hessian(12, g, own=0.9)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)

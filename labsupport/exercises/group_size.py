@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 
 from labsupport import budget, evaluate
-from labsupport.exercises.base import Exercise, Mutant, Verdict, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, right, shape_fault, wrong
 from labsupport.quant import grid, rtn
 
 # One division in float32 rounds by at most 2**-24 of its result; four units of 2**-23 cover any order of operations.
 FLOAT32 = 4 * 2**-23
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # 3.1 ------------------------------------------------------------------------------------------------------------------
@@ -24,7 +20,7 @@ def group_inputs(seed: int) -> dict:
 
     Rows and groups differ in size by powers of ten; one group is all zero, one constant, one all negative.
     """
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(4, 16, generator=g) * torch.tensor([1.0, 0.1, 10.0, 3.0])[:, None]
     weight[:, 4:8] *= torch.tensor([5.0, 0.3, 0.2, 7.0])[:, None]
     weight[0, 12:] = 0
@@ -176,7 +172,7 @@ QUANTIZE_GROUPS = Exercise(
 
 
 def storage_inputs(seed: int) -> dict:
-    g = _generator(seed)
+    g = generator(seed)
 
     def pick(*choices: int) -> int:
         return choices[int(torch.randint(len(choices), (1,), generator=g))]
@@ -269,7 +265,7 @@ def two_orders(row: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.
 
 def order_inputs(seed: int) -> dict:
     """Sixteen large weights of either sign among 224 small ones, in no order: as many of each as there are groups."""
-    g = _generator(seed)
+    g = generator(seed)
     small = 0.3 * torch.randn(224, generator=g)
     large = 3 + torch.rand(16, 2, generator=g)
     row = torch.cat([small, large[:, 0], -large[:, 1]])
@@ -319,7 +315,7 @@ TWO_ORDERS = Exercise(
         Mutant(lambda row, g: (row.argsort().reshape(g, -1).t().reshape(-1), row.argsort()), "exchanged"),
         Mutant(lambda row, g: (row.sort().values, row), "argsort"),
         Mutant(lambda row, g: (row.argsort(), row.argsort(descending=True)), "in every group"),
-        Mutant(lambda row, g: (row.argsort(), torch.randperm(len(row), generator=_generator(0))), "in every group"),
+        Mutant(lambda row, g: (row.argsort(), torch.randperm(len(row), generator=generator(0))), "in every group"),
         Mutant(lambda row, g: (row.argsort(), row.argsort() // g), "is not an order"),
     ),
 )  # fmt: skip
@@ -330,7 +326,7 @@ TWO_ORDERS = Exercise(
 
 def bootstrap_inputs(seed: int) -> dict:
     """Thirty documents of very different length and difficulty. The longest has an effect of its own: the changes are skewed."""
-    g = _generator(seed)
+    g = generator(seed)
     tokens = torch.exp(3 + 3 * torch.rand(30, generator=g)).long()
     tokens[4] = 2000
     each = (1 + 6 * torch.rand(30, generator=g)).double()
@@ -425,7 +421,7 @@ PAIRED_INTERVAL = Exercise(
 
 def rank_inputs(seed: int) -> dict:
     """Eight layers of three sizes, one of them hurt by the upgrade; drawn again until every mistake gives an order of its own."""
-    g = _generator(seed)
+    g = generator(seed)
     while True:
         extra = torch.tensor([40, 40, 20, 120, 120, 20, 40, 20])[torch.randperm(8, generator=g)] * 16
         before = (0.5 + torch.rand(8, generator=g)) * extra**0.5
@@ -491,7 +487,7 @@ RANK_LAYERS = Exercise(
 
 def spend_inputs(seed: int) -> dict:
     """Ten layers, five choices from coarse to fine. Small layers suffer most, and one is not helped by its first upgrade."""
-    g = _generator(seed)
+    g = generator(seed)
     weights = torch.tensor([256, 256, 128, 128, 768, 768, 768, 256, 128, 768])[torch.randperm(10, generator=g)] * 256
     groups = weights[:, None] // torch.tensor([256, 128, 64, 32, 16])
     harm = (0.5 + torch.rand(10, generator=g)) * (128 * 256 / weights)

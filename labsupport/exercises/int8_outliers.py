@@ -7,16 +7,12 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
 from labsupport.quant import int8, rtn
 from labsupport.quant.int8 import PER_PRODUCT, Int8Tensor
 
 # bitsandbytes multiplies by 6.200124e-05 where 1 / 127**2 is 6.2000124e-05, 1.8e-5 apart; float32 adds less than 1e-6 to that.
 CONSTANT = 2.2e-5
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # 4.1 ------------------------------------------------------------------------------------------------------------------
@@ -26,7 +22,7 @@ ROWS = ["values half way between two codes", "mixed signs", "largest value negat
 
 def row_inputs(seed: int) -> dict:
     """More columns than rows. The first row's magnitude is 127, so its halves are exact ties, whichever way one divides."""
-    g = _generator(seed)
+    g = generator(seed)
     ties = torch.randint(-126, 126, (9,), generator=g) + 0.5
     ties[int(torch.randint(9, (1,), generator=g))] = 127.0
     mixed, leaning, tiny = torch.randn(3, 9, generator=g)
@@ -130,7 +126,7 @@ QUANTIZE_ROWS = Exercise(
 
 def product_inputs(seed: int) -> dict:
     """As many tokens as outputs, so that a scale on the wrong axis raises nothing. The longest sum is odd and above 2**24."""
-    g = _generator(seed)
+    g = generator(seed)
     codes, weight_codes = (torch.randint(-127, 128, (4, 2048), generator=g, dtype=torch.int8) for _ in range(2))
     codes[1], weight_codes[2] = 127, 127
     codes[1, int(torch.randint(2048, (1,), generator=g))] = 126
@@ -264,7 +260,7 @@ INT8_MATMUL = Exercise(
 def column_inputs(seed: int) -> dict:
     """More features than tokens. One column only just reaches the threshold, one is large below zero, one twice, one nearly
     always, one always."""
-    g = _generator(seed)
+    g = generator(seed)
     threshold = 6.0
     activations = torch.randn(6, 10, generator=g).clamp(-3, 3)
     places = torch.randperm(10, generator=g)
@@ -345,7 +341,7 @@ def mixed_inputs(seed: int) -> dict:
     """Four tokens: without an outlier, with two beyond the threshold on either side of 0, with one exactly at minus the threshold,
     and one whose largest value stands in an outlier column. Values that float16 holds, none of them near a tie, so that neither
     decides anything."""
-    g = _generator(seed)
+    g = generator(seed)
     threshold = 6.0
     weight_codes = torch.randint(-127, 128, (5, 12), generator=g, dtype=torch.int8)
     first, second, third = torch.randperm(12, generator=g)[:3].tolist()
@@ -486,7 +482,7 @@ MOST_MOVED, LEAST_MOVED, LEAST_RESCUED = 1.05, 3.0, 5.0
 
 def batch_inputs(seed: int) -> dict:
     """Activations without any outlier: the largest is below 2.4."""
-    return {"bulk": (0.6 * torch.randn(16, 32, generator=_generator(seed))).clamp(-2.4, 2.4)}
+    return {"bulk": (0.6 * torch.randn(16, 32, generator=generator(seed))).clamp(-2.4, 2.4)}
 
 
 def two_batches(bulk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -499,7 +495,7 @@ def two_batches(bulk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def output_error(activations: torch.Tensor, threshold: float) -> float:
     """Output error of LLM.int8(), root mean square, with a weight that int8 holds exactly: all of it comes from the activations."""
-    codes = torch.randint(-127, 128, (24, activations.shape[1]), generator=_generator(0), dtype=torch.int8)
+    codes = torch.randint(-127, 128, (24, activations.shape[1]), generator=generator(0), dtype=torch.int8)
     weight = Int8Tensor(codes, torch.ones(24))
     exact = activations.double() @ weight.dequantize().double().t()
     error = int8.linear(activations.half().float(), weight, threshold=threshold) - exact
@@ -567,7 +563,7 @@ TWO_BATCHES = Exercise(
 
 
 def layer_inputs(seed: int) -> dict:
-    g = _generator(seed)
+    g = generator(seed)
     return {"weight": torch.randn(24, 64, generator=g), "bias": torch.randn(24, generator=g)}
 
 
@@ -591,7 +587,7 @@ def is_weight_only(layer: Callable, in_features: int) -> bool:
     Sums, because doubling an input doubles its magnitudes and leaves its codes alone; noise, because zeros and ones are exact in
     int8; of size 1, because everything above a threshold would be multiplied in floating point.
     """
-    a, b = torch.randn(2, 8, in_features, generator=_generator(0))
+    a, b = torch.randn(2, 8, in_features, generator=generator(0))
     together, apart = layer(a + b) - layer(torch.zeros_like(a)), layer(a) + layer(b) - 2 * layer(torch.zeros_like(a))
     return bool((together - apart).abs().max() < 1e-4 * together.abs().max())
 
@@ -647,7 +643,7 @@ def judge_layers(given: dict, got: dict, want: dict) -> Verdict:
 
 
 def _by_doubling(layer, n):
-    x = torch.randn(4, n, generator=_generator(1))
+    x = torch.randn(4, n, generator=generator(1))
     zero = layer(torch.zeros_like(x))
     return bool(((layer(2 * x) - zero) - 2 * (layer(x) - zero)).abs().max() < 1e-4)
 
@@ -659,7 +655,7 @@ def _by_one_hot(layer, n):
 
 
 def _by_sums(layer, n, size=1.0, allowed=1e-4, bias=True):
-    a, b = size * torch.randn(2, 8, n, generator=_generator(1))
+    a, b = size * torch.randn(2, 8, n, generator=generator(1))
     zero = layer(torch.zeros_like(a)) if bias else 0
     gap = layer(a + b) - layer(a) - layer(b) + zero
     return bool(gap.abs().max() <= allowed * layer(a + b).abs().max())
@@ -667,7 +663,7 @@ def _by_sums(layer, n, size=1.0, allowed=1e-4, bias=True):
 
 def _large_inputs(layer, n):
     # In LLM.int8() the columns of large inputs all leave; per row and per tensor their rounding is left as it was.
-    a, b = 40 + 10 * torch.rand(2, 8, n, generator=_generator(1))
+    a, b = 40 + 10 * torch.rand(2, 8, n, generator=generator(1))
     gap = layer(a + b) - layer(a) - layer(b) + layer(torch.zeros_like(a))
     return bool(gap.abs().max() <= 1e-4 * layer(a + b).abs().max())
 

@@ -6,19 +6,10 @@ from statistics import NormalDist
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, like, right, shape_fault, wrong
 from labsupport.quant import nf4
 
 _quantile = NormalDist().inv_cdf
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _like(mistakes: dict, said: str):
-    """The mistake whose message holds `said`."""
-    return next(mistake for message, mistake in mistakes.items() if said in message)
 
 
 # 5.1 ------------------------------------------------------------------------------------------------------------------
@@ -26,7 +17,7 @@ def _like(mistakes: dict, said: str):
 
 def codebook_inputs(seed: int) -> dict:
     """NF4's own outermost probability, or another that float32 holds exactly: copied constants fit the first alone."""
-    k = int(torch.randint(940, 1004, (1,), generator=_generator(seed)))
+    k = int(torch.randint(940, 1004, (1,), generator=generator(seed)))
     return {"offset": nf4.OFFSET if seed % 2 == 0 else k / 1024}
 
 
@@ -97,7 +88,7 @@ CODEBOOK = Exercise(
     returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles, judge=judge_codebook,
     mutants=(
         *(
-            Mutant(_like(CODEBOOK_MISTAKES, said), said)
+            Mutant(like(CODEBOOK_MISTAKES, said), said)
             for said in (
                 "popular formula", "from 1 - offset", "divided by the largest", "none of them is 0", "0 is there twice",
                 "the other way round", "not the quantiles",
@@ -119,7 +110,7 @@ def _bounds(levels: torch.Tensor) -> torch.Tensor:
 
 def encode_inputs(seed: int) -> dict:
     """Values from -1 to 1, the levels and every midpoint among them. Levels are multiples of 1/64, so that ties are exact."""
-    g = _generator(seed)
+    g = generator(seed)
     inner = (torch.randperm(127, generator=g)[:14] - 63) / 64
     levels = torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
     values = torch.cat([2 * torch.rand(200, generator=g) - 1, _bounds(levels), levels])
@@ -174,7 +165,7 @@ ENCODE = Exercise(
     returns=("codes",), inputs=encode_inputs, reference=encode, judge=judge_encode,
     mutants=(
         *(
-            Mutant(_like(ENCODE_MISTAKES, said), said)
+            Mutant(like(ENCODE_MISTAKES, said), said)
             for said in ("gets the upper one", "gets the lower one", "uniform grid", "signed difference", "one too high")
         ),
         Mutant(lambda v, lv: torch.bucketize(v, _bounds(lv), right=True), "A tie takes the lower"),
@@ -193,7 +184,7 @@ def block_inputs(seed: int) -> dict:
     One block is all zero; in one the largest magnitude is negative. No value is near the middle of two levels, so that dividing and
     multiplying by the reciprocal give the same codes.
     """
-    g = _generator(seed)
+    g = generator(seed)
     levels = nf4.normal_quantiles()
     while True:
         flat = torch.randn(33, generator=g) * torch.tensor([1.0, 0.1, 10.0, 3.0, 0.5]).repeat_interleave(8)[:33]
@@ -348,7 +339,7 @@ QUANTIZE_BLOCKS = Exercise(
 
 def bits_inputs(seed: int) -> dict:
     """A shape that no block size divides, with an odd number of weights: every mistake gives a number of its own."""
-    g = _generator(seed)
+    g = generator(seed)
     rows, columns = (2 * int(n) + 1 for n in torch.randint(100, 130, (2,), generator=g))
     return {"rows": rows, "columns": columns, "block_size": (32, 64, 128)[seed % 3]}
 
@@ -422,7 +413,7 @@ STORED_BITS = Exercise(
     returns=("plain", "double"), inputs=bits_inputs, reference=stored_bits, judge=judge_bits,
     mutants=(
         *(
-            Mutant(lambda *given, said=said: _like(_bits_mistakes(*given), said), said)
+            Mutant(lambda *given, said=said: like(_bits_mistakes(*given), said), said)
             for said in (
                 "4.125", "is missing: a float32", "offset is missing", "an offset for every 256", "are gone", "not 16", "16 levels",
                 "start anew", "these are bytes",
@@ -439,7 +430,7 @@ STORED_BITS = Exercise(
 
 def nested_inputs(seed: int) -> dict:
     """600 magnitudes: two whole blocks of 256 and a short one, each of another spread. One is far off, below the mean's reach."""
-    g = _generator(seed)
+    g = generator(seed)
     spread = torch.tensor([0.2, 0.05, 0.6]).repeat_interleave(256)[:600]
     absmax = (1.5 + spread * torch.randn(600, generator=g)).clamp(min=0.01)
     absmax[300] = 0.02
@@ -647,7 +638,7 @@ TWO_BLOCKS = Exercise(
 
 def lloyd_inputs(seed: int) -> dict:
     """Values of blocks over their magnitudes; 16 levels in no good place, one of them with no value near it; some are held."""
-    g = _generator(seed)
+    g = generator(seed)
     blocks = torch.randn(12, 40, generator=g)
     values = (blocks / blocks.abs().amax(1, keepdim=True)).view(-1)
     levels = torch.linspace(-1, 1, 16) + 0.05 * torch.rand(16, generator=g)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
 from labsupport.quant import grid
 
 # Division and a product in float32: each rounds by at most 2**-24 of the result; four units of 2**-23 cover any order of them.
 FLOAT32 = 4 * 2**-23
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _row_fault(names: list[str], excess: torch.Tensor) -> str | None:
@@ -27,7 +23,7 @@ SYMMETRIC_ROWS = ["mixed signs", "largest value negative", "all negative", "an a
 
 
 def symmetric_inputs(seed: int) -> dict:
-    g = _generator(seed)
+    g = generator(seed)
     mixed, leaning = torch.randn(2, 9, generator=g)
     mixed[0] = mixed.abs().max() + 0.1  # the positive end is the longer one here, the negative in the next row
     leaning[3] = -leaning.abs().max() - 0.5
@@ -108,7 +104,7 @@ ONE_SIDED_ROWS = ["mixed signs", "values in 3..5", "values in -5..-3", "a consta
 
 def straddling_inputs(seed: int) -> dict:
     """Rows with 0 inside their range; the learner meets the others in 2.5."""
-    g = _generator(seed)
+    g = generator(seed)
     mixed = torch.randn(1, 7, generator=g)
     mixed[0, 0], mixed[0, 1] = -1.3, 1.7
     positive = torch.rand(1, 7, generator=g) + 0.5
@@ -117,7 +113,7 @@ def straddling_inputs(seed: int) -> dict:
 
 
 def one_sided_inputs(seed: int) -> dict:
-    g = _generator(seed)
+    g = generator(seed)
     mixed = torch.randn(1, 7, generator=g)
     mixed[0, 0], mixed[0, 1] = -1.3, 1.7
     positive = 3 + 2 * torch.rand(1, 7, generator=g)
@@ -241,7 +237,7 @@ MENDED_GRID = Exercise(
 
 def quantize_inputs(seed: int) -> dict:
     """Values on levels, between them, exactly half-way (powers of two, so that half-way is exact), and beyond both ends."""
-    g = _generator(seed)
+    g = generator(seed)
     scale = torch.tensor([[0.5], [0.25], [1.0]])
     zero_point = torch.tensor([[3.0], [6.0], [1.0]])
     halves = torch.arange(-2, 4) + 0.5
@@ -331,7 +327,7 @@ QUANTIZE = Exercise(
 
 def dequantize_inputs(seed: int) -> dict:
     """Codes and zero-points in uint8, as they are stored: subtracting them there wraps around."""
-    g = _generator(seed)
+    g = generator(seed)
     codes = torch.randint(0, 16, (3, 8), generator=g, dtype=torch.uint8)
     codes[:, 0], codes[:, 1] = 0, 15
     codes[1, 2] = 255  # as large as a stored code can be: a signed byte would not hold it
@@ -380,7 +376,7 @@ DEQUANTIZE = Exercise(
 
 def sqnr_inputs(seed: int) -> dict:
     """A weight with a mean far from 0, so that power and variance differ, and noise with a mean of its own."""
-    g = _generator(seed)
+    g = generator(seed)
     weight = torch.randn(6, 50, generator=g) + 1.5
     return {"weight": weight, "reconstruction": weight + 0.02 + 0.05 * torch.randn(6, 50, generator=g)}
 
@@ -470,7 +466,7 @@ STUBBORN_ROW = Exercise(
     id="2.7", name="stubborn_row", title="A row that a fifth bit does not help", minutes=8, difficulty=3, points=3,
     returns=("row",), inputs=lambda seed: {}, reference=stubborn_row, judge=judge_stubborn,
     mutants=(
-        Mutant(lambda: torch.randn(256, generator=_generator(0)), "on both grids"),
+        Mutant(lambda: torch.randn(256, generator=generator(0)), "on both grids"),
         Mutant(lambda: torch.linspace(-1, 1, 100), "on both grids"),
         Mutant(lambda: torch.tensor([0.001] * 99 + [1.0]), "different values"),
         Mutant(lambda: torch.linspace(3, 5, 100), "on both grids"),
@@ -484,7 +480,7 @@ STUBBORN_ROW = Exercise(
 
 def clip_inputs(seed: int) -> dict:
     """Rows with tails of different weight, so that each wants a factor of its own."""
-    g = _generator(seed)
+    g = generator(seed)
     normal = torch.randn(200, generator=g)
     heavy = torch.randn(200, generator=g) * torch.exp(0.8 * torch.randn(200, generator=g))
     flat = torch.rand(200, generator=g) * 2 - 1

@@ -8,12 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, right, shape_fault, wrong
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, right, shape_fault, wrong
 
 # 0.1 ------------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +31,7 @@ def parameter_bytes(model: nn.Module) -> int:
 
 
 def parameter_inputs(seed: int) -> dict:
-    vocabulary, width = torch.randint(20, 60, (2,), generator=_generator(seed)).tolist()
+    vocabulary, width = torch.randint(20, 60, (2,), generator=generator(seed)).tolist()
     return {"model": TinyModel(vocabulary, width)}
 
 
@@ -105,7 +100,7 @@ def window_perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 def perplexity_inputs(seed: int) -> dict:
     """Windows of different difficulty, so that the order of averaging matters."""
-    g = _generator(seed)
+    g = generator(seed)
     logits = torch.randn(3, 7, 11, generator=g) * torch.tensor([0.5, 1.5, 2.5])[:, None, None]
     return {"logits": logits, "ids": torch.randint(0, 11, (3, 7), generator=g)}
 
@@ -189,7 +184,7 @@ def bits_per_byte(losses: torch.Tensor, passage: str) -> float:
 
 def bits_inputs(seed: int) -> dict:
     """A passage with letters of two and three bytes, and losses of about a third as many tokens."""
-    g = _generator(seed)
+    g = generator(seed)
     words = ["naïve", "café", "Bézier", "“quoted”", "return", "None", "≤"]
     passage = " ".join(words[i] for i in torch.randint(0, len(words), (12,), generator=g).tolist()) + " é"
     return {"losses": 3 * torch.rand(len(passage) // 3, generator=g) + 0.1, "passage": passage}

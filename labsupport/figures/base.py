@@ -7,6 +7,8 @@ palette of Okabe and Ito, in an order of falling lightness where it matters; mar
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#999999"
 SERIES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (BLACK, "x", "--"))
+T = TypeVar("T")
 DPI = 110
 FONT = 9
 
@@ -39,6 +42,14 @@ class CourseFigure(Figure):
 
         data, about = self._repr_mimebundle_()
         display(data, metadata=about, raw=True)
+
+
+def styled(series: Iterable[T]) -> Iterator[tuple[T, tuple[str, str, str]]]:
+    """Each series with a color, marker and line of its own. Raises ValueError for more than there are: none is left out unseen."""
+    series = list(series)
+    if len(series) > len(SERIES):
+        raise ValueError(f"series holds {len(series)} series, wanted at most {len(SERIES)}: more cannot be told apart")
+    return zip(series, SERIES, strict=False)
 
 
 def new(alt: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3.2), **options):

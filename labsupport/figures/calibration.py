@@ -39,8 +39,8 @@ def writes(columns: int, block_sizes: Sequence[int]) -> CourseFigure:
         "writes inside it rise."
     )
     figure, axis = base.new(alt, size=(6.2, 3.4))
-    for (name, values), (color, marker, style) in zip(
-        {"in all": total, "inside blocks": inside, "behind blocks": behind}.items(), base.SERIES, strict=False
+    for (name, values), (color, marker, style) in base.styled(
+        {"in all": total, "inside blocks": inside, "behind blocks": behind}.items()
     ):
         shown = [(size, value) for size, value in zip(block_sizes, values, strict=True) if value > 0]
         axis.plot(*zip(*shown, strict=True), color=color, marker=marker, linestyle=style, markersize=4, label=name)
@@ -65,7 +65,7 @@ def by_turn(shifts: Mapping[str, torch.Tensor]) -> CourseFigure:
         said.append(f"{name} from {smooth[name][0]:.2f} to {smooth[name][-1]:.2f} steps")
     alt = "How far columns end from where they began against their turn, and the line of plain rounding: " + "; ".join(said) + "."
     figure, axis = base.new(alt, size=(6.4, 3.2))
-    for (name, values), (color, _, style) in zip(smooth.items(), base.SERIES, strict=False):
+    for (name, values), (color, _, style) in base.styled(smooth.items()):
         axis.plot([16 * i + 8 for i in range(len(values))], values, color=color, linestyle=style, label=name)
     axis.axhline(12**-0.5, color=base.GREY, linewidth=1, label="plain rounding")
     axis.set_ylim(0)
@@ -123,7 +123,7 @@ def against(
     alt = f"{title}, with the line of rounding at 1. " + "; ".join(said) + "."
     figure, axes = base.new(alt, 1, len(panels), size=(4.3 * len(panels) + 0.6, 3.5), sharey=True, squeeze=False)
     for axis, (panel, curves) in zip(axes[0], panels.items(), strict=True):
-        for (name, points), (color, marker, style) in zip(curves.items(), base.SERIES, strict=False):
+        for (name, points), (color, marker, style) in base.styled(curves.items()):
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, markersize=4, label=name)
         axis.axhline(1, color=base.GREY, linewidth=1)
         if marked is not None:

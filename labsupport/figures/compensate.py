@@ -41,7 +41,7 @@ def two_weights(
     axis.plot(*zip(*whole, strict=True), ".", color=base.BLACK, markersize=6, label="what the grid can store")
     axis.plot(w1, w2, "*", color=base.BLACK, markersize=12, label="the original")
     axis.plot(*torch.stack(list(path)).T.tolist(), color=base.RED, linewidth=1.4, linestyle="--", zorder=1, label="GPTQ's way")
-    for (name, end), (color, marker, _) in zip(ends.items(), base.SERIES, strict=False):
+    for (name, end), (color, marker, _) in base.styled(ends.items()):
         error, distance = facts(end)
         said = f"{name}: error {error:.3f}, {distance:.2f} away"
         axis.plot(*end.tolist(), marker, color=color, markersize=10, fillstyle="none", markeredgewidth=2, label=said)
@@ -55,7 +55,7 @@ def spectrum(energies: Mapping[str, torch.Tensor]) -> CourseFigure:
     """What a weight error of size 1 does to the output, along every direction of H; energies: eigenvalues, ascending, by name."""
     said = "; ".join(f"{name} from {e[0]:.1e} to {e[-1]:.1e}" for name, e in energies.items())
     figure, axis = base.new(f"Eigenvalues of Hessians from quietest to loudest direction: {said}.", size=(6.2, 3.3))
-    for (name, e), (color, _, style) in zip(energies.items(), base.SERIES, strict=False):
+    for (name, e), (color, _, style) in base.styled(energies.items()):
         axis.plot(torch.linspace(0, 100, len(e)), e, color=color, linestyle=style, linewidth=1.6, label=name)
     axis.set_yscale("log")
     axis.grid(alpha=0.25)
@@ -92,7 +92,7 @@ def trade(layers: Mapping[str, Sequence[tuple[float, float]]]) -> CourseFigure:
         for kind, p in layers.items()
     )
     figure, axis = base.new(f"Squared errors of GPTQ over those of rounding. {said}.", size=(6.4, 3.8))
-    for (kind, points), (color, marker, _) in zip(layers.items(), base.SERIES, strict=False):
+    for (kind, points), (color, marker, _) in base.styled(layers.items()):
         axis.plot(*zip(*points, strict=True), marker, color=color, markersize=6, alpha=0.8, label=kind)
     axis.plot(1, 1, "X", color=base.BLACK, markersize=9, label="rounding")
     axis.axvline(1, color=base.GREY, linewidth=0.8)
@@ -109,7 +109,7 @@ def by_sensitivity(lines: Mapping[str, Sequence[float]]) -> CourseFigure:
     """Root mean square errors in steps, for columns in groups of equal size from the least sensitive to the most; a line each."""
     said = "; ".join(f"{name} from {v[0]:.2f} to {v[-1]:.2f} steps" for name, v in lines.items())
     figure, axis = base.new(f"Errors from the least sensitive columns to the most: {said}.", size=(6.4, 3.3))
-    for place, ((name, values), (color, marker, style)) in enumerate(zip(lines.items(), base.SERIES, strict=False)):
+    for place, ((name, values), (color, marker, style)) in enumerate(base.styled(lines.items())):
         # Smaller and smaller markers: lines that lie on each other can still be told apart.
         size, tenths = 9 - 2 * min(place, 2), range(1, len(values) + 1)
         axis.plot(tenths, values, color=color, marker=marker, linestyle=style, markersize=size, label=name)
@@ -129,7 +129,7 @@ def run_times(measured: Mapping[str, Mapping[float, float]], limit: float) -> Co
         for name, points in measured.items()
     )
     figure, axis = base.new(f"Minutes that GPTQ takes. {said}.", size=(6.4, 3.6))
-    for (name, points), (color, marker, style) in zip(measured.items(), base.SERIES, strict=False):
+    for (name, points), (color, marker, style) in base.styled(measured.items()):
         axis.plot(list(points), list(points.values()), color=color, marker=marker, linestyle=style, markersize=6, label=name)
     axis.axhline(limit, color=base.BLACK, linewidth=1, linestyle=":")
     lowest = min(min(points) for points in measured.values())

@@ -23,7 +23,7 @@ def bits_against_perplexity(
         for name, rows in series.items()
     )
     figure, axis = base.new(f"Rise in perplexity against stored bits a weight, both ends of each line: {said}.", size=(6.4, 3.8))
-    for (name, rows), (color, marker, style) in zip(series.items(), base.SERIES, strict=False):
+    for (name, rows), (color, marker, style) in base.styled(series.items()):
         ordered = sorted(rows, key=lambda r: r["bits_per_weight"])
         x = [r["bits_per_weight"] for r in ordered]
         y = [100 * r["change"] for r in ordered]

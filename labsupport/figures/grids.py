@@ -132,7 +132,7 @@ def sqnr(bits: Sequence[int], curves: Mapping[str, Sequence[float]]) -> CourseFi
     figure, axis = base.new(alt)
     first = next(iter(curves.values()))
     axis.plot(bits, [first[-1] - 6.02 * (bits[-1] - b) for b in bits], color=base.GREY, linestyle="--", label="6.02 dB a bit")
-    for (name, values), (color, marker, style) in zip(curves.items(), base.SERIES, strict=False):
+    for (name, values), (color, marker, style) in base.styled(curves.items()):
         axis.plot(bits, values, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     base.label(axis, "What a bit buys depends on the row", "bits", "signal to noise (dB)")
     base.legend(axis)
@@ -148,9 +148,7 @@ def clip_curve(factors: torch.Tensor, rounding: torch.Tensor, clipping: torch.Te
         f"their sum is a U with its bottom at {factors[best]:.2f}, {100 * (1 - total[best] / total[-1]):.0f} % below no clipping."
     )
     figure, axis = base.new(alt)
-    for (name, values), (color, _, style) in zip(
-        {"sum": total, "clipping": clipping, "rounding": rounding}.items(), base.SERIES, strict=False
-    ):
+    for (name, values), (color, _, style) in base.styled({"sum": total, "clipping": clipping, "rounding": rounding}.items()):
         axis.plot(factors, values, color=color, linestyle=style, label=name)
     axis.plot(factors[best], total[best], "o", color=base.BLACK, markersize=6)
     axis.annotate(

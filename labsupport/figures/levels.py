@@ -82,7 +82,7 @@ def slices(codebooks: Mapping[str, torch.Tensor]) -> CourseFigure:
     top.set_xlim(-reach, reach)
     top.set_ylim(0)
     base.label(top, "Sixteen slices, each 1/16 of the area, and their middles", "value (standard deviations)", "density")
-    for place, ((name, levels), (color, marker, _)) in enumerate(zip(codebooks.items(), base.SERIES, strict=False)):
+    for place, ((name, levels), (color, marker, _)) in enumerate(base.styled(codebooks.items())):
         bottom.plot(levels, [place] * len(levels), marker, color=color, markersize=5, label=name)
         bottom.hlines(place, -1, 1, color=color, linewidth=0.5)
     bottom.axvline(0, color=base.GREY, linewidth=0.8)
@@ -97,7 +97,7 @@ def code_use(use: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
     """How often each of the 16 codes is taken, in percent, one line for each entry of `use`, and the line of even use."""
     said = "; ".join(f"{name} from {min(shares):.1f} to {max(shares):.1f} %" for name, shares in use.items())
     figure, axis = base.new(f"How often each of 16 codes is used: {said}. Even use would be 6.25 %.", size=(6.6, 3.3))
-    for place, ((name, shares), (color, marker, style)) in enumerate(zip(use.items(), base.SERIES, strict=False)):
+    for place, ((name, shares), (color, marker, style)) in enumerate(base.styled(use.items())):
         # Smaller and smaller markers: lines that lie on each other can still be told apart.
         size = 8 - 2 * min(place, 2)
         axis.plot(range(len(shares)), shares, color=color, marker=marker, linestyle=style, markersize=size, label=name)
@@ -114,7 +114,7 @@ def densities(samples: Mapping[str, torch.Tensor], title: str, reach: float = 1.
     ends = {name: 100 * (values.abs() >= reach).float().mean().item() for name, values in samples.items()}
     said = "; ".join(f"{name} with {share:.1f} % at or beyond the ends" for name, share in ends.items())
     figure, axis = base.new(f"Outlines of histograms from {-reach:g} to {reach:g}: {said}.", size=(6.6, 3.2))
-    for (name, values), (color, _, style) in zip(samples.items(), base.SERIES, strict=False):
+    for (name, values), (color, _, style) in base.styled(samples.items()):
         counts, edges = torch.histogram(values.detach().flatten().float().clamp(-reach, reach), bins=61, range=(-reach, reach))
         share = 100 * counts / counts.sum()
         axis.stairs(
@@ -162,7 +162,7 @@ def error_and_loss(points: Mapping[str, tuple[float, float, float, float]], titl
     """A codebook's decibels on the weights against what it costs the model: (dB, change, low, high), 0.01 being 1 %."""
     said = "; ".join(f"{name} {db:.2f} dB and {100 * change:+.1f} %" for name, (db, change, _, _) in points.items())
     figure, axis = base.new(f"Rise in perplexity against decibels, with intervals: {said}.", size=(6.2, 3.5))
-    for (name, (db, change, low, high)), (color, marker, _) in zip(points.items(), base.SERIES, strict=False):
+    for (name, (db, change, low, high)), (color, marker, _) in base.styled(points.items()):
         bars = [[100 * (change - low)], [100 * (high - change)]]
         axis.errorbar(db, 100 * change, bars, color=color, marker=marker, markersize=6, capsize=3, linestyle="none", label=name)
     axis.set_ylim(0, 1.15 * max(100 * high for *_, high in points.values()))
@@ -183,7 +183,7 @@ def rises(series: Mapping[str, Sequence[Mapping[str, float]]], title: str, live:
         for name, rows in series.items()
     )
     figure, axis = base.new(f"Rise in perplexity against stored bits a weight, with intervals: {said}.", size=(6.6, 3.8))
-    for (name, rows), (color, marker, style) in zip(series.items(), base.SERIES, strict=False):
+    for (name, rows), (color, marker, style) in base.styled(series.items()):
         ordered = sorted(rows, key=lambda r: r["bits_per_weight"])
         y = [100 * r["change"] for r in ordered]
         bars = [[100 * (r["change"] - r["low"]) for r in ordered], [100 * (r["high"] - r["change"]) for r in ordered]]

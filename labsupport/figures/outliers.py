@@ -44,7 +44,7 @@ def by_block(inputs: Mapping[str, torch.Tensor], threshold: float) -> CourseFigu
     alt = f"What enters the linears of each block, and threshold {threshold:g}. " + ". ".join(said) + "."
     figure, axes = base.new(alt, 1, 3, size=(9.6, 3.2))
     for panel, (axis, (title, unit)) in enumerate(zip(axes, titles, strict=True)):
-        for (kind, facts), (color, marker, style) in zip(kinds.items(), base.SERIES, strict=False):
+        for (kind, facts), (color, marker, style) in base.styled(kinds.items()):
             values = [facts[block][panel] for block in sorted(facts)]
             axis.plot(sorted(facts), values, color=color, marker=marker, linestyle=style, markersize=4, label=kind)
         base.label(axis, title, "block", unit)
@@ -90,7 +90,7 @@ def columns_against_tokens(
     said = "; ".join(f"{name} from {values[0]:.1f} to {values[-1]:.0f} %" for name, values in shares.items())
     alt = f"Share of columns that leave int8, from {tokens[0]} to {tokens[-1]} tokens at a time: {said}."
     figure, axis = base.new(alt, size=(6.4, 3.4))
-    for (name, values), (color, marker, style) in zip(shares.items(), base.SERIES, strict=False):
+    for (name, values), (color, marker, style) in base.styled(shares.items()):
         axis.plot(tokens, values, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -104,7 +104,7 @@ def one_column(factors: Sequence[float], ratios: Mapping[str, Sequence[float]]) 
     """Signal to noise of the output, in dB, while one column of the activations grows by `factors`; one line a method."""
     said = "; ".join(f"{name} from {values[0]:.1f} to {values[-1]:.1f} dB" for name, values in ratios.items())
     figure, axis = base.new(f"Signal to noise while one column grows {factors[-1]:g} times: {said}.", size=(6.4, 3.5))
-    for (name, values), (color, marker, style) in zip(ratios.items(), base.SERIES, strict=False):
+    for (name, values), (color, marker, style) in base.styled(ratios.items()):
         axis.plot(factors, values, color=color, marker=marker, linestyle=style, markersize=4.5, label=name)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -135,7 +135,7 @@ def rises(methods: Mapping[str, Mapping[str, Change]], title: str, marks: Sequen
     models = list(next(iter(methods.values())))
     said = []
     figure, axis = base.new("", size=(8.6, 3.9))
-    for row, (model, (color, marker, _)) in enumerate(zip(models, base.SERIES, strict=False)):
+    for row, (model, (color, marker, _)) in enumerate(base.styled(models)):
         changes = [found[model] for found in methods.values()]
         places = [i + 0.2 * (row - (len(models) - 1) / 2) for i in range(len(methods))]
         values = [100 * c for c, _, _ in changes]
@@ -165,7 +165,7 @@ def against_threshold(
     said = []
     figure, axis = base.new("", size=(6.8, 3.8))
     end = 2 * max(t for found in models.values() for t in found)
-    for (model, found), (color, marker, style) in zip(models.items(), base.SERIES, strict=False):
+    for (model, found), (color, marker, style) in base.styled(models.items()):
         places, changes = sorted(found), [found[t] for t in sorted(found)]
         values = [100 * c for c, _, _ in changes]
         axis.errorbar(
@@ -228,7 +228,7 @@ def two_errors(
     order = loudness.argsort(descending=True)
     rank = order.argsort()
     left.plot(range(len(order)), loudness[order], color=base.BLACK, linewidth=1)
-    for place, ((name, columns), (color, marker, _)) in enumerate(zip(places.items(), base.SERIES, strict=False)):
+    for place, ((name, columns), (color, marker, _)) in enumerate(base.styled(places.items())):
         left.plot(rank[columns], loudness[columns], marker, color=color, markersize=3, label=name)
         values = [100 * value for value in errors[name]]
         bars = right.bar(

@@ -86,7 +86,7 @@ def intensity_against_batch(
     levels = ", ".join(f"{name} {y:.3g}" for name, y in ridges.items())
     alt = f"Operations a byte against tokens in a batch, rising in proportion and then bending over: {ends}. Ridges: {levels}."
     figure, axis = base.new(alt, size=(6.2, 3.6))
-    for (name, y), (color, marker, style) in zip(curves.items(), base.SERIES, strict=False):
+    for (name, y), (color, marker, style) in base.styled(curves.items()):
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     for name, y in ridges.items():
         axis.axhline(y, color=base.GREY, linewidth=1)
@@ -109,7 +109,7 @@ def throughput(
         for name, y in measured.items()
     )
     figure, axis = base.new(f"Tokens a second against batch, on logarithmic axes. {said}.", size=(6.2, 3.8))
-    for (name, y), (color, marker, _) in zip(measured.items(), base.SERIES, strict=False):
+    for (name, y), (color, marker, _) in base.styled(measured.items()):
         axis.plot(batches, limits[name], color=color, linestyle="--", linewidth=1.1, label=f"{name}, limit")
         axis.plot(batches, y, color=color, marker=marker, linestyle="-", markersize=5, label=f"{name}, measured")
     axis.set_xscale("log", base=2)

@@ -87,7 +87,7 @@ def stretch(
     figure, axis = base.new(alt, size=(8.2, 3.4))
     axis.axvspan(*kinks, color=base.ORANGE, alpha=0.3, linewidth=0, label="kinks, middle half of rows")
     lines = {"the channel's own": own, "all others'": others, "sum": total}
-    for (name, values), (color, _, style) in zip(lines.items(), base.SERIES, strict=False):
+    for (name, values), (color, _, style) in base.styled(lines.items()):
         axis.plot(factors, values, color=color, linestyle=style, linewidth=1.7, label=name)
     axis.plot(factors[best], total[best], "*", color=base.BLACK, markersize=12, zorder=5)
     axis.set_xscale("log", base=2)
@@ -168,7 +168,7 @@ def clips(losses: torch.Tensor, share_of: torch.Tensor, title: str) -> CourseFig
         f"all groups are best left as they are, {counts[-1]:.0f} % take the smallest limit, {limits[-1]:.2f}."
     )
     figure, (left, right) = base.new(alt, 1, 2, size=(9.2, 3.2))
-    for number, (values, (color, marker, style)) in enumerate(zip(relative, base.SERIES, strict=False), 1):
+    for number, (values, (color, marker, style)) in enumerate(base.styled(relative), 1):
         left.plot(limits, values, color=color, marker=marker, linestyle=style, markersize=4, label=f"group {number}")
     left.axhline(1, color=base.GREY, linewidth=0.8)
     left.set_ylim(0, 2.5)
@@ -189,7 +189,7 @@ def flip(methods: Mapping[str, Mapping[str, Change]], title: str, live: tuple[st
     models = list(next(iter(methods.values())))
     said, ends = [], []
     figure, axis = base.new("", size=(7.4, 4.0))
-    for place, ((method, found), (color, marker, style)) in enumerate(zip(methods.items(), base.SERIES, strict=False)):
+    for place, ((method, found), (color, marker, style)) in enumerate(base.styled(methods.items())):
         x = [i + 0.03 * (place - (len(methods) - 1) / 2) for i in range(len(models))]
         y = [100 * found[model][0] for model in models]
         bars = [
@@ -220,7 +220,7 @@ def one_sided(values: torch.Tensor, read_back: Mapping[str, torch.Tensor], title
     figure, axis = base.new(alt, size=(6.2, 3.3))
     order = values.argsort()
     axis.plot(values[order], values[order], color=base.GREY, linewidth=1, label="exact")
-    for (name, found), (color, marker, style) in zip(read_back.items(), base.SERIES, strict=False):
+    for (name, found), (color, marker, style) in base.styled(read_back.items()):
         axis.plot(values[order], found[order], marker, color=color, linestyle=style, markersize=3, linewidth=1, label=name)
     axis.set_ylim(0, 1.15 * max(v.max().item() for v in read_back.values()))
     base.label(axis, title, "weight", "value read back")
