@@ -124,3 +124,37 @@ def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor:
                 for layer in layers:
                     layer.weight.div_(scale.to(layer.weight))
     return planted
+
+
+def plant_key_outliers(model: nn.Module, factor: float = 8.0, pairs: int = 2, seed: int = 0) -> nn.Module:
+    """A copy that computes the same function with outlier channels in its keys, as large models have them.
+
+    In every head of keys, `pairs` pairs of channels are multiplied by `factor`, and those channels of all queries that meet this
+    head divided by it: q . k stays what it was. The two channels of a pair, i and i + head_dim / 2, are rotated into each other by
+    the rotary embedding, so they share a factor. For Llama-shaped attention; where queries and keys are normalized after their
+    projections a factor would not arrive.
+    """
+    planted = duplicate(model)
+    for index, block in enumerate(blocks(planted)):
+        attention = getattr(block, "self_attn", None)
+        parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim")]
+        if any(part is None for part in parts) or hasattr(attention, "k_norm"):
+            raise ModelError(f"outliers can be planted in keys of Llama-shaped attention, not in {type(block).__name__}")
+        queries, keys, width = parts
+        generator = torch.Generator().manual_seed(seed * 1009 + index)
+        heads = keys.out_features // width
+        scale = torch.ones(heads, width // 2, dtype=torch.float64)
+        for head in range(heads):
+            scale[head, torch.randperm(width // 2, generator=generator)[:pairs]] = factor
+        scale_keys(queries, keys, scale)
+    return planted
+
+
+@torch.no_grad()
+def scale_keys(queries: nn.Linear, keys: nn.Linear, scale: torch.Tensor) -> None:
+    """Multiply pairs of key channels by `scale`, float [heads of keys, head_dim / 2], and divide the queries' by it, in place."""
+    rows = torch.cat([scale, scale], dim=1).double()  # of one head: channels i and i + head_dim / 2 are a pair
+    shared = queries.out_features // rows.numel()  # heads of queries, side by side, that read one head of keys
+    for layer, by in ((keys, rows.flatten()), (queries, 1 / rows.repeat_interleave(shared, dim=0).flatten())):
+        for parameter in layer.parameters():  # weight and, where there is one, bias
+            parameter.mul_(by.to(parameter).view(-1, *[1] * (parameter.ndim - 1)))

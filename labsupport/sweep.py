@@ -21,12 +21,25 @@ from torch import nn
 
 from labsupport import models
 from labsupport.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
+from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 from labsupport.quantize import quantize_model
 from labsupport.text import TokenStream
 
 GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
 # What a row says beside its setting.
-MEASURED = ("bits_per_weight", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement")
+MEASURED = (
+    "bits_per_weight",
+    "bits_per_value",
+    "nbytes",
+    "perplexity",
+    "change",
+    "low",
+    "high",
+    "loss",
+    "seconds",
+    "kl",
+    "agreement",
+)
 # What must agree for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
 
@@ -105,8 +118,33 @@ def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"planted": planted, "bits": 4, "group_size": 32, "method": "awq", "samples": 64}
 
 
+def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keys alone, values alone, both; then weights and cache together. Groups of 32; by token and by channel alike, tokens wait for
+    a block of 32, so that the same ones are in float."""
+    float_ = {"planted": None, "weights": None, "keys": 16, "values": 16}
+    both = [{"keys": "fp8", "values": "fp8"}]
+    both += [{"keys": b, "values": b, "key_axis": "channel", "value_axis": "token", "residual": 32} for b in (8, 4, 3, 2)]
+    for planted in ("trained", "keys"):
+        own = float_ | {"planted": None if planted == "trained" else "keys"}
+        for bits in (8, 4, 3, 2):
+            for axis in ("channel", "token"):
+                for before_rope in (None, True) if bits < 8 else (None,):
+                    yield own | {"keys": bits, "key_axis": axis, "before_rope": before_rope}
+                if planted == "trained":
+                    yield own | {"values": bits, "value_axis": axis}
+        for setting in both:
+            yield own | setting
+        yield own | both[-1] | {"key_axis": "token"}
+    for bits in (4, 2):
+        for residual in (0, 128):
+            yield float_ | {"keys": bits, "values": bits, "key_axis": "channel", "value_axis": "token", "residual": residual}
+    for weights in ("rtn4", "rtn3", "awq4"):
+        for setting in ({}, both[0], both[2], both[-1]):
+            yield float_ | {"weights": weights} | setting
+
+
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
-    "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq,
+    "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
 }  # fmt: skip
 # What gives the calibration text of a row: token ids, int64 [samples, length], from the domain's training text.
 Calibration = Callable[[str, int], torch.Tensor]
@@ -213,6 +251,8 @@ def run(
         if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
             if "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
+            elif name == "kv":
+                rows.append(_measure_cache(model, stream, length, windows, baseline, setting, calibration))
             else:
                 rows.append(_measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting))
             _write(path, about, rows)
@@ -255,3 +295,33 @@ def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:
     quantized, report = quantize_model(model, "rtn", bits=setting["bits"], group_size=group_size, overrides=others)
     kl, agreement = divergence(model, quantized, stream, length, windows)
     return {**setting, "nbytes": report.layers[setting["layer"]].nbytes, "kl": kl, "agreement": agreement}
+
+
+def scheme_of(setting: dict[str, Any]) -> Scheme:
+    """How the cache of a row of the sweep "kv" is stored: groups of 32."""
+    residual = setting.get("residual", 0)
+    parts = []
+    for bits, axis in ((setting["keys"], setting.get("key_axis")), (setting["values"], setting.get("value_axis"))):
+        waits = bits not in (16, "fp8") and "residual" not in setting
+        parts.append(Part(bits, axis or "token", 32, residual, block=32 if waits else None))
+    return Scheme(*parts, before_rope=bool(setting.get("before_rope")))
+
+
+def _measure_cache(model, stream, length, windows, baseline, setting, calibration) -> dict[str, Any]:
+    from labsupport.cache import evaluate_cached
+
+    if weights := setting["weights"]:
+        method, bits = weights[:-1], int(weights[-1])
+        given = {} if method == "rtn" else {"calibration": calibration("code", 64)}
+        model = quantize_model(model, method, bits=bits, group_size=128, **given)[0]
+    if setting["planted"]:
+        model = models.plant_key_outliers(model)
+    shape, scheme = Shape.of(model.config), scheme_of(setting)
+    nbytes = cache_bytes(shape, length, 1, scheme)
+    result = evaluate_cached(model, stream, scheme, length, windows)
+    change = paired_bootstrap(baseline, result)
+    return {
+        **setting, "bits_per_value": 16 * nbytes / cache_bytes(shape, length), "nbytes": nbytes,
+        "perplexity": result.perplexity, "change": change.change, "low": change.low, "high": change.high,
+        "loss": [round(nats, 4) for nats in result.loss.tolist()],
+    }  # fmt: skip

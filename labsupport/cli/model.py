@@ -49,7 +49,7 @@ def train(
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers, int8, nf4, gptq, awq.")] = "rtn",
+    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers, int8, nf4, gptq, awq, kv.")] = "rtn",
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,

@@ -1,0 +1,292 @@
+"""The cache of keys and values in few bits: what is stored, what it reads back as, and what it weighs.
+
+Keys and values are [batch, heads, tokens, width], as attention sees them. A group shares a scale and a minimum: `group_size`
+neighboring channels of one token (axis "token"), or one channel of `group_size` tokens in a row (axis "channel"). A code q stands
+for minimum + q * scale. KIVI (Liu et al. 2024, arXiv:2402.02750, section 3) takes keys by channel, values by token, and leaves
+the newest tokens as they are; KVQuant (Hooper et al. 2024, arXiv:2401.18079, section 3) takes keys before the rotary embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from labsupport.quant import grid
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+AXES = ("channel", "token")
+
+
+@dataclass(frozen=True)
+class Part:
+    """How keys, or values, are stored.
+
+    bits: 2 to 8 on a uniform grid, "fp8" for e4m3 clamped at 448, or 16 for as they come. axis, group_size: what shares a scale.
+    residual: the newest tokens, which stay as they come. block: older ones are quantized so many tokens at a time; without it
+    as soon as it can be, which for axis "channel" is a whole group. scale: fp8's; values are divided by it.
+
+    KIVI's keys have residual 0 and a block of 128, its values residual 128. Raises ValueError for what does not fit.
+    """
+
+    bits: int | Literal["fp8"] = 16
+    axis: Literal["channel", "token"] = "token"
+    group_size: int = 32
+    residual: int = 0
+    block: int | None = None
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.bits not in ("fp8", 16) and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):
+            raise ValueError(f"bits is {self.bits!r}, wanted a whole number from 2 to 8, 'fp8', or 16 for as it comes")
+        if self.axis not in AXES:
+            raise ValueError(f"axis is {self.axis!r}, wanted 'channel' or 'token'")
+        for name, least in (("group_size", 1), ("residual", 0), ("block", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}, wanted a whole number from {least} up")
+        if not self.scale > 0:
+            raise ValueError(f"scale is {self.scale!r}, wanted a number above 0")
+        if self.by_channel and self.step % self.group_size:
+            raise ValueError(f"block {self.block} is no multiple of group_size {self.group_size}: a group would stay half full")
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether a group runs along tokens."""
+        return self.axis == "channel" and self.bits not in ("fp8", 16)
+
+    @property
+    def step(self) -> int:
+        """Tokens that are quantized together."""
+        return self.block or (self.group_size if self.by_channel else 1)
+
+    def stored(self, tokens: int) -> int:
+        """How many of the first `tokens` tokens are quantized when there are so many; the others are as they came."""
+        return 0 if self.bits == 16 else max(0, tokens - self.residual) // self.step * self.step
+
+    def nbytes(self, rows: int, tokens: int, width: int, float_bytes: int = 2) -> int:
+        """Bytes for `rows` = batch * heads. float_bytes: of a value that stays as it came."""
+        stored = self.stored(tokens)
+        waiting = rows * (tokens - stored) * width * float_bytes
+        if self.bits in ("fp8", 16):
+            return waiting + rows * stored * width
+        codes = rows * stored * width * self.bits // 8
+        return waiting + codes + rows * stored * width // self.group_size * 4  # a scale and a minimum in float16
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a cache is stored. before_rope: keys are rotated back before they are stored, and again when they are read."""
+
+    keys: Part = Part()
+    values: Part = Part()
+    before_rope: bool = False
+
+
+FLOAT = Scheme()
+
+
+def kivi(bits: int, group_size: int = 32, residual: int = 128) -> Scheme:
+    """KIVI as in its Algorithm 1: keys wait until there are `residual` of them; of the values the newest `residual` wait."""
+    keys = Part(bits, "channel", group_size, block=residual)
+    return Scheme(keys, Part(bits, "token", group_size, residual))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token adds to the cache: in each of `layers` layers, `heads` keys of key_width numbers and values of value_width."""
+
+    layers: int
+    heads: int
+    key_width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a Hugging Face config.
+
+        Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) keeps, for all heads together, one rotated key and
+        one latent vector, out of which keys and values are made when they are read: here the key, and the value.
+        """
+        if latent := getattr(config, "kv_lora_rank", None):
+            return cls(config.num_hidden_layers, 1, config.qk_rope_head_dim, latent)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, heads, width, width)
+
+
+def cache_bytes(shape: Shape, tokens: int, batch: int = 1, scheme: Scheme = FLOAT, float_bytes: int = 2) -> int:
+    """Bytes of a cache of `batch` sequences of `tokens` tokens: exactly what the tensors of `cache.QuantizedCache` hold."""
+    rows = batch * shape.heads
+    keys = scheme.keys.nbytes(rows, tokens, shape.key_width, float_bytes)
+    return shape.layers * (keys + scheme.values.nbytes(rows, tokens, shape.value_width, float_bytes))
+
+
+@dataclass(frozen=True)
+class QuantizedStates:
+    """Keys or values as they are stored.
+
+    codes: uint8 [batch, heads, tokens, width * bits / 8], bits packed lowest first; for fp8 float8_e4m3fn [..., width].
+    scale, minimum: float16, [batch, heads, tokens, width / group_size] by token, [batch, heads, tokens / group_size, width] by
+    channel; None for fp8.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None
+    minimum: torch.Tensor | None
+    part: Part
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.codes, self.scale, self.minimum) if t is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are stored."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def map(self, change) -> QuantizedStates:
+        """The same with `change` done to every tensor."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: change(t) for name, t in pairs if isinstance(t, torch.Tensor)})
+
+    def joined(self, later: QuantizedStates) -> QuantizedStates:
+        """These tokens and then those of `later`."""
+        pairs = zip(self.tensors, later.tensors, strict=True)
+        # As bytes: float8 cannot be joined everywhere. All tensors have their tokens, or groups of them, along axis 2.
+        joined = [torch.cat([a.view(torch.uint8), b.view(torch.uint8)], dim=2).view(a.dtype) for a, b in pairs]
+        return QuantizedStates(*joined, *[None] * (3 - len(joined)), self.part)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [batch, heads, tokens, width]."""
+        bits, (batch, heads, tokens, size) = self.part.bits, self.codes.shape
+        if bits == "fp8":
+            return self.codes.float() * self.part.scale
+        width = size * 8 // bits
+        codes = grid.unpack_bits(self.codes.flatten(), bits, self.codes.numel() * 8 // bits).view(batch, heads, tokens, width)
+        grouped = _grouped(codes.float(), self.part)
+        scale, minimum = (_beside(t.float(), self.part) for t in (self.scale, self.minimum))
+        return (grouped * scale + minimum).view(batch, heads, tokens, width)
+
+
+def _grouped(states: torch.Tensor, part: Part) -> torch.Tensor:
+    """[..., tokens, width] -> [..., groups, group_size, width] by channel, [..., tokens, groups, group_size] by token."""
+    return states.unflatten(2 if part.by_channel else 3, (-1, part.group_size))
+
+
+def _beside(statistics: torch.Tensor, part: Part) -> torch.Tensor:
+    """One number a group, with an axis of 1 where the group's members are."""
+    return statistics.unsqueeze(3 if part.by_channel else 4)
+
+
+def quantize(states: torch.Tensor, part: Part) -> QuantizedStates:
+    """Round keys or values, float [batch, heads, tokens, width], to the grids of `part`; they are not changed.
+
+    Scale and minimum are rounded to float16 before codes are chosen. A value is read back within half a step and what these two
+    roundings move the ends of the group by: 2**-11 of the minimum and of the range. Raises ValueError for NaN, infinity, or a
+    shape in which groups or bytes stay half full; TypeError for what is no floating-point tensor.
+    """
+    check_states(states, "states")
+    if part.bits == 16:
+        raise ValueError("bits is 16, so there is nothing to quantize")
+    if part.bits == "fp8":
+        codes = (states.detach().float() / part.scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+        return QuantizedStates(codes, None, None, part)
+    check_width(states.shape[3], part, "states")
+    if part.by_channel and states.shape[2] % part.group_size:
+        raise ValueError(f"group_size {part.group_size} does not divide the {states.shape[2]} tokens of states")
+    groups, inside = _grouped(states.detach().float(), part), 3 if part.by_channel else 4
+    low, high = groups.amin(inside, keepdim=True), groups.amax(inside, keepdim=True)
+    minimum, most = low.half(), 2**part.bits - 1
+    scale = ((high - minimum.float()) / most).half()
+    if scale.isinf().any() or minimum.isinf().any():
+        raise ValueError(f"states reach {states.abs().max().item():.3g}, more than float16 scales hold")
+    scale = torch.where(scale <= 0, torch.ones_like(scale), scale)  # all values of the group alike: code 0, its minimum
+    codes = ((groups - minimum.float()) / scale.float()).round_().clamp_(0, most).to(torch.uint8)
+    packed = grid.pack_bits(codes, part.bits).view(*states.shape[:3], -1)
+    return QuantizedStates(packed, scale.squeeze(inside), minimum.squeeze(inside), part)
+
+
+def check_states(states: torch.Tensor, name: str) -> None:
+    """Raise TypeError for what is no floating-point tensor, ValueError for another shape, NaN or infinity."""
+    if not isinstance(states, torch.Tensor) or not states.is_floating_point():
+        raise TypeError(f"{name} is {getattr(states, 'dtype', type(states).__name__)}, wanted a floating-point tensor")
+    if states.ndim != 4 or states.numel() == 0:
+        raise ValueError(f"{name} has shape {list(states.shape)}, wanted [batch, heads, tokens, width], none of them 0")
+    if not states.isfinite().all():
+        raise grid.not_finite(states, name)
+
+
+def check_width(width: int, part: Part, name: str) -> None:
+    """Raise ValueError where heads of `width` channels leave a group, or a byte, half full."""
+    if part.bits in ("fp8", 16):
+        return
+    if not part.by_channel and width % part.group_size:
+        raise ValueError(f"group_size {part.group_size} does not divide the width {width} of {name}")
+    if width * part.bits % 8:
+        raise ValueError(f"a token of {name} takes {width} times {part.bits} bits, which is no whole number of bytes")
+
+
+class Stream:
+    """Keys, or values, of one layer, growing: quantized blocks of old tokens, and recent tokens as they came."""
+
+    def __init__(self, part: Part, name: str = "states"):
+        self.part, self.name = part, name
+        self.old: QuantizedStates | None = None
+        self.recent: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(0 if t is None else t.shape[2] for t in (self.old and self.old.codes, self.recent))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are stored."""
+        return sum(0 if t is None else t.nbytes for t in (self.old, self.recent))
+
+    def grown(self, states: torch.Tensor) -> Stream:
+        """This with new tokens, float [batch, heads, tokens, width]; those that have become old enough are quantized, for good.
+
+        Raises ValueError where batch, heads or width are not those of the tokens before.
+        """
+        check_states(states, self.name)
+        check_width(states.shape[3], self.part, self.name)
+        recent = states[:, :, :0] if self.recent is None else self.recent
+        if (*states.shape[:2], states.shape[3]) != (*recent.shape[:2], recent.shape[3]):
+            wanted = f"batch, heads and width {[*recent.shape[:2], recent.shape[3]]} of the tokens before"
+            raise ValueError(f"{self.name} has shape {list(states.shape)}, wanted {wanted}")
+        after = Stream(self.part, self.name)
+        after.old, after.recent = self.old, torch.cat([recent, states.detach()], dim=2)
+        ready = self.part.stored(self.tokens + states.shape[2]) - (self.tokens - recent.shape[2])
+        if ready:
+            new = quantize(after.recent[:, :, :ready], self.part)
+            after.old = new if self.old is None else self.old.joined(new)
+            after.recent = after.recent[:, :, ready:].clone()  # a slice would keep all of them in memory
+        return after
+
+    def read(self) -> torch.Tensor:
+        """All tokens as they read back, [batch, heads, tokens, width] in the dtype in which they came."""
+        if self.old is None:
+            return self.recent
+        return torch.cat([self.old.dequantize().to(self.recent.dtype), self.recent], dim=2)
+
+    def map(self, change) -> None:
+        """Do `change`, such as picking sequences of the batch, to every tensor."""
+        self.old = self.old and self.old.map(change)
+        self.recent = None if self.recent is None else change(self.recent)
+
+
+def rotate(states: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Turn pairs of channels (i, i + width / 2) by positions * frequencies, as Llama's rotary embedding does, or back.
+
+    states [..., tokens, width], positions [tokens], frequencies [width / 2]: `inv_freq` of transformers. Su et al. 2021,
+    arXiv:2104.09864, section 3.2; which channels form a pair is the library's choice.
+    """
+    angles = positions.to(frequencies)[:, None] * frequencies
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    if back:
+        sin = -sin
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
