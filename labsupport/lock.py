@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 PYTHONS = ("3.11", "3.12", "3.13")
+LINUX = "sys_platform == 'linux'"  # the one marker that the lock knows: on what has no wheels for other systems
+PIN = re.compile(rf"([^=\s]+)==([^\s;]+)(?: ; {re.escape(LINUX)})?")
 
 
 class LockError(ValueError):
@@ -76,17 +79,24 @@ def closure(roots: Iterable[Requirement]) -> dict[str, str]:
     return found
 
 
+def _only_linux(requirement: Requirement) -> bool:
+    return requirement.marker is not None and not requirement.marker.evaluate({"sys_platform": "other"})
+
+
 def write(pyproject: Path, lock: Path) -> int:
     """Freeze the running environment into `lock` and return the number of packages. Raises LockError."""
     lists = lists_of(pyproject)
-    packages = closure(Requirement(line) for each in lists.values() for line in each)
+    roots = [Requirement(line) for each in lists.values() for line in each]
+    packages = closure(roots)
+    only_linux = packages.keys() - closure(r for r in roots if not _only_linux(r)).keys()
     header = [
         "# Written by `labs lock` from an environment that passes the tests; not edited by hand.",
         f"# pyproject.toml: sha256 {digest(lists)}",
         f"# frozen with Python {platform.python_version()}",
     ]
     new = lock.with_suffix(".new")
-    new.write_text("\n".join([*header, *(f"{name}=={version}" for name, version in sorted(packages.items()))]) + "\n")
+    pins = (f"{name}=={version}" + f" ; {LINUX}" * (name in only_linux) for name, version in sorted(packages.items()))
+    new.write_text("\n".join([*header, *pins]) + "\n")
     os.replace(new, lock)
     return len(packages)
 
@@ -98,10 +108,10 @@ def read(lock: Path) -> tuple[str, dict[str, str]]:
         if line.startswith("# pyproject.toml: sha256 "):
             recorded = line.rsplit(" ", 1)[1]
         elif line and not line.startswith("#"):
-            name, equals, version = line.partition("==")
-            if not equals or name != canonicalize_name(name) or not version or " " in version:
+            pin = PIN.fullmatch(line)
+            if pin is None or pin[1] != canonicalize_name(pin[1]):
                 raise LockError(f"{lock.name} holds {line!r}, wanted only lines like name==1.2.3")
-            pins[name] = version
+            pins[pin[1]] = pin[2]
     return recorded, pins
 
 

@@ -1,0 +1,303 @@
+"""Products with 4-bit weights: every backend against float64 within a bound derived here; bad input; Triton's two homes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labsupport import kernels
+from labsupport.kernels import cpu, language, paper, w4a16
+from labsupport.quant import grid, rtn
+
+needs_triton = pytest.mark.skipif(not language.available(), reason="Triton has wheels for Linux only")
+needs_cpu_product = pytest.mark.skipif(not cpu.available(), reason="torch 2.6 or later")
+
+# What rounding to nearest can move a number by, relatively.
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+def exact(x: torch.Tensor, weight: grid.UniformTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product in float64, and the same of magnitudes, by which rounding is measured."""
+    scale = weight.scale.double().repeat_interleave(weight.group_size, 1)
+    zero = weight.zero_point.double().repeat_interleave(weight.group_size, 1)
+    values = (weight.codes.double() - zero) * scale
+    return x.double() @ values.t(), x.double().abs() @ values.abs().t()
+
+
+def bound(x: torch.Tensor, weight: grid.UniformTensor) -> torch.Tensor:
+    """How far the kernels and the twin may be from the exact product.
+
+    (code - zero_point) is exact, and so are x and scale in float32. A product rounds once, summing K of them at most K - 1 times in
+    whatever order, scaling once more, and each of these moves the sum by at most 2^-24 of the magnitudes: (K + 1) * 2^-24, and 1 %
+    for products of such factors. The output is then rounded once to its dtype.
+    """
+    value, magnitude = exact(x, weight)
+    summing = 1.01 * (x.shape[-1] + 1) * 2.0**-24 * magnitude
+    # The least numbers of fp16 lie 2^-24 apart, however small the value.
+    return summing + UNIT[x.dtype] * (value.abs() + summing) + 2.0**-25
+
+
+def make(rows: int, columns: int, group: int, symmetric: bool, scale_dtype: torch.dtype, seed: int) -> grid.UniformTensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0] = weight[0].abs() + 1  # a row of one sign, whose zero-point is at the end
+    if rows > 1:
+        weight[1] = 0
+    return rtn.quantize(weight, 4, group, symmetric, scale_dtype)
+
+
+shapes = st.tuples(
+    st.integers(1, 40),  # out_features
+    st.integers(1, 5),  # groups
+    st.sampled_from([2, 6, 10, 16, 32, 48, 64, 128, 130, 384]),  # group size
+    st.sampled_from([1, 1, 2, 3, 16, 17, 33]),  # batch
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.booleans(),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.integers(0, 2**20),
+)
+
+
+def agrees(backend: str, shape: tuple) -> None:
+    rows, groups, size, batch, dtype, symmetric, scale_dtype, seed = shape
+    weight = make(rows, groups * size, size, symmetric, scale_dtype, seed)
+    x = torch.randn(batch, groups * size, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    before = x.clone()
+    found = kernels.matmul(x, kernels.prepare(weight, dtype, backend))
+    assert found.dtype == dtype
+    assert found.shape == (batch, rows)
+    assert torch.equal(x, before)
+    over = (found.double() - exact(x, weight)[0]).abs() - bound(x, weight)
+    assert over.max() <= 0, f"{over.max().item():.3g} beyond the bound"
+
+
+@needs_triton
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_triton_agrees_with_float64(shape):
+    agrees("triton", shape)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes)
+def test_the_twin_agrees_with_float64(shape):
+    agrees("twin", shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [1, 2])
+def test_triton_over_several_tiles_in_every_direction(batch):
+    agrees("triton", (w4a16.ROWS * 3 + 1, 3, 128 * w4a16.UNITS // 2, batch, torch.float16, False, torch.float16, 5))
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_wrong_nibble_order_would_be_seen(backend, batch):
+    """The bound is tight enough: with the codes of each byte exchanged every backend is far outside."""
+    if backend == "triton" and not language.available():
+        pytest.skip("Triton has wheels for Linux only")
+    weight = make(16, 256, 32, False, torch.float16, 0)
+    x = torch.randn(batch, 256, generator=torch.Generator().manual_seed(1))
+    packed = weight.packed_codes
+    turned = grid.UniformTensor(
+        (packed & 15) << 4 | packed >> 4, weight.scale, weight.packed_zero_points, 4, weight.group_size, weight.shape
+    )
+    found = kernels.matmul(x, kernels.prepare(turned, torch.float32, backend))
+    assert ((found.double() - exact(x, weight)[0]).abs() > 100 * bound(x, weight)).float().mean() > 0.5
+
+
+@needs_triton
+def test_triton_equals_the_twin_nearly_to_the_bit():
+    """Both compute in one order of steps; what is left is the order within a group's sum."""
+    weight = make(33, 512, 128, False, torch.float16, 2)
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(3)).half()
+    ours, twin = (kernels.matmul(x, kernels.prepare(weight, torch.float16, b)).float() for b in ("triton", "twin"))
+    spacing = 2.0**-10 * twin.abs().clamp(min=2.0**-14)
+    assert ((ours - twin).abs() <= spacing * 1.01).all()
+
+
+def cpu_bound(x: torch.Tensor, weight: grid.UniformTensor) -> torch.Tensor:
+    """How far PyTorch's int4 product may be: as `bound`, but for a scale and a zero that are rounded to x's dtype.
+
+    The rounded scale moves a weight by unit * |code - 8| * scale and, since zero = (8 - z) * scale is made from it, by
+    unit * |8 - z| * scale more; rounding zero itself adds as much again. The weight is then rounded to x's dtype and multiplied.
+    """
+    value, _ = exact(x, weight)
+    zero = weight.zero_point.double().repeat_interleave(weight.group_size, 1)
+    scale = weight.scale.double().repeat_interleave(weight.group_size, 1)
+    codes = weight.codes.double()
+    moved = ((codes - 8).abs() + 2 * (8 - zero).abs() + (codes - zero).abs()) * scale * UNIT[x.dtype]
+    weights_part = 1.02 * x.double().abs() @ moved.t()
+    # (code - 8) * scale and zero may be far larger than their sum: float32 sums of them round accordingly.
+    wide = x.double().abs() @ (((codes - 8).abs() + (8 - zero).abs()) * scale).t()
+    summing = 1.01 * (x.shape[-1] + 3) * 2.0**-24 * wide
+    return weights_part + summing + UNIT[x.dtype] * (value.abs() + weights_part + summing) + 2.0**-25
+
+
+@needs_cpu_product
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 50), st.integers(1, 4), st.sampled_from([32, 64, 96, 128, 256, 512]), st.sampled_from([1, 2, 5, 17]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.booleans(), st.integers(0, 2**20),
+)  # fmt: skip
+def test_pytorchs_product_agrees_with_float64(rows, groups, size, batch, dtype, symmetric, seed):
+    weight = make(rows, groups * size, size, symmetric, torch.float16, seed)
+    x = torch.randn(batch, groups * size, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    found = kernels.matmul(x, kernels.prepare(weight, dtype, "cpu"))
+    assert found.dtype == dtype
+    assert found.shape == (batch, rows)
+    over = (found.double() - exact(x, weight)[0]).abs() - cpu_bound(x, weight)
+    assert over.max() <= 0, f"{over.max().item():.3g} beyond the bound"
+
+
+def test_scales_and_zeros_stand_for_the_same_weights():
+    weight = make(8, 64, 32, False, torch.float16, 4)
+    grids = cpu.scales_and_zeros(weight.scale, weight.zero_point, torch.float32)
+    assert grids.shape == (2, 8, 2)
+    scale, zero = (part.t().repeat_interleave(32, 1) for part in grids.unbind(-1))
+    values = (weight.codes.float() - 8) * scale + zero
+    assert torch.allclose(values, weight.dequantize(), rtol=0, atol=1e-6)
+
+
+def test_leading_axes_and_an_empty_batch_are_kept():
+    weight = make(6, 64, 32, False, torch.float16, 0)
+    ready = kernels.prepare(weight, torch.float32, "twin")
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(kernels.matmul(x, ready), kernels.matmul(x.view(6, 64), ready).view(2, 3, 6))
+    assert kernels.matmul(x[0, 0], ready).shape == (6,)
+    assert kernels.matmul(torch.empty(0, 64), ready).shape == (0, 6)
+    assert torch.equal(
+        kernels.matmul(x[..., ::2].repeat_interleave(2, -1), ready)[0], kernels.matmul(x[0, :, ::2].repeat_interleave(2, -1), ready)
+    )
+
+
+def test_bytes_are_those_of_the_tensors():
+    weight = make(32, 256, 128, False, torch.float16, 0)
+    ready = kernels.prepare(weight, torch.bfloat16, "twin")
+    assert ready.nbytes == 32 * 256 // 2 + 32 * 2 * (2 + 1)  # two codes a byte; a scale of two bytes, a zero-point of one
+    if cpu.available():
+        ours = kernels.prepare(weight, torch.bfloat16, "cpu")
+        assert ours.nbytes == 32 * 256 // 2 + 32 * 2 * (2 + 2)
+
+
+def test_the_backend_is_chosen_by_what_it_can_do():
+    even, odd = make(16, 64, 32, False, torch.float16, 0), make(16, 48, 16, False, torch.float16, 0)
+    assert kernels.prepare(odd).backend == "twin"
+    assert kernels.prepare(even, torch.float32).backend == "twin"
+    if cpu.available():
+        assert kernels.prepare(even).backend == "cpu"
+
+
+WEIGHT = make(16, 96, 48, False, torch.float16, 0)
+READY = kernels.prepare(WEIGHT, torch.float32, "twin")
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "words"),
+    [
+        (lambda: kernels.prepare(rtn.quantize(torch.ones(4, 8), 3, 8)), ValueError, "weight has 3 bits"),
+        (lambda: kernels.prepare(WEIGHT, torch.float64), ValueError, "dtype is torch.float64, wanted one of"),
+        (lambda: kernels.prepare(WEIGHT, backend="marlin"), ValueError, "backend is 'marlin', wanted one of triton, cpu, twin"),
+        (lambda: kernels.prepare(WEIGHT, backend="cpu"), ValueError, "group_size is 48, .* wants a multiple of 32"),
+        (lambda: kernels.prepare(rtn.quantize(torch.ones(4, 9), 4, 3)), ValueError, "group_size is 3, wanted an even number"),
+        (lambda: kernels.prepare(WEIGHT, backend="cpu", device="meta"), ValueError, "device is meta"),
+        (lambda: kernels.matmul(torch.ones(2, 96).half(), READY), TypeError, "x is torch.float16, .* prepared for torch.float32"),
+        (lambda: kernels.matmul(torch.ones(96, 2), READY), ValueError, r"x has shape \[96, 2\], wanted a last axis of 96"),
+        (lambda: kernels.matmul(torch.tensor(1.0), READY), ValueError, r"x has shape \[\], wanted a last axis of 96"),
+        (lambda: kernels.matmul(torch.ones(2, 96, device="meta"), READY), ValueError, "x is on meta, the weight on cpu"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(action, error, words):
+    with pytest.raises(error, match=words):
+        action()
+
+
+def test_without_triton_all_but_its_kernels_work(monkeypatch):
+    monkeypatch.setattr(language, "triton", None)
+    assert kernels.prepare(WEIGHT).backend == "twin"
+    with pytest.raises(RuntimeError, match="Triton is not installed here"):
+        kernels.prepare(WEIGHT, backend="triton")
+    for launch in (language.launch, language.interpret):
+        with pytest.raises(RuntimeError, match="Triton is not installed here"):
+            launch(w4a16.matvec, (1,))
+    with pytest.raises(RuntimeError, match="Triton is not installed here"):
+        language.assembly(w4a16.matvec, {}, {})
+
+
+def test_kernels_can_be_imported_where_triton_cannot():
+    code = "import sys; sys.modules['triton'] = None; from labsupport import kernels; print(kernels.language.available())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
+
+
+SIGNATURE = {"x": "*{}", "packed": "*u8", "scale": "*fp16", "zero_point": "*u8", "out": "*{}"}
+COMPILED = {
+    "matvec": (("rows", "units", "per_group"), {"UNIT": 128, "BYTES": 64, "ROWS": w4a16.ROWS, "UNITS": w4a16.UNITS}),
+    "small_batch": (("batch", "rows", "units", "per_group"), {"UNIT": 128, "BYTES": 64, "BATCH": 16, "ROWS": 16}),
+}
+
+
+def ptx(name: str, dtype: str) -> str:
+    sizes, constants = COMPILED[name]
+    signature = {k: v.format(dtype) for k, v in SIGNATURE.items()} | dict.fromkeys(sizes, "i32")
+    return language.assembly(getattr(w4a16, name), signature | dict.fromkeys(constants, "constexpr"), constants)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_kernels_compile_for_a_gpu_that_is_not_there(dtype):
+    """Sixteen bytes of codes in one load of a thread; tensor cores in 16 bits for a batch."""
+    assert "ld.global.v4.b32" in ptx("matvec", dtype)
+    kind = {"bf16": "bf16.bf16", "fp16": "f16.f16"}[dtype]
+    assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32" in ptx("small_batch", dtype)
+
+
+@needs_triton
+def test_after_interpreting_triton_is_as_before():
+    """One process interprets and compiles in turn: the interpreter's changes to triton.language must not stay."""
+    weight = make(5, 32, 16, False, torch.float16, 0)
+    places = (language.tl, language.tl.core, language.tl.math, language.tl.tensor)
+    before = [dict(vars(place)) for place in places]
+    kernels.matmul(torch.ones(1, 32), kernels.prepare(weight, torch.float32, "triton"))
+    assert [dict(vars(place)) for place in places] == before
+    with pytest.raises(ZeroDivisionError):
+        language.interpret(fails, (1,), torch.ones(1))
+    assert [dict(vars(place)) for place in places] == before
+
+
+def fails(x):
+    language.tl.load(x)
+    raise ZeroDivisionError
+
+
+tl = language.tl  # the interpreter looks for it among the globals of a kernel
+
+
+def test_bytes_on_paper_are_those_that_are_stored():
+    weight = rtn.quantize(torch.randn(64, 256), 4, 32)
+    assert paper.bytes_moved(3, 256, 64, 4, 32) == weight.nbytes + 3 * 2 * (256 + 64)
+    assert paper.bytes_moved(3, 256, 64, 4, 32, kept_width=16) == weight.nbytes + 2 * 2 * 256 * 64 + 3 * 2 * (256 + 64)
+
+
+@given(
+    st.floats(1e6, 1e9), st.floats(0.2, 0.9), st.floats(1e6, 1e9), st.floats(1e9, 1e12), st.floats(1e11, 1e14), st.floats(0.05, 1.0)
+)  # fmt: skip
+def test_the_crossover_is_where_the_two_times_meet(read, narrower, operations, bandwidth, rate, slower):
+    narrow_rate = rate * slower
+    found = paper.crossover(read, operations, bandwidth, rate, narrow_rate)
+
+    def behind(batch: float) -> float:
+        wide = max(read / bandwidth, batch * operations / rate)
+        return max(read * narrower / bandwidth, batch * operations / narrow_rate) / wide
+
+    assert behind(found) >= 1 - 1e-9
+    if found > 1:
+        assert behind(found - 1) <= 1 + 1e-9
+
+
+def test_a_kernel_that_computes_faster_never_falls_behind():
+    assert paper.crossover(4e6, 1e6, 1e10, 1e12, 2e12) is None
