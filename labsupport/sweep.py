@@ -119,28 +119,29 @@ def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Keys alone, values alone, both; then weights and cache together. Groups of 32; by token and by channel alike, tokens wait for
-    a block of 32, so that the same ones are in float."""
+    """Weights and cache together, keys alone, values alone, both; groups of 32. Where no residual is given, tokens wait for a block
+    of 32, by token as by channel, so that the same ones are in float."""
     float_ = {"planted": None, "weights": None, "keys": 16, "values": 16}
-    both = [{"keys": "fp8", "values": "fp8"}]
-    both += [{"keys": b, "values": b, "key_axis": "channel", "value_axis": "token", "residual": 32} for b in (8, 4, 3, 2)]
-    for planted in ("trained", "keys"):
-        own = float_ | {"planted": None if planted == "trained" else "keys"}
-        for bits in (8, 4, 3, 2):
-            for axis in ("channel", "token"):
-                for before_rope in (None, True) if bits < 8 else (None,):
-                    yield own | {"keys": bits, "key_axis": axis, "before_rope": before_rope}
-                if planted == "trained":
-                    yield own | {"values": bits, "value_axis": axis}
-        for setting in both:
-            yield own | setting
-        yield own | both[-1] | {"key_axis": "token"}
-    for bits in (4, 2):
-        for residual in (0, 128):
-            yield float_ | {"keys": bits, "values": bits, "key_axis": "channel", "value_axis": "token", "residual": residual}
-    for weights in ("rtn4", "rtn3", "awq4"):
-        for setting in ({}, both[0], both[2], both[-1]):
+    kivi = {"key_axis": "channel", "value_axis": "token"}
+    fp8 = {"keys": "fp8", "values": "fp8"}
+    caches = [fp8, *({"keys": bits, "values": bits, "residual": 32} | kivi for bits in (4, 2))]
+    for weights in (None, "rtn4", "awq4", "rtn3"):
+        for setting in caches if weights is None else ({}, *caches):
             yield float_ | {"weights": weights} | setting
+    for bits in (4, 3, 2):
+        for axis in ("channel", "token"):
+            for before_rope in (None, True):
+                yield float_ | {"keys": bits, "key_axis": axis, "before_rope": before_rope}
+            yield float_ | {"planted": "keys", "keys": bits, "key_axis": axis, "before_rope": None}
+            yield float_ | {"values": bits, "value_axis": axis}
+        yield float_ | {"planted": "keys", "keys": bits, "key_axis": "channel", "before_rope": True}
+    for setting in caches:
+        yield float_ | {"planted": "keys"} | setting
+    for planted in (None, "keys"):
+        yield float_ | {"planted": planted} | caches[-1] | {"key_axis": "token"}
+    yield float_ | caches[1] | {"keys": 8, "values": 8}
+    for residual in (0, 128):
+        yield float_ | caches[-1] | {"residual": residual}
 
 
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {

@@ -16,6 +16,7 @@ CHAPTERS = {
     6: "gptq",
     7: "gptq_in_practice",
     8: "awq",
+    9: "kv_cache",
 }
 
 
