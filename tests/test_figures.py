@@ -15,11 +15,24 @@ from matplotlib.axes import Axes
 
 from labsupport import figures
 from labsupport.evaluate import Evaluation
-from labsupport.figures import base, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
+from labsupport.figures import (
+    base,
+    cache,
+    calibration,
+    compensate,
+    course,
+    curves,
+    grids,
+    groups,
+    levels,
+    outliers,
+    roofline,
+    saliency,
+)
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency)
+MODULES = (cache, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
@@ -40,6 +53,22 @@ def evaluation(loss: float) -> Evaluation:
 
 
 SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
+    cache.weights_and_cache: ([1024, 4096], {"MHA": [2.0**33, 2.0**35], "GQA": [2.0**31, 2.0**33]}, {"weights": 13e9}),
+    cache.maps: ({"keys": WEIGHT, "values": 0.1 * WEIGHT}, "magnitude (no unit)"),
+    cache.who_waits: ({"keys": [t // 4 * 4 for t in range(20)], "values": [max(0, t - 6) for t in range(20)]},),
+    cache.by_bits: (
+        {
+            "as trained": {"per channel": {4: (0.01, 0.0, 0.02), 2: (0.1, 0.05, 0.2)}},
+            "planted": {"per token": {4: (2.0, 1.0, 3.0)}},
+        },
+        ("as trained", 4, 0.012),
+    ),
+    cache.against_size: ({"fp8": (8.0, (0.001, -0.001, 0.002)), "4 bits": (5.5, (0.01, 0.0, 0.02))}, "Sizes"),
+    cache.by_position: ([0, 128, 256], {"4 bits": [(0.0, -0.01, 0.01), (0.02, 0.01, 0.03)]}),
+    cache.factorial: (
+        {"16": {"16": 0.0, "4": 0.01}, "4": {"16": 0.03, "4": 0.045}},
+        {"4-bit weights, 4-bit cache": (0.005, 0.001, 0.008)},
+    ),
     compensate.two_weights: (
         torch.tensor([0.4, 0.4]),
         torch.tensor([[1.0, 0.9], [0.9, 1.0]]),

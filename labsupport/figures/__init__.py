@@ -1,5 +1,17 @@
 """Every plot of the course: pure functions from data to a Figure, one file a theme."""
 
-from labsupport.figures import calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
+from labsupport.figures import cache, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
 
-__all__ = ["calibration", "compensate", "course", "curves", "grids", "groups", "levels", "outliers", "roofline", "saliency"]
+__all__ = [
+    "cache",
+    "calibration",
+    "compensate",
+    "course",
+    "curves",
+    "grids",
+    "groups",
+    "levels",
+    "outliers",
+    "roofline",
+    "saliency",
+]
