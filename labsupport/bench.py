@@ -1,16 +1,34 @@
-"""How fast the quantizers are, against copying the weight and against bitsandbytes, in one run on this machine: `labs bench`."""
+"""How fast the quantizers and the products with 4-bit weights are, against copying, 16 bits and bitsandbytes: `labs bench`.
+
+All on this machine, in one run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import datetime
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
+import psutil
 import torch
 
-from labsupport import peers
+from labsupport import kernels, machine, models, peers
+from labsupport.kernels import timing
+from labsupport.kernels.timing import Product
 from labsupport.machine import median_seconds
-from labsupport.quant import int8, nf4, rtn
+from labsupport.quant import grid, int8, nf4, rtn
+
+# [out_features, in_features]: attention and MLP of models of 7B and 70B.
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PEERS_ROWS = 32  # bitsandbytes' 4-bit layer for CPUs wants whole blocks of them
+LOUD, LOUD_CHANNELS = 20.0, 6  # outlier columns, as large models have them, for what treats them apart
 
 
 @dataclass(frozen=True)
@@ -65,3 +83,88 @@ def quantizers(rows: int = 4096, columns: int = 4096, budget: float = 1.0) -> It
     yield timing("int8 rows, from float16: quantize", partial(int8.quantize, half), theirs)
     stored = int8.quantize(half)
     yield timing("int8 rows: dequantize", stored.dequantize, partial(functional.int8_vectorwise_dequant, codes, absmax))
+
+
+def _made_up(rows: int, columns: int, device: str) -> grid.UniformTensor:
+    """A 4-bit weight of chance codes in groups of 128, as large as it need be without ever having been float."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, generator=generator)
+    zeros = torch.full((rows * columns // 256,), 0x88, dtype=torch.uint8)
+    scale = (0.002 * (1 + torch.rand(rows, columns // 128, generator=generator))).half()
+    return grid.UniformTensor(codes.to(device), scale.to(device), zeros.to(device), 4, 128, (rows, columns))
+
+
+def products(
+    shapes: Sequence[tuple[int, int]] = SHAPES, batches: Sequence[int] = BATCHES, budget: float = 0.3, device: str | None = None
+) -> Iterator[Product]:
+    """Time bfloat16 activations times one weight, in 16 bits and in 4, at every shape and batch.
+
+    The kernels are bf16; int4, which is Triton's on a GPU and PyTorch's own on a CPU; int4 made into 16 bits for each product; and
+    where bitsandbytes is installed its NF4, its int8, and its int8 with outlier columns. A shape for which there is not memory
+    enough is left out. Raises ValueError where rows are not whole groups of 128.
+    """
+    here = machine.describe(device)
+    for rows, columns in shapes:
+        if rows < 1 or columns < 1 or columns % 128:
+            raise ValueError(f"the weight is {rows} x {columns}, wanted at least one row, and columns in groups of 128")
+        # At the most a float32 copy and one in 64 bits of a part, beside what is rotated.
+        if 12 * rows * columns + 8 * timing.PAST_THE_CACHE * (here.cache or 0) > _free(here.device):
+            continue
+        stored = _made_up(rows, columns, here.device)
+        wide = stored.dequantize().bfloat16()
+        x = torch.randn(max(batches), columns, generator=torch.Generator().manual_seed(0)).to(wide)
+        loud = x.clone()
+        loud[:, :: columns // LOUD_CHANNELS] *= LOUD
+        ready = kernels.prepare(stored, device=here.device)
+        made = [
+            ("bf16", lambda n, w=wide: timing.dense(w, n), wide.nbytes, x),
+            ("int4", lambda n, w=ready: timing.int4(w, n), ready.nbytes, x),
+            ("int4, unfused", lambda n, w=stored: timing.dequantize_first(w, torch.bfloat16, n), stored.nbytes, x),
+        ]
+        if find_spec("bitsandbytes") and rows % PEERS_ROWS == 0:
+            for method, read in (("nf4", wide.nbytes // 4), ("int8", wide.nbytes // 2), ("int8 mixed", wide.nbytes // 2)):
+                make = lambda n, w=wide, m=method: timing.bitsandbytes(w, m, n)  # noqa: E731
+                made.append((f"bitsandbytes {method}", make, read, loud if "mixed" in method else x))
+        for name, make, read, inputs in made:
+            rotated = make(timing.copies(read, here.cache))
+            for batch in batches:
+                yield timing.measure(name, rotated, (rows, columns), inputs[:batch].contiguous(), budget)
+
+
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def measurements_path(here: machine.Machine) -> Path:
+    """data/measurements/<device>.json, the device's name in small letters."""
+    return models.data_dir() / "measurements" / (re.sub(r"[^a-z0-9]+", "-", here.name.lower()).strip("-") + ".json")
+
+
+def about(command: str, here: machine.Machine, budget: float) -> dict[str, object]:
+    """What has to be known of a run to read its rows. Measures the bandwidth."""
+    triton = metadata.version("triton") if kernels.language.available() else "not installed"
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "device": here.device,
+        "name": here.name,
+        "cache": here.cache,
+        "threads": torch.get_num_threads(),
+        "versions": here.versions | {"triton": triton},
+        "copy_bandwidth": machine.copy_bandwidth(here.device, budget),
+        "read_bandwidth": machine.read_bandwidth(here.device, budget),
+        "seconds": "of one product, the least of many; weights rotated past the last-level cache",
+    }
+
+
+def write(path: Path, about: dict[str, object], rows: Sequence[Product]) -> None:
+    """A line for each row, so that a change can be read."""
+    lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', "utf-8")
+
+
+def read(path: Path) -> tuple[dict[str, object], list[Product]]:
+    """What `write` wrote."""
+    found = json.loads(path.read_text("utf-8"))
+    return found["about"], [Product(**row) for row in found["rows"]]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from labsupport import kernels
-from labsupport.kernels import cpu, language, paper, w4a16
+from labsupport import bench, kernels, machine
+from labsupport.cli import app
+from labsupport.kernels import cpu, language, paper, timing, w4a16
 from labsupport.quant import grid, rtn
 
 needs_triton = pytest.mark.skipif(not language.available(), reason="Triton has wheels for Linux only")
@@ -301,3 +304,106 @@ def test_the_crossover_is_where_the_two_times_meet(read, narrower, operations, b
 
 def test_a_kernel_that_computes_faster_never_falls_behind():
     assert paper.crossover(4e6, 1e6, 1e10, 1e12, 2e12) is None
+
+
+# Timing: what is counted, on a clock that is made up. ------------------------------------------------------------------
+
+
+def test_copies_reach_past_the_cache():
+    assert timing.copies(2**20, 2**25) == 64  # no more than that
+    assert timing.copies(2**25, 2**25) == 4
+    assert timing.copies(2**25 + 1, 2**25) == 4
+    assert timing.copies(2**40, 2**25) == 2
+    assert timing.copies(2**25, None) == 4 * machine.USUAL_CACHE // 2**25
+
+
+def test_seconds_is_the_least_of_calls_made_in_turn(monkeypatch):
+    now, order, durations = [0.0], [], iter([9.0, 9.0, 5.0, 3.0, 4.0, 2.0, 7.0, 8.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        order.append(name)
+        now[0] += next(durations)
+
+    taken = timing.seconds([partial(call, "a"), partial(call, "b")], torch.device("cpu"), budget=1.0)
+    assert order == ["a", "b"] * 4  # once to warm up, three rounds
+    assert taken == 2.0
+
+
+@pytest.mark.parametrize("backend", [b for b in kernels.BACKENDS if b != "triton"])
+def test_a_rotation_holds_weights_of_its_own(backend):
+    weight = make(16, 128, 32, False, torch.float16, 0)
+    ready = kernels.prepare(weight, torch.bfloat16, backend)
+    multiplies, read = timing.int4(ready, 3)
+    assert read == ready.nbytes
+    held = [multiply.args[0] for multiply in multiplies]
+    places = {t.data_ptr() for w in (ready, *held) for t in (w.codes, *w.grids)}
+    assert len(places) == 4 * (1 + len(ready.grids))
+    x = torch.randn(2, 128).bfloat16()
+    assert all(torch.equal(multiply(x), kernels.matmul(x, ready)) for multiply in multiplies)
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("nf4", 0.2), ("int8", 0.03), ("int8 mixed", 0.03)])
+def test_the_peers_layers_multiply_by_the_weight(method, allowed):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    multiplies, read = timing.bitsandbytes(weight, method, 2)
+    want = x.float() @ weight.float().t()
+    with torch.no_grad():
+        for multiply in multiplies:
+            assert (multiply(x).float() - want).norm() < allowed * want.norm()
+    assert read == (64 * 128 // 2 + 64 * 128 // 64 * 4 if method == "nf4" else 64 * 128 + 4 * 64)
+
+
+def test_products_cover_every_kernel_and_batch_and_survive_a_file(tmp_path):
+    rows = list(bench.products([(32, 128), (24, 128)], (1, 3), budget=0.001, device="cpu"))
+    assert [(r.kernel, r.batch) for r in rows][:4] == [("bf16", 1), ("bf16", 3), ("int4", 1), ("int4", 3)]
+    assert {r.kernel for r in rows} >= {"bf16", "int4", "int4, unfused", "bitsandbytes nf4", "bitsandbytes int8 mixed"}
+    assert {r.kernel for r in rows if r.out_features == 24} == {"bf16", "int4", "int4, unfused"}
+    assert all(r.seconds > 0 and r.read > 0 for r in rows)
+    bench.write(tmp_path / "a" / "x.json", {"threads": 2}, rows)
+    assert bench.read(tmp_path / "a" / "x.json") == ({"threads": 2}, rows)
+
+
+def test_a_weight_larger_than_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench, "_free", lambda device: 2**20)
+    assert list(bench.products([(4096, 4096)], device="cpu")) == []
+
+
+def test_the_made_up_weight_is_one():
+    weight = bench._made_up(6, 256, "cpu")
+    assert weight.codes.shape == (6, 256)
+    assert len(weight.codes.unique()) == 16
+    assert (weight.zero_point == 8).all()
+    assert weight.dequantize().std() > 0
+
+
+def test_a_device_has_a_file_of_its_own():
+    path = bench.measurements_path(machine.Machine("cuda", "NVIDIA A100-SXM4-80GB", 8, 2**36, None, {}))
+    assert path.name == "nvidia-a100-sxm4-80gb.json"
+
+
+def test_labs_bench_writes_what_it_measured(tmp_path):
+    asked = [
+        "bench",
+        "--only",
+        "products",
+        "--rows",
+        "32",
+        "--columns",
+        "128",
+        "--budget",
+        "0.01",
+        "--out",
+        str(tmp_path / "x.json"),
+    ]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert "32 x 128" in result.output
+    about, rows = bench.read(tmp_path / "x.json")
+    assert len(rows) == 6 * len(bench.BATCHES)
+    assert about["copy_bandwidth"] > 0
+    assert about["command"] == "labs bench --only products --budget 0.01 --rows 32 --columns 128"
+    refused = CliRunner().invoke(app, ["bench", "--only", "everything"])
+    assert refused.exit_code == 1
+    assert "--only is 'everything', wanted quantizers or products" in refused.output

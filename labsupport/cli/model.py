@@ -86,28 +86,82 @@ def sweep(
 
 @app.command()
 def bench(
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the weight, out_features.")] = 4096,
-    columns: Annotated[int, typer.Option(min=128, help="Columns, in_features; groups of 128.")] = 4096,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the weight, out_features; default 4096.")] = None,
+    columns: Annotated[int | None, typer.Option(min=128, help="Columns, in_features; groups of 128; default 4096.")] = None,
     budget: Annotated[float, typer.Option(min=0.01, help="Seconds for each piece of work.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default PyTorch's own choice.")] = None,
+    only: Annotated[str | None, typer.Option(help="quantizers or products; default both.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; default data/measurements/DEVICE.json, for the usual shapes.")
+    ] = None,
 ) -> None:
-    """Time the quantizers here: against copying the weight, and against bitsandbytes on the same weight in the same run."""
-    from rich.console import Console
+    """Time quantizers and products with 4-bit weights here: against copying, 16 bits and bitsandbytes in the same run.
+
+    Products are measured at the shapes of real models, unless rows or columns are given, and kept in a file.
+    """
+    import torch
+
+    if only not in (None, "quantizers", "products"):
+        raise _fail(ValueError(f"--only is {only!r}, wanted quantizers or products"))
+    if threads:
+        torch.set_num_threads(threads)
+    own = (rows or 4096, columns or 4096) if rows or columns else None
+    try:
+        if only != "products":
+            _bench_quantizers(*(own or (4096, 4096)), budget)
+        if only != "quantizers":
+            _bench_products(own, budget, threads, out)
+    except ValueError as error:
+        raise _fail(error) from error
+
+
+def _table(*names: str):
     from rich.table import Table
+
+    table = Table(*names, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _bench_quantizers(rows: int, columns: int, budget: float) -> None:
+    from rich.console import Console
 
     from labsupport import bench as benches
     from labsupport.machine import describe
 
-    console = Console()
-    table = Table("work", "ms", "copies", "bitsandbytes", "as fast", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    console, table = Console(), _table("work", "ms", "copies", "bitsandbytes", "as fast")
     with console.status("timing"):
-        try:
-            for timing in benches.quantizers(rows, columns, budget):
-                peer = ("", "") if timing.theirs is None else (f"{1e3 * timing.theirs:.1f} ms", f"{timing.ratio:.2f} times")
-                table.add_row(timing.name, f"{1e3 * timing.seconds:.1f}", f"{timing.passes:.1f}", *peer)
-        except ValueError as error:
-            raise _fail(error) from error
+        for timing in benches.quantizers(rows, columns, budget):
+            peer = ("", "") if timing.theirs is None else (f"{1e3 * timing.theirs:.1f} ms", f"{timing.ratio:.2f} times")
+            table.add_row(timing.name, f"{1e3 * timing.seconds:.1f}", f"{timing.passes:.1f}", *peer)
     console.print(str(describe("cpu")))
     console.print(f"A float32 weight, {rows} x {columns}; one copy of it takes {1e3 * timing.copy:.1f} ms.\n")
     console.print(table)
+
+
+def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | None, out: Path | None) -> None:
+    from rich.console import Console
+
+    from labsupport import bench as benches
+    from labsupport.machine import describe
+
+    console, here, found = Console(), describe(), []
+    command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")
+    command += f" --rows {own[0]} --columns {own[1]}" if own else ""
+    table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of copying", "as bf16")
+    with console.status("timing"):
+        about = benches.about(command, here, budget)
+        dense = {}
+        for row in benches.products((own,) if own else benches.SHAPES, budget=budget):
+            found.append(row)
+            dense.setdefault((row.out_features, row.in_features, row.batch), row.seconds)
+            faster = dense[row.out_features, row.in_features, row.batch] / row.seconds
+            shape, share = f"{row.out_features} x {row.in_features}", 100 * row.rate / about["copy_bandwidth"]
+            numbers = f"{1e3 * row.seconds:.2f}", f"{row.rate / 1e9:.1f}", f"{share:.0f} %", f"{faster:.2f} x"
+            table.add_row(shape, str(row.batch), row.kernel, *numbers)
+    console.print(f"\nProducts of bfloat16 on {about['threads']} CPU threads; copying {about['copy_bandwidth'] / 1e9:.1f} GB/s.\n")
+    console.print(table)
+    if path := out or (None if own else benches.measurements_path(here)):
+        benches.write(path, about, found)
+        typer.echo(f"wrote {path}")
