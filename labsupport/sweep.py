@@ -126,7 +126,7 @@ def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
     fp8 = {"keys": "fp8", "values": "fp8"}
     caches = [fp8, *({"keys": bits, "values": bits, "residual": 32} | kivi for bits in (4, 2))]
     for weights in (None, "rtn4", "awq4", "rtn3"):
-        for setting in caches if weights is None else ({}, *caches):
+        for setting in ({}, *caches):
             yield float_ | {"weights": weights} | setting
     for bits in (4, 3, 2):
         for axis in ("channel", "token"):

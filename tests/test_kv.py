@@ -507,3 +507,14 @@ def test_the_sweep_reads_its_settings_as_schemes():
         assert scheme.keys.bits == setting["keys"]
         assert scheme.values.bits == setting["values"]
     assert set(inspect.signature(sweep.scheme_of).parameters) == {"setting"}
+
+
+def test_the_rows_that_are_kept_meet_the_bars():
+    measured = sweep.load("kv")
+    alone = {"weights": None, "values": 16, "keys": 4, "before_rope": None}
+    four = {axis: measured.find(planted="keys", key_axis=axis, **alone)["change"] for axis in kv.AXES}
+    assert 0 < four["channel"] <= four["token"] / 2
+    for row in measured.rows:
+        scheme, shape = sweep.scheme_of(row), Shape(6, 2, 64, 64)
+        assert row["nbytes"] == kv.cache_bytes(shape, 512, 1, scheme)
+        assert row["low"] <= row["change"] <= row["high"]
