@@ -9,8 +9,9 @@ q, k, v; o; gate, up; down), each group fed by what the groups before it have be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,21 @@ def windows(stream: TokenStream, count: int = WINDOWS, length: int = LENGTH) -> 
             f"the text {stream.source!r} has {len(starts)} windows of {length} tokens, fewer than the {count} asked for"
         )
     return stream.ids[starts[:, None] + torch.arange(length)]
+
+
+class Resident:
+    """Where a model's weights are while they are needed: here, in memory all the time.
+
+    What loads them only for as long as a context lasts overrides both methods; its model is otherwise on the meta device.
+    """
+
+    def outside(self) -> AbstractContextManager:
+        """The weights of everything but the blocks."""
+        return nullcontext()
+
+    def block(self, index: int) -> AbstractContextManager:
+        """The weights of one block."""
+        return nullcontext()
 
 
 @dataclass
@@ -170,28 +186,38 @@ class Block:
         return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
 
 
-def blocks(model: nn.Module, ids: torch.Tensor, batch: int = BATCH) -> Iterator[Block]:
+def blocks(model: nn.Module, ids: torch.Tensor, batch: int = BATCH, weights: Resident | None = None) -> Iterator[Block]:
     """Each block in turn, with what the whole text feeds it. When the next one is asked for, the last is run as it then stands.
 
-    ids: int64 [windows, length]; `batch` windows go through at a time. Whoever stops and starts again puts the finished blocks'
-    weights back first and passes over them. Raises text.TextError for no text at all, CalibrationError for a model in training
-    mode and for linears that share a weight with another part of the model.
+    ids: int64 [windows, length]; `batch` windows go through at a time. weights: loads and drops a block's weights where the model
+    does not hold them. Whoever stops and starts again puts the finished blocks' weights back first and passes over them.
+    Raises text.TextError for no text at all, CalibrationError for a model in training mode and for linears that share a weight
+    with another part of the model.
     """
     if ids.ndim != 2 or ids.numel() == 0:
         raise TextError(f"calibration text has shape {list(ids.shape)}, wanted [windows, length], neither of them 0")
     if model.training:
         raise CalibrationError("the model is in training mode, in which it may drop inputs at random: call model.eval() first")
     _check_shared(model)
-    linears, modules = models.linears(model), models.blocks(model)
-    inputs, calls = _first_inputs(model, ids, batch)
-    for index, module in enumerate(modules):
-        inside = set(module.modules())
-        own = {name: layer for name, layer in linears.items() if layer in inside}
-        block = Block(index, module, own, inputs, [calls[len(hidden)][index] for hidden in inputs])
+    weights = weights or Resident()
+    with weights.outside():
+        inputs, calls = _first_inputs(model, ids, batch)
+    for block in bare_blocks(model, weights):
+        block.inputs, block.calls = inputs, [calls[len(hidden)][block.index] for hidden in inputs]
         yield block
-        if index + 1 < len(modules):
+        if block.index + 1 < len(models.blocks(model)):
             for number, output in enumerate(block.outputs()):
                 inputs[number] = output  # in its place, so that there is never more than one set of hidden states
+
+
+def bare_blocks(model: nn.Module, weights: Resident | None = None) -> Iterator[Block]:
+    """Each block in turn, with its weights and fed by nothing: for methods that look at no text."""
+    weights, linears = weights or Resident(), models.linears(model)
+    for index, module in enumerate(models.blocks(model)):
+        inside = set(module.modules())
+        own = {name: layer for name, layer in linears.items() if layer in inside}
+        with weights.block(index):
+            yield Block(index, module, own, [], [])
 
 
 def blockwise(
@@ -225,6 +251,7 @@ def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int):
 
     def see(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, args, kwargs = (args[0], args[1:], kwargs) if args else (kwargs.pop("hidden_states"), (), kwargs)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if index == 0:
             inputs.append(hidden)
         known = calls.setdefault(len(hidden), [])
@@ -238,20 +265,46 @@ def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int):
         for index, module in enumerate(modules)
     ]
     try:
-        for some in ids.to(device).split(batch):
-            with suppress(_Stop):
-                model(input_ids=some, use_cache=False)
+        # What else a block is called with does not depend on what the one before it gives, so none need be run.
+        with passing_through(modules):
+            for some in ids.to(device).split(batch):
+                with suppress(_Stop):
+                    model(input_ids=some, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return inputs, calls
 
 
+@contextmanager
+def passing_through(modules: Iterable[nn.Module], first: Iterator[torch.Tensor] | None = None) -> Iterator[None]:
+    """While inside, blocks give what they are given and are not computed; the first gives what comes next from `first`."""
+    import transformers
+
+    as_tuple = int(transformers.__version__.split(".")[0]) < 5  # see Block._run
+
+    def forward(index: int, *args: Any, **kwargs: Any) -> Any:
+        hidden = next(first) if index == 0 and first is not None else args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if as_tuple and not isinstance(hidden, tuple) else hidden
+
+    modules = list(modules)
+    for index, module in enumerate(modules):
+        module.forward = partial(forward, index)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
 def _check_shared(model: nn.Module) -> None:
+    def place(parameter: torch.Tensor) -> int:
+        return parameter.data_ptr() or id(parameter)  # a meta tensor has no address
+
     owners: dict[int, str] = {}
-    inside = {layer.weight.data_ptr() for layer in models.linears(model).values()}
+    inside = {place(layer.weight) for layer in models.linears(model).values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        pointer = parameter.data_ptr()
+        pointer = place(parameter)
         if pointer in inside and owners.setdefault(pointer, name) != name:
             raise CalibrationError(f"{owners[pointer]} and {name} are one weight: it cannot be quantized for two places")
 

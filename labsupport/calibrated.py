@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from labsupport import calibrate, fold, models
-from labsupport.calibrate import Block, InputStatistics
+from labsupport.calibrate import Block, InputStatistics, Resident
 from labsupport.quant import awq, gptq, rtn
 from labsupport.quant.grid import QuantizedTensor
 
@@ -59,42 +59,58 @@ def quantize_blocks(
     method: str,
     ids: torch.Tensor,
     settings_of: Callable[[str], Settings | None],
-    keep: Path | None = None,
+    keep: Path | Finished | None = None,
     on_linear: Callable[[str], None] = lambda name: None,
+    weights: Resident | None = None,
+    stored: dict[str, QuantizedTensor] | None = None,
 ) -> dict[str, LayerReport]:
     """Quantize a model in place by "gptq" or "awq". Returns what became of each linear, by full name.
 
     ids: calibration text, int64 [windows, length]. settings_of(name): what goes to the method for a linear, None to leave it as
     it is. keep: a folder for finished blocks, made if it is missing; finished blocks found there are read back and passed over.
+    weights: see calibrate.blocks. stored: gets each linear's QuantizedTensor by name.
     Raises ValueError where `keep` holds blocks of another model, text or settings, and what calibrate.blocks and the method raise.
     """
     work = {"gptq": _gptq_block, "awq": _awq_block}[method]
     groups = fold.groups(model) if method == "awq" else []
     kept = None
     reports: dict[str, LayerReport] = {}
-    for block in calibrate.blocks(model, ids):
+    for block in calibrate.blocks(model, ids, weights=weights):
         chosen = {name: settings_of(name) for name in block.linears}
         if keep is not None and kept is None:
-            kept = _Kept(keep, _identity(model, method, ids, settings_of))
+            kept = _Kept(keep, _identity(model, method, ids, settings_of)) if isinstance(keep, Path) else keep
         found = kept.read(block) if kept else None
         if found is None:
-            found = work(model, block, chosen, [g for g in groups if g.linears[0] in block.linears])
+            made: dict[str, QuantizedTensor] = {}
+            found = work(model, block, chosen, [g for g in groups if g.linears[0] in block.linears], made)
             if kept:
-                kept.write(block, found)
+                kept.write(block, found, made)
+            if stored is not None:
+                stored |= made
         for name in block.linears:
             reports[name] = found[name]
             on_linear(name)
     return reports
 
 
+class Finished(Protocol):
+    """Where finished blocks are kept."""
+
+    def read(self, block: Block) -> dict[str, LayerReport] | None:
+        """Put a finished block's weights back and return its reports; None for one that is not finished."""
+
+    def write(self, block: Block, reports: Mapping[str, LayerReport], stored: Mapping[str, QuantizedTensor]) -> None:
+        """Keep a block whose linears read back as what is stored."""
+
+
 def _gptq_block(
-    model: nn.Module, block: Block, settings: Mapping[str, Settings | None], groups: Iterable
+    model: nn.Module, block: Block, settings: Mapping[str, Settings | None], groups: Iterable, stored: dict[str, QuantizedTensor]
 ) -> dict[str, LayerReport]:
     """True sequential: each linear is fed by what those before it have become."""
     reports, start = {}, time.perf_counter()
     for name, fed in block.fed():
         weight, waited = block.linears[name].weight, time.perf_counter() - start
-        reports[name] = _replaced(weight, settings[name], fed.gram, waited, partial(_gptq, weight, fed))
+        reports[name] = _replaced(name, weight, settings[name], fed.gram, waited, partial(_gptq, weight, fed), stored)
         start = time.perf_counter()
     return reports
 
@@ -104,25 +120,31 @@ def _gptq(weight: torch.Tensor, fed: InputStatistics, settings: Settings) -> Qua
 
 
 def _replaced(
+    name: str,
     weight: torch.Tensor,
     settings: Settings | None,
     gram: torch.Tensor,
     waited: float,
     stored_by: Callable[[Settings], QuantizedTensor],
+    stored: dict[str, QuantizedTensor],
 ) -> LayerReport:
-    """Put into a linear what stored_by(settings) reads back as. Without settings it is left as it is."""
+    """Put into a linear what stored_by(settings), kept in `stored`, reads back as. Without settings it is left as it is."""
     if settings is None:
         return LayerReport.of(weight, 2 * weight.numel(), 0.0, 0.0)
     start = time.perf_counter()
-    stored = stored_by(settings)
-    values = stored.dequantize()
+    tensor = stored[name] = stored_by(settings)
+    values = tensor.dequantize()
     error = lost_share(weight, values, gram)
     weight.copy_(values)
-    return LayerReport.of(weight, stored.nbytes, error, waited + time.perf_counter() - start)
+    return LayerReport.of(weight, tensor.nbytes, error, waited + time.perf_counter() - start)
 
 
 def _awq_block(
-    model: nn.Module, block: Block, settings: Mapping[str, Settings | None], groups: list[fold.Group]
+    model: nn.Module,
+    block: Block,
+    settings: Mapping[str, Settings | None],
+    groups: list[fold.Group],
+    stored: dict[str, QuantizedTensor],
 ) -> dict[str, LayerReport]:
     """All searches on the block as it came, then all folds, then clips and rounding.
 
@@ -151,7 +173,7 @@ def _awq_block(
         statistics = fed[reader[name]]
         gram = awq.scaled_gram(statistics.gram, scales[name]) if name in scales else statistics.gram
         stored_by = partial(_round_scaled, name, layer.weight, gram, statistics.tokens)
-        reports[name] = _replaced(layer.weight, settings[name], gram, waited, stored_by)
+        reports[name] = _replaced(name, layer.weight, settings[name], gram, waited, stored_by, stored)
     return reports
 
 
@@ -200,7 +222,7 @@ class _Kept:
         block.module.load_state_dict(load_file(weights))
         return {name: LayerReport(**row) for name, row in json.loads(report.read_text()).items()}
 
-    def write(self, block: Block, reports: Mapping[str, LayerReport]) -> None:
+    def write(self, block: Block, reports: Mapping[str, LayerReport], stored: object) -> None:
         from safetensors.torch import save_file
 
         report, weights = (self.folder / f"block-{block.index:03}.{kind}" for kind in ("json", "safetensors"))

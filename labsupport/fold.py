@@ -149,8 +149,8 @@ def _multiplies(norm: nn.Module) -> bool:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is None or weight.ndim != 1:
         return False
-    x = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
-    held = {"weight": torch.zeros_like(weight)} | ({} if bias is None else {"bias": torch.zeros_like(bias)})
+    x = torch.linspace(-1, 1, len(weight))[None]
+    held = {"weight": torch.zeros(len(weight))} | ({} if bias is None else {"bias": torch.zeros(len(weight))})
     return not torch.func.functional_call(norm, held, (x,)).any()
 
 

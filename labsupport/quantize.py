@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from labsupport import calibrate, calibrated, models
 from labsupport.calibrated import LayerReport, lost_share
 from labsupport.quant import int8, nf4, rtn
+from labsupport.quant.grid import QuantizedTensor
 from labsupport.quant.int8 import Int8Linear
 from labsupport.text import TokenStream
 
@@ -54,6 +55,7 @@ def quantize_model(
     in_place: bool = False,
     keep: str | Path | None = None,
     progress: bool = False,
+    stored: dict[str, QuantizedTensor] | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Report]:
     """Quantize every linear of the model's blocks; return the model and what became of each linear.
@@ -70,7 +72,8 @@ def quantize_model(
     calibration, which gptq and awq need: token ids, int64 [windows, length] (calibrate.windows), or a stream, of which 64 windows
     of 512 tokens are taken. overrides: other settings for the linears whose full name ends in a key, or None to leave them as they
     are, at 16 bits a weight. A copy is made unless `in_place`. keep: a folder for gptq's and awq's finished blocks, from which
-    a run that was stopped goes on. progress: show a bar. The same arguments give the same codes.
+    a run that was stopped goes on. progress: show a bar. stored: a dict that gets each linear's QuantizedTensor by full name, for
+    labsupport.checkpoint. The same arguments give the same codes.
     Raises ValueError for an unknown method, an override that matches nothing, calibration missing or in vain, a folder of another
     run, and what the method raises.
     """
@@ -81,6 +84,9 @@ def quantize_model(
         raise ValueError(f"calibration is {'missing' if calibration is None else 'given'}, but {method} {said}")
     if keep is not None and method not in CALIBRATED:
         raise ValueError(f"keep is given, but {method} has nothing worth keeping: it takes seconds")
+    if stored is not None and (method == "int8" or keep is not None):
+        other = "keep: blocks found there come back as floats" if keep else "method int8, whose layers hold what they store"
+        raise ValueError(f"stored is given beside {other}")
     names = models.linears(model).keys()
     for key in overrides or {}:
         if not any(name.endswith(key) for name in names):
@@ -99,30 +105,40 @@ def quantize_model(
         if method in CALIBRATED:
             ids = calibrate.windows(calibration) if isinstance(calibration, TokenStream) else calibration
             kept = None if keep is None else Path(keep)
-            layers = calibrated.quantize_blocks(model, method, ids, settings_of, kept, lambda _: bar.update())
+            layers = calibrated.quantize_blocks(model, method, ids, settings_of, kept, lambda _: bar.update(), stored=stored)
         else:
             layers = {}
             for name, layer in models.linears(model).items():
-                layers[name] = _quantize_linear(model, method, name, layer, settings_of(name))
+                layers[name] = quantize_linear(model, method, name, layer, settings_of(name), stored)
                 bar.update()
     return model, Report(weights, layers)
 
 
-def _quantize_linear(model: nn.Module, method: str, name: str, layer: nn.Linear, settings: Mapping[str, Any] | None) -> LayerReport:
+def quantize_linear(
+    model: nn.Module,
+    method: str,
+    name: str,
+    layer: nn.Linear,
+    settings: Mapping[str, Any] | None,
+    stored: dict[str, QuantizedTensor] | None = None,
+) -> LayerReport:
+    """Quantize one linear, in place, by a method that looks at no text. Without settings it is left as it is."""
     weight, start = layer.weight, time.perf_counter()
     if settings is None:
         return LayerReport.of(weight, 2 * weight.numel(), 0.0, 0.0)
     if method == "int8":
         replacement = Int8Linear(layer, **settings)
         model.set_submodule(name, replacement)
-        stored, values = replacement, replacement.stored.dequantize()
+        made, values = replacement, replacement.stored.dequantize()
     elif settings.get("group_size") == "tensor":
-        stored = WEIGHT_ONLY[method](weight.reshape(1, -1), **{**settings, "group_size": None})
-        values = stored.dequantize().view_as(weight)
+        made = WEIGHT_ONLY[method](weight.reshape(1, -1), **{**settings, "group_size": None})
+        values = made.dequantize().view_as(weight)
     else:
-        stored = WEIGHT_ONLY[method](weight, **settings)
-        values = stored.dequantize()
+        made = WEIGHT_ONLY[method](weight, **settings)
+        values = made.dequantize()
     error = lost_share(weight, values)
     if method != "int8":
         weight.copy_(values)
-    return LayerReport.of(weight, stored.nbytes, error, time.perf_counter() - start)
+    if stored is not None:
+        stored[name] = made
+    return LayerReport.of(weight, made.nbytes, error, time.perf_counter() - start)

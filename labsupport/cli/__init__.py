@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from labsupport.cli import build, env, lab, model
+from labsupport.cli import build, checkpoint, env, lab, model
 
 app = typer.Typer(
     help="Quantization from First Principles: the course's commands.",
@@ -12,5 +12,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (lab, env, model, build):
+for group in (lab, env, model, checkpoint, build):
     app.add_typer(group.app)

@@ -1,0 +1,12 @@
+"""Quantized models on disk, as AutoGPTQ, AutoAWQ and bitsandbytes lay them out: written, read back, looked into.
+
+checkpoint.quantize("path/to/model", "path/to/new", "gptq", symmetric=True)   # block by block: `labs quantize`
+checkpoint.save(model, stored, "path/to/new", "awq")                          # a model in memory
+model, tokenizer = checkpoint.load("path/to/new")                             # float32, each weight as it reads back
+"""
+
+from labsupport.checkpoint.run import quantize, save
+from labsupport.checkpoint.stored import Checkpoint, load, read
+from labsupport.checkpoint.weights import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "quantize", "read", "save"]

@@ -1,0 +1,115 @@
+"""What a written checkpoint says of itself: README.md for people, quantization_report.json for programs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from labsupport.calibrated import LayerReport
+
+ENDINGS = {
+    ".qweight": "codes", ".scales": "scales", ".qzeros": "zero-points", ".g_idx": "group of each column",
+    ".absmax": "scales", ".nested_absmax": "scales", ".quant_map": "tables", ".nested_quant_map": "tables",
+    ".quant_state.bitsandbytes__nf4": "tables", ".quant_state.bitsandbytes__fp4": "tables",
+}  # fmt: skip
+KINDS = ("codes", "scales", "zero-points", "group of each column", "tables", "not quantized")
+LOADERS = {
+    "gptq": "transformers with gptqmodel; AutoGPTQ; vLLM, if 4 bits, symmetric and in column order",
+    "gptq_v2": "gptqmodel, and transformers with it",
+    "awq": "transformers with gptqmodel; AutoAWQ; vLLM",
+    "bitsandbytes": "transformers with bitsandbytes",
+}
+
+
+def kind_of(name: str, dtype: str) -> str:
+    """What a stored tensor is for. dtype: as safetensors names it."""
+    for ending, kind in ENDINGS.items():
+        if name.endswith(ending):
+            return kind
+    return "codes" if name.endswith(".weight") and dtype == "U8" else "not quantized"
+
+
+def sizes(layout: str, files: Iterable[Path]) -> dict[str, int]:
+    """Bytes of tensors by what they are for."""
+    found = dict.fromkeys(KINDS, 0)
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                found[kind_of(name, file.get_slice(name).get_dtype())] += file.get_tensor(name).nbytes
+    return {kind: size for kind, size in found.items() if size}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """source: name of the model. weights: how many the quantized linears hold. texts: what it was calibrated on.
+
+    measured: perplexity "before" and "after", and on what.
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+    weights: int
+    layers: Mapping[str, LayerReport] = field(default_factory=dict)
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def bits_per_weight(self, sizes: Mapping[str, int]) -> float:
+        return 8 * sum(size for kind, size in sizes.items() if kind != "not quantized") / self.weights
+
+    def versions(self) -> dict[str, str]:
+        packages = {name: version(name) for name in ("labsupport", "torch", "transformers", "safetensors")}
+        return packages | {"python": platform.python_version()}
+
+    def report(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "settings": dict(self.settings),
+            "calibration": dict(self.texts),
+            "perplexity": dict(self.measured),
+            "bytes": dict(sizes),
+            "bits_per_weight": self.bits_per_weight(sizes),
+            "versions": self.versions(),
+            "date": date.today().isoformat(),
+            "layers": {name: asdict(report) for name, report in self.layers.items()},
+        }
+
+    def text(self, sizes: Mapping[str, int]) -> str:
+        said = {key.replace("_", " "): value for key, value in self.settings.items() if key not in ("method", "layout", "dtype")}
+        layout, size = self.settings["layout"], said.pop("group size") or "the whole row"
+        said["block size" if layout == "bitsandbytes" else "group size"] = size
+        lines = [
+            "---", "library_name: transformers", "pipeline_tag: text-generation",
+            f"tags: [{', '.join(dict.fromkeys((self.settings['method'], layout, '4-bit' if said['bits'] == 4 else 'quantized')))}]",
+            "---", "",
+            f"# {self.source or 'A model'}, {self.settings['method'].upper()} at {said['bits']} bits", "",
+            "Written by `labs quantize`. The linear layers of its blocks are quantized; embedding, norms and head are not.", "",
+            "| setting | |", "|---|---|", *(f"| {name} | {_word(value)} |" for name, value in said.items()),
+            f"| layout | {layout} |", f"| other weights | {self.settings['dtype']} |",
+        ]  # fmt: skip
+        if self.texts:
+            taken = f"{self.texts['samples']} windows of {self.texts['length']} tokens"
+            lines.append(f"| calibration text | {self.texts['calibration']}, {taken} |")
+        lines += ["", "| stored | bytes |", "|---|---:|", *(f"| {kind} | {size:,} |" for kind, size in sizes.items())]
+        lines += ["", f"{self.bits_per_weight(sizes):.3f} bits for each of {self.weights:,} quantized weights, all counted."]
+        if self.measured:
+            before, after = self.measured["before"], self.measured["after"]
+            lines += [
+                "", f"Perplexity {after:.4f}, unquantized {before:.4f} ({100 * (after / before - 1):+.2f} %), on "
+                f"{self.measured['windows']} windows of {self.measured['length']} tokens of {self.measured['text']} "
+                f"(sha256 {self.measured['sha256'][:12]}), products in float32.",
+            ]  # fmt: skip
+        else:
+            lines += ["", "Perplexity was not measured."]
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions().items())
+        return "\n".join([*lines, "", f"Read by: {LOADERS[layout]}.", "", f"Made with {versions}, {date.today().isoformat()}.", ""])
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

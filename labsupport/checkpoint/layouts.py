@@ -1,0 +1,127 @@
+"""What becomes of a quantized linear in a file, and what the config says of it: GPTQ's two layouts, AWQ's, bitsandbytes'.
+
+A layout reads back exactly what it has written, but for what is said at `_without_zeros`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from labsupport.checkpoint.weights import CheckpointError
+from labsupport.quant import bnb_format, grid, packing
+from labsupport.quant.grid import QuantizedTensor, UniformTensor
+from labsupport.quant.nf4 import BlockTensor
+
+LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
+DEFAULT = {"gptq": "gptq", "rtn": "gptq", "awq": "awq", "nf4": "bitsandbytes"}
+FOR = {"gptq": ("gptq", "gptq_v2"), "rtn": ("gptq", "gptq_v2", "awq"), "awq": ("awq", "gptq", "gptq_v2"), "nf4": ("bitsandbytes",)}
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+VERSION = {"gptq": 1, "gptq_v2": 2}
+
+
+def check(layout: str, name: str, shape: tuple[int, int], bits: int) -> None:
+    """Raise CheckpointError where a linear [out_features, in_features] has no form in the layout."""
+    rows, columns = shape
+    if layout == "bitsandbytes":
+        return
+    if (layout == "awq" and bits != 4) or bits not in packing.GPTQ_BITS:
+        wanted = "4" if layout == "awq" else ", ".join(map(str, packing.GPTQ_BITS))
+        raise CheckpointError(f"bits is {bits}, the {layout} layout has {wanted}")
+    multiples = {"out_features": (rows, 8)} if layout == "awq" else {"out_features": (rows, 32), "in_features": (columns, 32)}
+    for axis, (size, multiple) in multiples.items():
+        if size % multiple:
+            raise CheckpointError(f"{name} has {axis} {size}, the {layout} layout asks for a multiple of {multiple}")
+
+
+def write(layout: str, name: str, tensor: QuantizedTensor, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """The tensors that stand for linear `name`, by full name. dtype: what bitsandbytes is to read back as.
+
+    Raises CheckpointError for what the layout cannot hold.
+    """
+    try:
+        if layout == "bitsandbytes":
+            if not isinstance(tensor, BlockTensor):
+                raise ValueError(f"a {type(tensor).__name__} is not on a codebook of 16 levels")
+            return bnb_format.write_4bit(tensor, f"{name}.weight", dtype)
+        if not isinstance(tensor, UniformTensor):
+            raise ValueError(f"a {type(tensor).__name__} is not on uniform grids")
+        if tensor.scale.dtype != torch.float16:
+            raise ValueError(f"its scales are {tensor.scale.dtype}, wanted torch.float16")
+        state = packing.write_awq(tensor) if layout == "awq" else packing.write_gptq(_storable(layout, tensor), VERSION[layout])
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be stored in the {layout} layout: {error}") from error
+    return {f"{name}.{part}": value for part, value in state.items()}
+
+
+def _storable(layout: str, tensor: UniformTensor) -> UniformTensor:
+    return _without_zeros(tensor) if layout == "gptq" else tensor
+
+
+def _without_zeros(tensor: UniformTensor) -> UniformTensor:
+    """The same values without a zero-point of 0, which version 1 stores as the highest code and its readers take for 2**bits.
+
+    Codes and zero-points of such a group are raised by one. A group that has the highest code as well, all of one sign and not
+    all zero, cannot be: ValueError.
+    """
+    lifted = tensor.zero_point == 0
+    if not lifted.any():
+        return tensor
+    groups, codes, highest = packing.groups_of(tensor).long(), tensor.codes, 2**tensor.bits - 1
+    top = torch.zeros_like(tensor.zero_point).scatter_reduce_(1, groups.expand(tensor.shape), codes.float(), "amax")
+    if stuck := int((lifted & (top == highest)).sum()):
+        raise ValueError(
+            f"{stuck} of its groups hold no negative weight, and readers of version 1 misread their zero-point, 0: "
+            "use gptq_v2, or symmetric grids"
+        )
+    return replace(
+        tensor,
+        packed_codes=grid.pack_bits(codes + lifted[:, groups], tensor.bits),
+        packed_zero_points=grid.pack_bits((tensor.zero_point + lifted).to(torch.uint8), tensor.bits),
+    )
+
+
+def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -> QuantizedTensor:
+    """The inverse of `write`. state: what stands under the linear's name, without it. Raises CheckpointError."""
+    try:
+        if layout == "bitsandbytes":
+            return bnb_format.read_4bit({key: value for key, value in state.items() if key.partition(".")[0] == "weight"}, "weight")
+        return packing.read_awq(state) if layout == "awq" else packing.read_gptq(state, bits, VERSION[layout])
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def config(layout: str, settings: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
+    """The quantization_config of config.json. settings: bits, group_size, symmetric, and what the method has besides."""
+    if layout == "bitsandbytes":
+        return {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+            "_load_in_8bit": False, "bnb_4bit_quant_type": settings.get("codebook", "nf4"),
+            "bnb_4bit_use_double_quant": settings.get("double_quant", False), "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0,
+        }  # fmt: skip
+    size = settings["group_size"] or -1
+    if layout == "awq":
+        return {
+            "quant_method": "awq", "version": "gemm", "bits": settings["bits"], "group_size": size, "zero_point": True,
+            "modules_to_not_convert": None,
+        }  # fmt: skip
+    scattered = bool(settings.get("act_order") and not settings.get("static_groups"))
+    return {
+        "quant_method": "gptq", "checkpoint_format": layout, "bits": settings["bits"], "group_size": size,
+        "sym": bool(settings.get("symmetric")), "desc_act": scattered, "static_groups": bool(settings.get("static_groups")),
+        "true_sequential": True, "damp_percent": settings.get("damping", 0.01), "lm_head": False,
+        "model_name_or_path": None, "model_file_base_name": "model",
+    }  # fmt: skip
+
+
+def beside(layout: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What AutoGPTQ and AutoAWQ read in place of config.json: file name to content."""
+    if layout == "awq":
+        size = settings["group_size"] or -1
+        return {"quant_config.json": {"zero_point": True, "q_group_size": size, "w_bit": settings["bits"], "version": "GEMM"}}
+    return {} if layout == "bitsandbytes" else {"quantize_config.json": config(layout, settings)}

@@ -1,0 +1,38 @@
+"""Perplexity of a model that is never in memory as a whole: the text goes through one block after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from labsupport import calibrate, evaluate, models
+from labsupport.calibrate import Block, Resident
+from labsupport.evaluate import Evaluation
+from labsupport.text import TokenStream
+
+
+@torch.no_grad()
+def evaluate_streamed(
+    model: nn.Module,
+    weights: Resident,
+    stream: TokenStream,
+    length: int,
+    windows: int | None,
+    at_block: Callable[[Block], object] = lambda block: None,
+) -> Evaluation:
+    """What evaluate.evaluate gives, with one block's weights at a time.
+
+    at_block: called when a block's weights are there, before it is run: it may change them.
+    """
+    starts = stream.windows(length, windows)
+    ids = stream.ids[starts[:, None] + torch.arange(length)]
+    modules = models.blocks(model)
+    last: list[torch.Tensor] = []
+    for block in calibrate.blocks(model, ids, evaluate.BATCH, weights):
+        at_block(block)
+        if block.index + 1 == len(modules):
+            last = list(block.outputs())
+    with weights.outside(), calibrate.passing_through(modules, iter(last)):
+        return evaluate.evaluate(model, stream, length, windows)

@@ -1,0 +1,227 @@
+"""A directory that grows block by block beside where it will stand, OUT.partial, and appears there whole or not at all.
+
+OUT.partial/model/   what OUT will hold: a file of tensors for each finished block, at the end everything else
+OUT.partial/run/     what a run that was stopped needs to go on, and nobody else: settings, and of each block its report
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from labsupport.calibrate import Block
+from labsupport.calibrated import LayerReport
+from labsupport.checkpoint import layouts
+from labsupport.checkpoint.weights import INDEX, CheckpointError
+from labsupport.quant.grid import QuantizedTensor
+
+
+class Parts:
+    """Finished blocks of one run; what calibrated.quantize_blocks calls `keep`.
+
+    identity: all that the blocks depend on, by name. names: of each block, its module's full name. Raises CheckpointError where
+    `out` exists, where another run is at work, and where OUT.partial holds a run with another identity and not `restart`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        layout: str,
+        names: list[str],
+        bits: int,
+        dtype: torch.dtype,
+        restart: bool = False,
+    ):
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self.layout, self.names, self.bits, self.dtype = layout, names, bits, dtype
+        self.model, self.run = self.folder / "model", self.folder / "run"
+        if out.exists() or out.is_symlink():
+            raise CheckpointError(f"{out} exists: choose another directory or remove it")
+        about, said = self.run / "run.json", {key: str(value) for key, value in identity.items()}
+        if self.folder.exists() and (restart or not about.is_file()):
+            _remove(self.folder)
+        with told(self.folder):
+            for folder in (self.model, self.run):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.run / "lock")
+            if about.is_file():
+                _check_same(json.loads(about.read_text()), said, self.folder)
+            else:
+                replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
+
+    def shard(self, index: int) -> Path:
+        """The file of a block, or of everything outside the blocks for the index after the last."""
+        return self.model / f"model-{index + 1:05}-of-{len(self.names) + 1:05}.safetensors"
+
+    def _kept(self, index: int, kind: str) -> Path:
+        return self.run / f"block-{index:03}.{kind}"
+
+    def done(self) -> list[int]:
+        return [index for index in range(len(self.names)) if self._kept(index, "json").exists()]
+
+    def read(self, block: Block) -> dict[str, LayerReport] | None:
+        """Put back what a block has become, as `write` found it. None where it is not finished."""
+        report = self._kept(block.index, "json")
+        if not report.exists():
+            return None
+        tensors, start = load_file(self.shard(block.index)), self.names[block.index] + "."
+        for name, layer in block.linears.items():
+            state = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}
+            layer.weight.data.copy_(layouts.read(self.layout, name, state, self.bits).dequantize())
+        # The other weights as they were, in float32: the file holds them rounded.
+        own = block.module.state_dict()
+        for name, value in load_file(self._kept(block.index, "safetensors")).items():
+            own[name.removeprefix(start)].copy_(value)
+        return {name: LayerReport(**row) for name, row in json.loads(report.read_text()).items()}
+
+    def write(self, block: Block, reports: Mapping[str, LayerReport], stored: Mapping[str, QuantizedTensor]) -> None:
+        """Keep a block. A report is written last: a block that has one is whole."""
+        start = self.names[block.index] + "."
+        others = {start + key: value.detach().cpu() for key, value in block.module.state_dict().items()}
+        others = {key: value.contiguous() for key, value in others.items() if key.removesuffix(".weight") not in stored}
+        tensors = self.rounded(others)
+        for name, tensor in stored.items():
+            tensors |= {key: value.cpu() for key, value in layouts.write(self.layout, name, tensor, self.dtype).items()}
+        save(self.shard(block.index), tensors)
+        save(self._kept(block.index, "safetensors"), others)
+        rows = json.dumps({name: asdict(row) for name, row in reports.items()})
+        replace(self._kept(block.index, "json"), lambda path: path.write_text(rows))
+
+    def write_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Embedding, last norm, head: whatever is in no block."""
+        save(self.shard(len(self.names)), self.rounded(tensors))
+
+    def rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """In the dtype that they are stored in. Raises CheckpointError for what it does not hold."""
+        found = {}
+        for name, tensor in tensors.items():
+            found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point() and not found[name].isfinite().all():
+                raise CheckpointError(
+                    f"{name} holds values up to {tensor.abs().max():.3g}, which {self.dtype} does not: use bfloat16"
+                )
+        return found
+
+    def reports(self) -> dict[str, LayerReport]:
+        found = {}
+        for index in self.done():
+            found |= {name: LayerReport(**row) for name, row in json.loads(self._kept(index, "json").read_text()).items()}
+        return found
+
+    def finish(self, files: Mapping[str, str], copied: Mapping[str, Path]) -> Path:
+        """Write the index and `files` (name to text), copy others, and let the directory appear. Returns it."""
+        for path in self.model.iterdir():
+            if path.suffix != ".safetensors":
+                path.unlink()
+        replace(self.model / INDEX, lambda path: path.write_text(json.dumps(self._index(), indent=1)))
+        for name, source in copied.items():
+            replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path))
+        for name, content in files.items():
+            replace(self.model / name, lambda path, content=content: path.write_text(content, "utf-8"))
+        with told(self.out):
+            if self.out.exists():
+                raise CheckpointError(f"{self.out} exists by now: what was made for it is in {self.model}")
+            os.rename(self.model, self.out)
+        self.release()
+        _remove(self.folder)
+        return self.out
+
+    def _index(self) -> dict[str, Any]:
+        from safetensors import safe_open
+
+        placed, size = {}, 0
+        for index in range(len(self.names) + 1):
+            path = self.shard(index)
+            with safe_open(path, "pt") as file:
+                placed |= dict.fromkeys(file.keys(), path.name)
+            with path.open("rb") as stream:
+                size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+        return {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What the operating system says of a file as a CheckpointError; a full disk in words of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise _full(path) from error
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _full(path: Path) -> CheckpointError:
+    return CheckpointError(f"the disk is full: {path.name} could not be written. Make room and run again; finished blocks are kept")
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file appear whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with told(path):
+        try:
+            write(temporary)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.chmod(0o644)  # safetensors makes files that only their owner may read
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    replace(
+        path,
+        lambda temporary: save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"format": "pt"}),
+    )
+
+
+def _check_same(kept: Mapping[str, str], said: Mapping[str, str], folder: Path) -> None:
+    for name in {**kept, **said}:
+        if kept.get(name) != said.get(name):
+            raise CheckpointError(
+                f"{folder} holds an unfinished run with {name} {kept.get(name)}, asked for is {said.get(name)}: "
+                "ask for that again, or start over with --restart"
+            )
+
+
+def _lock(path: Path):
+    """Held until the process ends. None where the system has no such locks. Raises CheckpointError where another holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    stream = path.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise CheckpointError(f"another run is writing to {path.parent.parent}") from None
+    return stream
+
+
+def _remove(folder: Path) -> None:
+    with told(folder):
+        shutil.rmtree(folder)

@@ -1,0 +1,264 @@
+"""`labs quantize`: a model directory in, a quantized one out, with no more than one block in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from labsupport import __version__, calibrate, calibrated, models, text
+from labsupport.calibrate import Block
+from labsupport.calibrated import LayerReport
+from labsupport.checkpoint import card, layouts
+from labsupport.checkpoint.measure import evaluate_streamed
+from labsupport.checkpoint.parts import Parts
+from labsupport.checkpoint.recipe import DTYPES, Recipe
+from labsupport.checkpoint.skeleton import Skeleton
+from labsupport.checkpoint.tokenizers import copied_files, read_tokenizer
+from labsupport.checkpoint.weights import CheckpointError, find, read_json
+from labsupport.quant.grid import QuantizedTensor, UniformTensor
+from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
+from labsupport.quantize import CALIBRATED, quantize_linear
+from labsupport.text import TextError, TokenStream
+
+
+@dataclass(frozen=True)
+class Texts:
+    """calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of
+    `length` tokens are taken from it. windows: how many of that length perplexity is measured on, 0 for not at all.
+    """
+
+    calibration: str = "code"
+    samples: int = 64
+    length: int = 512
+    windows: int = 32
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    method: str = "gptq",
+    *,
+    calibration: str = "code",
+    samples: int = 64,
+    length: int = 512,
+    windows: int = 32,
+    device: str | torch.device | None = None,
+    restart: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Path:
+    """Quantize the model in a directory, or of a hub id, block by block, and write what AutoGPTQ, AutoAWQ or bitsandbytes would.
+
+    settings: the fields of Recipe. The codes are those of quantize_model with the same settings. A run that was stopped goes on
+    after its last finished block, if it is asked for the same; restart: forget it. Returns `out`.
+    Raises CheckpointError, or TextError, in one line; `out` is then not there.
+    """
+    recipe, out = Recipe(method=method, **settings).checked(), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another directory or remove it")
+    source = find(str(source))
+    config = read_json(source / "config.json")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{source} is quantized already: config.json has a quantization_config")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    skeleton = Skeleton(source, device)
+    recipe.check_model(models.linears(skeleton.model))
+    texts = Texts(calibration, samples, length, windows)
+    fed, held_out = _read_texts(skeleton, source, recipe, texts)
+
+    identity = {**recipe.about(), "model": skeleton.weights.digest(), "config": _digest(config), "version": __version__}
+    if fed is not None:
+        identity |= {"calibration": _digest(fed.tolist())}
+    names = [skeleton.name(block) for block in skeleton.blocks]
+    parts = Parts(out, identity, recipe.layout, names, recipe.bits, DTYPES[recipe.dtype], restart)
+    with _tidied(parts):
+        reports = _quantize_blocks(skeleton, recipe, fed, parts, progress)
+        parts.write_outside(skeleton.read(skeleton.outer))
+        measured = _measure(skeleton, parts, texts, held_out, progress)
+        weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
+        facts = card.Facts(
+            source.resolve().name, recipe.about(), weights, reports, vars(texts) if fed is not None else {}, measured
+        )
+        return _finish(parts, source, config, facts)
+
+
+def _digest(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_texts(skeleton: Skeleton, source: Path, recipe: Recipe, texts: Texts) -> tuple[torch.Tensor | None, TokenStream | None]:
+    """Windows to calibrate on, where the method looks at text, and the text to measure perplexity on, where it is asked for."""
+    calibrating, measuring = recipe.method in CALIBRATED, texts.windows > 0
+    if not (calibrating or measuring):
+        return None, None
+    tokenizer = read_tokenizer(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source} holds no tokenizer (tokenizer.json), and without one no text can be read")
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", texts.length)
+    if not 2 <= texts.length <= longest:
+        raise CheckpointError(f"length is {texts.length}, wanted 2 to {longest}, the positions that the model has")
+    fed = held_out = None
+    if calibrating:
+        fed = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
+    if measuring:
+        held_out = text.load_text(tokenizer)
+    known = skeleton.model.get_input_embeddings().num_embeddings
+    for ids in (fed, None if held_out is None else held_out.ids):
+        if ids is not None and ids.max() >= known:
+            raise CheckpointError(f"the tokenizer in {source} gives token {int(ids.max())}, the model knows {known}")
+    return fed, held_out
+
+
+def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
+    path = Path(name)
+    if path.is_file():
+        try:
+            document = text.Document(path.name, path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"the calibration file {name!r} is not UTF-8 text: {error}") from error
+        return text.tokenize(tokenizer, [document], name)
+    if name not in text.DOMAINS and not path.is_dir() and (path.suffix in text.TEXT_SUFFIXES or name.startswith((".", "/"))):
+        raise TextError(
+            f"the calibration text {name!r} does not exist: wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
+        )
+    return text.load_text(tokenizer, name, split)
+
+
+def _quantize_blocks(
+    skeleton: Skeleton, recipe: Recipe, fed: torch.Tensor | None, parts: Parts, progress: bool
+) -> dict[str, LayerReport]:
+    model, settings = skeleton.model, recipe.settings()
+    with tqdm(total=len(models.linears(model)), desc=recipe.method, unit="layer", disable=not progress) as bar:
+        if fed is not None:
+            return calibrated.quantize_blocks(
+                model, recipe.method, fed, lambda name: settings, parts, lambda name: bar.update(), weights=skeleton
+            )
+        for block in calibrate.bare_blocks(model, skeleton):
+            if block.index not in parts.done():
+                made: dict[str, QuantizedTensor] = {}
+                reports = {
+                    name: quantize_linear(model, recipe.method, name, layer, settings, made)
+                    for name, layer in block.linears.items()
+                }
+                parts.write(block, reports, made)
+            bar.update(len(block.linears))
+    return parts.reports()
+
+
+def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream | None, progress: bool) -> dict[str, Any]:
+    """Perplexity before and after on the same windows, and of what text."""
+    if stream is None:
+        return {}
+    found = {}
+    with tqdm(total=2 * len(skeleton.blocks), desc="perplexity", unit="block", disable=not progress) as bar:
+        for name, change in (("before", lambda block: None), ("after", parts.read)):
+
+            def at_block(block: Block, change=change) -> None:
+                change(block)
+                bar.update()
+
+            found[name] = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block).perplexity
+    windows = len(stream.windows(texts.length, texts.windows))
+    return found | {"text": stream.source, "sha256": stream.sha256, "windows": windows, "length": texts.length}
+
+
+@contextmanager
+def _tidied(parts: Parts) -> Iterator[None]:
+    """Whatever happens, the lock is let go; where no block was finished, nothing is left."""
+    try:
+        yield
+    except BaseException:
+        parts.release()
+        if not parts.done():
+            shutil.rmtree(parts.folder, ignore_errors=True)
+        raise
+
+
+def _finish(parts: Parts, source: Path | None, config: Mapping[str, Any], facts: card.Facts) -> Path:
+    said = dict(config) | {"quantization_config": layouts.config(parts.layout, facts.settings, facts.settings["dtype"])}
+    for key in {"torch_dtype", "dtype"} & said.keys() or {"torch_dtype"}:
+        said[key] = facts.settings["dtype"]
+    sizes = card.sizes(parts.layout, (parts.shard(index) for index in range(len(parts.names) + 1)))
+    files = {
+        "config.json": json.dumps(said, indent=1),
+        "quantization_report.json": json.dumps(facts.report(sizes), indent=1),
+        "README.md": facts.text(sizes),
+    }
+    files |= {name: json.dumps(content, indent=1) for name, content in layouts.beside(parts.layout, facts.settings).items()}
+    return parts.finish(files, copied_files(source) if source else {})
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    stored: Mapping[str, QuantizedTensor],
+    out: str | Path,
+    layout: str,
+    source: str | Path | None = None,
+    method: str = "",
+    dtype: str = "float16",
+) -> Path:
+    """Write a model that is in memory, quantized: `stored` is what quantize_model(..., stored=stored) left there.
+
+    source: a directory whose config, tokenizer and generation settings go with it; without it the model's own config, and no
+    tokenizer. method: what the card calls it. Raises CheckpointError where a linear is missing in `stored`, where they differ in
+    bits or groups, and for what the layout cannot hold. Returns `out`.
+    """
+    if layout not in layouts.LAYOUTS:
+        raise CheckpointError(f"layout is {layout!r}, wanted one of {', '.join(layouts.LAYOUTS)}")
+    linears = models.linears(model)
+    if missing := sorted(linears.keys() - stored.keys()):
+        raise CheckpointError(f"stored lacks {missing[0]}: the {layout} layout is for models of which every linear is quantized")
+    if foreign := sorted(stored.keys() - linears.keys()):
+        raise CheckpointError(f"stored holds {foreign[0]}, which is no linear of the model's blocks")
+    settings = {"method": method or layout, "layout": layout, "dtype": dtype} | _settings_of(stored)
+    for name, layer in linears.items():
+        layouts.check(layout, name, (layer.out_features, layer.in_features), settings["bits"])
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = [names[id(module)] for module in models.blocks(model)]
+    parts = Parts(Path(out), {}, layout, blocks, settings["bits"], DTYPES[dtype], restart=True)
+    try:
+        for block in calibrate.bare_blocks(model):
+            parts.write(block, {}, {name: stored[name] for name in block.linears})
+        inside = tuple(name + "." for name in blocks)
+        parts.write_outside({name: p.detach().cpu() for name, p in model.named_parameters() if not name.startswith(inside)})
+        config = read_json(Path(source) / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
+        facts = card.Facts(
+            Path(source).resolve().name if source else "", settings, sum(t.shape[0] * t.shape[1] for t in stored.values())
+        )
+        return _finish(parts, Path(source) if source else None, config, facts)
+    except BaseException:
+        parts.release()
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        raise
+
+
+def _settings_of(stored: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
+    """Bits, group size and the rest, as the tensors show them. group_size None: each whole row."""
+    tensors = list(stored.values())
+    if all(isinstance(tensor, BlockTensor) for tensor in tensors):
+        found = {(tensor.kind, tensor.block_size, isinstance(tensor.absmax, NestedAbsmax)) for tensor in tensors}
+        if len(found) == 1:
+            kind, size, nested = found.pop()
+            return {"bits": 4, "group_size": size, "codebook": kind, "double_quant": nested}
+    elif all(isinstance(tensor, UniformTensor) for tensor in tensors):
+        sizes, bits = {tensor.group_size for tensor in tensors}, {tensor.bits for tensor in tensors}
+        whole = all(tensor.group_size == tensor.shape[1] for tensor in tensors)
+        if len(bits) == 1 and (whole or len(sizes) == 1):
+            return {
+                "bits": bits.pop(),
+                "group_size": None if whole else sizes.pop(),
+                "symmetric": all(tensor.packed_zero_points is None for tensor in tensors),
+                "act_order": any(getattr(tensor, "g_idx", None) is not None for tensor in tensors),
+            }
+    raise CheckpointError("stored holds tensors of several kinds, bits or group sizes: a checkpoint has one of each")

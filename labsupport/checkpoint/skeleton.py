@@ -1,0 +1,128 @@
+"""A model of which only the part at work has its weights: the rest is shapes, and a block is read when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from labsupport import models
+from labsupport.calibrate import Resident
+from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
+
+# What older libraries saved beside the weights and newer ones compute.
+IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+def empty_model(directory: Path) -> nn.Module:
+    """The architecture that a directory's config.json names, in evaluation mode, without weights: its parameters are meta tensors.
+
+    Raises CheckpointError for an architecture that transformers does not know as a causal language model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    said = read_json(directory / "config.json")
+    said.pop("quantization_config", None)
+    kind = said.pop("model_type", None)
+    if kind is None:
+        raise CheckpointError(f"{directory / 'config.json'} names no model_type")
+    said.pop("auto_map", None)  # code that travels with a checkpoint is never run
+    try:
+        config = AutoConfig.for_model(kind, **said)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # what a configuration makes a constructor raise is anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{directory / 'config.json'} has model_type {kind!r}, of which no model can be made: {reason}"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+class Skeleton(Resident):
+    """A model without weights, and where they are. float32 while they are here.
+
+    Raises CheckpointError for tensors that are missing, that do not belong to the model, of another shape, or not floats.
+    """
+
+    def __init__(self, directory: Path, device: torch.device | str = "cpu"):
+        self.model, self.weights, self.device = empty_model(directory), Weights(directory), torch.device(device)
+        self.names = {id(module): name for name, module in self.model.named_modules()}
+        try:
+            self.blocks = list(models.blocks(self.model))
+        except models.ModelError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+        inside = {f"{self.name(block)}.{name}" for block in self.blocks for name in block.state_dict()}
+        self.outer = [name for name, _ in self.model.named_parameters() if name not in inside]  # of tied ones, the first
+        self._check(directory)
+
+    def name(self, module: nn.Module) -> str:
+        """A module's full name."""
+        return self.names[id(module)]
+
+    def _check(self, directory: Path) -> None:
+        wanted = {name: list(p.shape) for name, p in self.model.state_dict().items()}
+        tied = wanted.keys() - {name for name, _ in self.model.named_parameters()} - {n for n, _ in self.model.named_buffers()}
+        if missing := sorted(wanted.keys() - self.weights.keys() - tied):
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise CheckpointError(f"{directory} lacks {missing[0]}{more}, which its config asks for")
+        foreign = sorted(name for name in self.weights.keys() - wanted.keys() if not name.endswith(IGNORED))
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
+            raise CheckpointError(f"{directory} holds {foreign[0]}{more}, which its config does not know")
+        for name in wanted.keys() & self.weights.keys():
+            if self.weights.shape(name) != wanted[name]:
+                raise CheckpointError(
+                    f"{name} has shape {self.weights.shape(name)} in {directory}, its config asks for {wanted[name]}"
+                )
+            if self.weights.kind(name) not in FLOATS:
+                raise CheckpointError(f"{name} is {self.weights.kind(name)} in {directory}, wanted one of {', '.join(FLOATS)}")
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """float32 copies of tensors, by full name."""
+        return {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        with _lent(self.model, self.read(self.outer)):
+            yield
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        block = self.blocks[index]
+        start = self.name(block) + "."
+        with _lent(
+            block, {key.removeprefix(start): value for key, value in self.read(start + key for key in block.state_dict()).items()}
+        ):
+            yield
+
+
+@contextmanager
+def _lent(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While inside, a module's parameters hold these tensors, in every place where they are used; then nothing again."""
+    _assign(module, tensors)
+    try:
+        yield
+    finally:
+        _assign(module, {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()})
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    places: dict[int, list[str]] = {}
+    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        places.setdefault(id(tensor), []).append(name)
+    together = {name: names for names in places.values() for name in names}
+    for name, tensor in tensors.items():
+        value = nn.Parameter(tensor, requires_grad=False)
+        for place in together[name]:
+            owner, _, leaf = place.rpartition(".")
+            holder = module.get_submodule(owner)
+            if leaf in holder._parameters:
+                holder._parameters[leaf] = value
+            else:
+                holder._buffers[leaf] = tensor

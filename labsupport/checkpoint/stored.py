@@ -1,0 +1,126 @@
+"""A checkpoint on disk: what it says it is, its linears as quantized tensors, and the model that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from labsupport.checkpoint import layouts
+from labsupport.checkpoint.skeleton import empty_model
+from labsupport.checkpoint.weights import CheckpointError, Weights, read_json
+from labsupport.quant.grid import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: all of config.json. layout: "gptq", "gptq_v2", "awq" or "bitsandbytes", as the config says it."""
+
+    directory: Path
+    config: dict[str, Any]
+    layout: str
+    weights: Weights
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        return self.config["quantization_config"]
+
+    @property
+    def bits(self) -> int:
+        return self.quantization.get("bits", 4)
+
+    @property
+    def group_size(self) -> int | None:
+        """None for a grid for each whole row."""
+        size = self.quantization.get("group_size")
+        return None if size == -1 else size
+
+    @property
+    def names(self) -> list[str]:
+        """Every quantized linear, by full name."""
+        if self.layout == "bitsandbytes":
+            return [name.partition(".weight.quant_state.")[0] for name in self.weights if ".weight.quant_state." in name]
+        return [name.removesuffix(".qweight") for name in self.weights if name.endswith(".qweight")]
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """What stands under a linear's name."""
+        return self.weights.below(name)
+
+    def tensor(self, name: str) -> QuantizedTensor:
+        """A linear's weight as it is stored. Raises CheckpointError naming what is wrong."""
+        return layouts.read(self.layout, name, self.state(name), self.bits)
+
+    def tensors(self) -> Iterator[tuple[str, QuantizedTensor]]:
+        for name in self.names:
+            yield name, self.tensor(name)
+
+
+def layout_of(config: dict[str, Any], directory: Path) -> str:
+    """Which layout a config.json names. Raises CheckpointError for none, and for one that is not known here."""
+    said = config.get("quantization_config")
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config")
+    method = said.get("quant_method")
+    if method == "gptq":
+        layout = said.get("checkpoint_format", "gptq")
+        if layout in layouts.VERSION:
+            return layout
+        raise CheckpointError(f"{directory} has checkpoint_format {layout!r}, wanted gptq or gptq_v2")
+    if method == "awq":
+        version = str(said.get("version", "gemm")).lower()
+        if version == "gemm":
+            return "awq"
+        raise CheckpointError(f"{directory} has AWQ version {version!r}, wanted gemm")
+    if method == "bitsandbytes" or said.get("load_in_4bit"):
+        if said.get("load_in_8bit"):
+            raise CheckpointError(f"{directory} holds int8 weights of bitsandbytes, wanted 4 bits")
+        return "bitsandbytes"
+    raise CheckpointError(f"{directory} has quant_method {method!r}, wanted gptq, awq or bitsandbytes")
+
+
+def read(directory: str | Path) -> Checkpoint:
+    """Open a quantized checkpoint; tensors are read when they are asked for. Raises CheckpointError for what is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    config = read_json(directory / "config.json")
+    return Checkpoint(directory, config, layout_of(config, directory), Weights(directory))
+
+
+@torch.no_grad()
+def load(directory: str | Path) -> tuple[nn.Module, Any]:
+    """The model in float32 with each quantized weight as it reads back, and its tokenizer, None where there is none.
+
+    No kernel of any library takes part: what is multiplied by is what the file stands for. Raises CheckpointError for a
+    checkpoint that lacks something or holds what its config does not know.
+    """
+    from labsupport.checkpoint.tokenizers import read_tokenizer
+
+    checkpoint = read(directory)
+    model = empty_model(checkpoint.directory)
+    values: dict[str, torch.Tensor] = {}
+    taken: set[str] = set()
+    for name, tensor in checkpoint.tensors():
+        values[f"{name}.weight"] = tensor.dequantize()
+        taken |= {f"{name}.{part}" for part in checkpoint.state(name) if part != "bias"}
+    for name in checkpoint.weights:
+        if name not in taken:
+            values[name] = checkpoint.weights[name].to(torch.float32, copy=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = parameters.keys() - dict(model.named_parameters()).keys()
+    wanted = model.state_dict().keys()
+    if missing := sorted(wanted - values.keys() - tied):
+        raise CheckpointError(f"{directory} lacks {missing[0]}, which its config asks for")
+    if foreign := sorted(values.keys() - wanted):
+        raise CheckpointError(f"{directory} holds {foreign[0]}, which its config does not know")
+    for name in values:
+        if values[name].shape != model.state_dict()[name].shape:
+            asked = list(model.state_dict()[name].shape)
+            raise CheckpointError(f"{name} has shape {list(values[name].shape)} in {directory}, its config asks for {asked}")
+    model.load_state_dict({name: value for name, value in values.items() if name not in tied}, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval().requires_grad_(False), read_tokenizer(checkpoint.directory)

@@ -1,0 +1,31 @@
+"""The files of a model directory that are neither weights nor config: tokenizer and generation settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from labsupport.checkpoint.weights import CheckpointError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+COPIED = (
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt",
+)  # fmt: skip
+
+
+def copied_files(directory: Path) -> dict[str, Path]:
+    """What travels unchanged from a model to its quantized form, by name."""
+    return {name: directory / name for name in COPIED if (directory / name).is_file()}
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory, None where it has none. Raises CheckpointError for one that cannot be read."""
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from error

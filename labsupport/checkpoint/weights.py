@@ -1,0 +1,172 @@
+"""The tensors of a model directory, read from its safetensors files only when they are asked for.
+
+Nothing but safetensors and JSON is ever read: a pickle can run code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, written, or quantized as asked."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError naming the file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted an object")
+    return content
+
+
+def pickles(directory: Path) -> list[str]:
+    """Names of files that only a pickle loader would read."""
+    return sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Every tensor of a directory by name. A tensor is a view of its mapped file: copy it before the file changes.
+
+    Raises CheckpointError for a directory without safetensors, for files that are damaged or missing, and for an index that
+    does not name what the files hold.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files = self._list()
+        self._open, self._stack = {}, ExitStack()
+        self.places: dict[str, str] = {}
+        for file in sorted(set(self.files.values()) if isinstance(self.files, dict) else self.files):
+            for name in self._enter(file).keys():  # noqa: SIM118
+                if name in self.places:
+                    raise CheckpointError(f"{name} is in {self.places[name]} and in {file} of {directory}")
+                self.places[name] = file
+        if isinstance(self.files, dict):
+            self._check_index(self.files)
+
+    def _list(self) -> dict[str, str] | list[str]:
+        """What the index says, or the one file."""
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a directory")
+        if (self.directory / SINGLE).is_file():
+            return [SINGLE]
+        if (self.directory / INDEX).is_file():
+            placed = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(placed, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in placed.values()
+            ):
+                raise CheckpointError(f"{self.directory / INDEX} has no weight_map from tensors to files beside it")
+            return placed
+        if found := pickles(self.directory):
+            raise CheckpointError(
+                f"{self.directory} holds its weights as pickles ({found[0]}), which can run code: wanted safetensors"
+            )
+        raise CheckpointError(f"{self.directory} holds no weights: wanted {SINGLE} or {INDEX}")
+
+    def _enter(self, file: str):
+        path = self.directory / file
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"the index of {self.directory} names {file}, wanted .safetensors files only")
+        if not path.is_file():
+            raise CheckpointError(f"{file} is missing in {self.directory}, and its index names it")
+        try:
+            self._open[file] = self._stack.enter_context(safe_open(path, "pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or not safetensors: {error}") from error
+        return self._open[file]
+
+    def _check_index(self, placed: dict[str, str]) -> None:
+        for name, file in placed.items():
+            if self.places.get(name) != file:
+                raise CheckpointError(f"{name} is missing in {file} of {self.directory}, where the index places it")
+        if foreign := sorted(self.places.keys() - placed.keys()):
+            raise CheckpointError(
+                f"{self.places[foreign[0]]} of {self.directory} holds {foreign[0]}, which the index does not name"
+            )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.places:
+            raise KeyError(name)
+        return self._open[self.places[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The dtype as safetensors names it, for example BF16."""
+        return self._slice(name).get_dtype()
+
+    def nbytes(self, name: str) -> int:
+        size = 1
+        for n in self.shape(name):
+            size *= n
+        return size * {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}.get(self.kind(name), 1)
+
+    def _slice(self, name: str):
+        return self._open[self.places[name]].get_slice(name)
+
+    def below(self, prefix: str) -> dict[str, torch.Tensor]:
+        """What stands under a module's name, with the rest of the name as key."""
+        start = prefix + "."
+        return {name.removeprefix(start): self[name] for name in self.places if name.startswith(start)}
+
+    def digest(self) -> str:
+        """Of every file's name, size, time and header: what tells these weights from others without reading them all."""
+        digest = hashlib.sha256()
+        for file in sorted(set(self.places.values())):
+            stat = (self.directory / file).stat()
+            with (self.directory / file).open("rb") as stream:
+                header = stream.read(8)
+                header += stream.read(int.from_bytes(header, "little"))
+            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns} ".encode() + header)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._stack.close()
+        self._open.clear()
+
+
+def find(name: str) -> Path:
+    """The directory of a model: `name` itself, or a snapshot of the hub's of which only safetensors and JSON are fetched.
+
+    Raises CheckpointError where it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name} is a file, wanted a model directory or a hub id")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise CheckpointError(f"no model {name!r}: neither a directory nor an id that the hub answers for") from error
