@@ -61,7 +61,7 @@ def test_packed_tensors_are_the_bytes_of_the_peers(case):
 def test_the_golden_file_says_where_it_is_from_and_holds_every_layout():
     said = golden.about(pack.PATH)
     assert said["command"] == golden.COMMAND
-    pins = environment.PINS.read_text()
+    pins = environment.LEGACY.pins.read_text()
     assert all(install.pinned(pins, name) == version for name, version in json.loads(said["versions"]).items() if name != "python")
     kept = {(case.peer, case.bits, case.symmetric, case.order) for case in pack.read()}
     assert {(bits, order) for peer, bits, _, order in kept if peer == "autogptq"} == {

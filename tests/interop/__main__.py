@@ -78,7 +78,7 @@ def quality(windows: int, threads: int) -> Iterator[Line]:
 def write(threads: int) -> None:
     """The golden files, from fresh results."""
     processor = torch.backends.cpu.get_cpu_capability()
-    about = {"command": golden.COMMAND, "versions": environment.versions(), "threads": threads, "processor": processor}
+    about = {"command": golden.COMMAND, "versions": environment.LEGACY.versions(), "threads": threads, "processor": processor}
     golden.write_gptq(live.gptq(threads), about)
     golden.write_awq(live.awq(threads), about)
     pack.write(pack.live(threads), about)

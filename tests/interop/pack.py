@@ -99,7 +99,7 @@ def live(threads: int = 1) -> dict[Case, dict[str, torch.Tensor]]:
             given = {"codes": q.codes, "scale": q.scale, "zero_point": q.zero_point.to(torch.uint8), "g_idx": packing.groups_of(q)}
             about = {"peer": case.peer, "bits": str(case.bits), "group_size": str(GROUP)}
             save_file({key: value.contiguous() for key, value in given.items()}, Path(name) / f"{case.name}.in.safetensors", about)
-        environment.run("run_pack", name, threads=threads)
+        environment.LEGACY.run("run_pack", name, threads=threads)
         return {case: load_file(Path(name) / f"{case.name}.out.safetensors") for case in CASES}
 
 

@@ -34,7 +34,7 @@ def gptq(
         for layer, (weight, hessian, settings) in layers.items():
             tensors = {"weight": weight.float().contiguous(), "hessian": hessian.contiguous()}
             save_file(tensors, folder / f"{layer}.in.safetensors", {"settings": json.dumps([asdict(s) for s in settings])})
-        environment.run("run_gptq", name, threads=threads)
+        environment.LEGACY.run("run_gptq", name, threads=threads)
         for layer, (_, _, settings) in layers.items():
             path = folder / f"{layer}.out.safetensors"
             out, parts = load_file(path), ("codes", "scale", "zero_point", "g_idx")
@@ -51,7 +51,7 @@ def awq(model: Path, tokens: torch.Tensor, runs: Sequence[AwqRun], threads: int 
         (folder / "model").symlink_to(model.resolve())
         save_file({"tokens": tokens.contiguous()}, folder / "tokens.safetensors")
         (folder / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
-        environment.run("run_awq", name, threads=threads)
+        environment.LEGACY.run("run_awq", name, threads=threads)
         found = {}
         for run in runs:
             path = folder / f"{run.name}.out.safetensors"
