@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from labsupport import models
-from labsupport.evaluate import LENGTH, Evaluation, Interval, evaluate
+from labsupport.evaluate import BATCH, LENGTH, Evaluation, Interval, evaluate
 from labsupport.quant import kv
 from labsupport.quant.kv import Scheme
 from labsupport.text import TokenStream
@@ -187,6 +187,26 @@ def evaluate_cached(
     """Losses of the model where every token is predicted through a quantized cache, as in a decode token by token."""
     with reading_back(model, scheme):
         return evaluate(model, stream, length, windows)
+
+
+@torch.no_grad()
+def losses_by_place(
+    model: nn.Module, stream: TokenStream, scheme: Scheme, bins: int, length: int = LENGTH, windows: int | None = None
+) -> torch.Tensor:
+    """Nats summed by where in its window a token stands: float64 [windows, bins], of equal width. The first is never predicted.
+
+    Raises ValueError where bins does not divide length.
+    """
+    if length % bins:
+        raise ValueError(f"bins is {bins}, wanted a divisor of length {length}")
+    starts, found = stream.windows(length, windows), []
+    with reading_back(model, scheme):
+        for some in starts.split(BATCH):
+            ids = stream.ids[some[:, None] + torch.arange(length)].to(next(model.parameters()).device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            nll = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu()
+            found.append(nn.functional.pad(nll, (1, 0)).unflatten(1, (bins, -1)).sum(2))
+    return torch.cat(found)
 
 
 def interaction(losses: Mapping[str, torch.Tensor], tokens: torch.Tensor, draws: torch.Tensor, level: float = 0.95) -> Interval:

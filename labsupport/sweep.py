@@ -142,6 +142,8 @@ def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield float_ | caches[1] | {"keys": 8, "values": 8}
     for residual in (0, 128):
         yield float_ | caches[-1] | {"residual": residual}
+    for setting in ({}, *caches):
+        yield float_ | setting | {"bins": 4}
 
 
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
@@ -309,7 +311,7 @@ def scheme_of(setting: dict[str, Any]) -> Scheme:
 
 
 def _measure_cache(model, stream, length, windows, baseline, setting, calibration) -> dict[str, Any]:
-    from labsupport.cache import evaluate_cached
+    from labsupport.cache import evaluate_cached, losses_by_place
 
     if weights := setting["weights"]:
         method, bits = weights[:-1], int(weights[-1])
@@ -318,6 +320,9 @@ def _measure_cache(model, stream, length, windows, baseline, setting, calibratio
     if setting["planted"]:
         model = models.plant_key_outliers(model)
     shape, scheme = Shape.of(model.config), scheme_of(setting)
+    if bins := setting.get("bins"):
+        nats = losses_by_place(model, stream, scheme, bins, length, windows)
+        return {**setting, "by_window": [[round(x, 4) for x in window] for window in nats.tolist()]}  # nats of each bin
     nbytes = cache_bytes(shape, length, 1, scheme)
     result = evaluate_cached(model, stream, scheme, length, windows)
     change = paired_bootstrap(baseline, result)

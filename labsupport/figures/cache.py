@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
@@ -64,10 +65,19 @@ def who_waits(stored: Mapping[str, Sequence[int]]) -> CourseFigure:
         axis.plot(range(count), waiting, color=color, linestyle=style, linewidth=1.5, label=name)
         said.append(f"{name}: at most {max(waiting)}, {waiting[-1]} after the last")
     base.label(axis, "Who waits", "tokens in the cache", "of them in 16 bits (tokens)")
-    axis.set_ylim(0, 1.3 * max(t - q for values in stored.values() for t, q in enumerate(values)))
+    axis.set_ylim(-3, 1.3 * max(t - q for values in stored.values() for t, q in enumerate(values)))
     base.legend(axis, loc="upper left", ncols=2)
     figure.alt = f"Tokens in 16 bits while {count - 1} tokens come. " + "; ".join(said) + "."
     return figure
+
+
+def _percent(axis: Axes) -> None:
+    """Rises up the side: linear below 1 %, so that nothing, or less, has a place, and logarithmic above."""
+    axis.set_yscale("symlog", linthresh=1)
+    axis.axhline(0, color=base.GREY, linewidth=0.8)
+    axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500])
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def by_bits(panels: Mapping[str, Mapping[str, Mapping[int, Change]]], live: tuple[str, int, float] | None = None) -> CourseFigure:
@@ -87,11 +97,7 @@ def by_bits(panels: Mapping[str, Mapping[str, Mapping[int, Change]]], live: tupl
             said.append(f"{title}, {way}: " + ", ".join(f"{v:+.2f} % at {b} bits" for v, b in zip(y, bits, strict=True)))
         if live is not None and live[0] == title:
             axis.plot(bits.index(live[1]), 100 * live[2], "*", color=base.BLACK, markersize=12, zorder=5, label="measured just now")
-        axis.set_yscale("symlog", linthresh=1)
-        axis.axhline(0, color=base.GREY, linewidth=0.8)
-        axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500])
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_locator(NullLocator())
+        _percent(axis)
         axis.set_xticks(range(len(bits)), [f"{b} bits" for b in bits])
         axis.grid(axis="y", alpha=0.25)
         base.label(axis, title, "", "rise in perplexity (%)" if axis is axes[0][0] else "")
@@ -114,8 +120,9 @@ def against_size(rows: Mapping[str, tuple[float, Change]], title: str) -> Course
             bits, 100 * change, bars, color=color, marker=marker, markersize=7, markerfacecolor=filled, capsize=3, linestyle="none",
             label=name,
         )  # fmt: skip
-    axis.axhline(0, color=base.GREY, linewidth=0.8)
-    axis.set_xlim(0, 17)
+    _percent(axis)
+    axis.set_ylim(-0.2, 1.3 * max(100 * high for _, (*_, high) in rows.values()))
+    axis.set_xlim(2, 10.5)
     axis.grid(alpha=0.25)
     base.label(axis, title, "bits a number of the cache, all that is stored", "rise in perplexity (%)")
     base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -168,5 +175,5 @@ def factorial(losses: Mapping[str, Mapping[str, float]], extra: Mapping[str, Cha
     right.axvline(0, color=base.GREY, linewidth=0.8)
     right.set_yticks(range(len(extra)), list(extra))
     right.set_ylim(len(extra) - 0.5, -0.5)
-    base.label(right, "Beyond the sum", "loss of both - sum of both alone (1/1000 nats a token)", "")
+    base.label(right, "Beyond the sum (weights; cache)", "loss of both - sum of both alone (1/1000 nats a token)", "")
     return figure
