@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from labsupport.exercises import gptq as exercises
+from labsupport.exercises import packing as files
+from labsupport.exercises.base import generator
 from labsupport.quant import gptq, grid
 
 
@@ -61,3 +63,9 @@ def test_the_loop_of_exercise_6_5_takes_the_grid_that_it_is_given():
     codes = exercises.gptq_loop(given["weight"], given["hessian"], scale, torch.full_like(scale, 4), 3)
     fast = gptq.quantize(given["weight"], given["hessian"], 3, None, symmetric=True, damping=0.0, scale_dtype=torch.float32)
     assert torch.equal(codes, fast.codes.float())
+
+
+@pytest.mark.parametrize("fault", files.FAULTS)
+def test_the_diagnosis_of_exercise_10_7_is_what_was_done_to_the_file(fault):
+    for seed in range(100):
+        assert files.diagnose(**files._sick(generator(seed), fault)) == fault

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from interop import golden, tiny
+from interop import golden, pack, tiny
 from interop.cases import AwqRun
 from safetensors import safe_open
 
@@ -21,6 +21,7 @@ Contents = tuple[dict[str, torch.Tensor], dict[str, object]]
 GPTQ_LAYER = "course-o_proj"
 GPTQ_LAYER_SAID = "model.layers.2.self_attn.o_proj, its first 48 rows"
 AWQ_MODEL = "mha"
+PACKED = ("autogptq-4b-asym", "autogptq-4b-asym-order", "autogptq-4b-asym-zero", "autogptq-3b-asym", "autoawq-4b-asym")
 AWQ_RUNS = {
     "autoawq": AwqRun(64),
     "llm-awq": AwqRun(64, duo_scaling=False, quantize=False),
@@ -72,7 +73,19 @@ def autoawq() -> Contents:
     return tensors, about
 
 
-FILES: dict[str, Callable[[], Contents]] = {"autogptq": autogptq, "autoawq": autoawq}
+def packing() -> Contents:
+    """Notebook 10: a made-up layer, its codes and zero_point (uint8, 8 bits), scale (float16) and g_idx (int32), and for each of
+    PACKED what AutoGPTQ or AutoAWQ made of it: CASE/qweight, qzeros, scales, by AutoGPTQ g_idx. What they packed are the highest
+    bits of codes and zero_point, no zero-point below 1 but where the case is called zero.
+    """
+    wanted = ("layer", *PACKED)
+    with safe_open(pack.PATH, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key.partition("/")[0] in wanted}  # noqa: SIM118
+    said = golden.about(pack.PATH)
+    return tensors, {"versions": said["versions"], "source": said["command"], "command": COMMAND, "group_size": pack.GROUP}
+
+
+FILES: dict[str, Callable[[], Contents]] = {"autogptq": autogptq, "autoawq": autoawq, "packing": packing}
 
 
 def path(name: str) -> Path:
