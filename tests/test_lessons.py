@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from labsupport.exercises import gptq as exercises
-from labsupport.exercises import packing as files
+from labsupport.exercises import packing_and_checkpoints as files
 from labsupport.exercises.base import generator
 from labsupport.quant import gptq, grid
 

@@ -17,7 +17,7 @@ CHAPTERS = {
     7: "gptq_in_practice",
     8: "awq",
     9: "kv_cache",
-    10: "packing",
+    10: "packing_and_checkpoints",
 }
 
 
