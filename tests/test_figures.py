@@ -24,6 +24,8 @@ from labsupport.figures import (
     curves,
     grids,
     groups,
+    kernels,
+    layouts,
     levels,
     outliers,
     roofline,
@@ -32,7 +34,7 @@ from labsupport.figures import (
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (cache, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency)
+MODULES = (cache, calibration, compensate, course, curves, grids, groups, kernels, layouts, levels, outliers, roofline, saliency)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"
@@ -109,6 +111,14 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     groups.layer_map: (LAYERS, "Bits spent", "bits a weight"),
     groups.paired: (evaluation(2.0), evaluation(2.1), ("16 bits", "4 bits")),
     groups.intervals: ({"one": (0.01, 0.005, 0.02), "other": (0.0, -0.01, 0.01)}, "Changes"),
+    kernels.traffic: ({"fused": {"codes": 4.1}, "unfused": {"codes": 4.1, "written": 33.0}}, "Moved"),
+    kernels.programs: (10, 4, 4, "Programs"),
+    kernels.times: ([1, 8, 64], {"16 bits": [1.0, 1.1, 3.0], "4 bits": [0.3, 0.8, 6.0]}, "Times", (14, "forecast")),
+    kernels.rates: ([1, 8, 64], {"16 bits": [20.0, 19.0, 7.0], "4 bits": [18.0, 7.0, 1.0]}, 25.0, "Rates"),
+    kernels.gains: ([1, 8, 64], {"forecast": [3.8, 2.0, 1.0], "measured": [3.5, 1.5, 0.5]}, "Gains"),
+    kernels.errors: ({"16 bits": 0.0023, "4 bits": 0.0021}, 0.1, "Errors"),
+    layouts.words: ({"GPTQ": [i // 4 for i in range(32)], "three": [i // 3 for i in range(32)]}, "Two words"),
+    layouts.offsets: ({"right": 0.5 * WEIGHT, "one too high": 0.5 * WEIGHT - 1}, "Offsets"),
     levels.on_values: (WEIGHT / WEIGHT.abs().max(), torch.linspace(-1, 1, 16), "an even grid"),
     levels.slices: ({"even": torch.linspace(-1, 1, 16), "with 0": torch.linspace(-1.125, 0.75, 16)},),
     levels.code_use: ({"int4": [6.0] * 8 + [6.5] * 8, "NF4": [5.0] * 8 + [7.5] * 8}, "Use"),

@@ -17,6 +17,7 @@ from labsupport.cli import app
 from labsupport.kernels import cpu, language, paper, timing, w4a16
 from labsupport.quant import grid, rtn
 
+tl = language.tl  # the interpreter looks for it among the globals of a kernel
 needs_triton = pytest.mark.skipif(not language.available(), reason="Triton has wheels for Linux only")
 needs_cpu_product = pytest.mark.skipif(not cpu.available(), reason="torch 2.6 or later")
 
@@ -273,11 +274,24 @@ def test_after_interpreting_triton_is_as_before():
 
 
 def fails(x):
-    language.tl.load(x)
+    tl.load(x)
     raise ZeroDivisionError
 
 
-tl = language.tl  # the interpreter looks for it among the globals of a kernel
+def past_the_end(x, out, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(out + place, tl.load(x + place))
+
+
+@needs_triton
+@pytest.mark.parametrize(("read", "written", "words"), [(7, 8, "tl.load reads outside"), (8, 7, "tl.store writes outside")])
+def test_the_interpreter_notices_what_lies_outside(read, written, words):
+    tensors = torch.ones(16)[:read], torch.zeros(16)[:written]
+    with pytest.raises(IndexError, match=words):
+        language.interpret(past_the_end, (1,), *tensors, COUNT=8)
+    out = torch.zeros(8)
+    language.interpret(past_the_end, (1,), torch.ones(8), out, COUNT=8)
+    assert (out == 1).all()
 
 
 def test_bytes_on_paper_are_those_that_are_stored():

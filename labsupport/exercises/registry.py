@@ -18,6 +18,7 @@ CHAPTERS = {
     8: "awq",
     9: "kv_cache",
     10: "packing_and_checkpoints",
+    11: "kernels",
 }
 
 

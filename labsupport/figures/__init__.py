@@ -1,6 +1,20 @@
 """Every plot of the course: pure functions from data to a Figure, one file a theme."""
 
-from labsupport.figures import cache, calibration, compensate, course, curves, grids, groups, levels, outliers, roofline, saliency
+from labsupport.figures import (
+    cache,
+    calibration,
+    compensate,
+    course,
+    curves,
+    grids,
+    groups,
+    kernels,
+    layouts,
+    levels,
+    outliers,
+    roofline,
+    saliency,
+)
 
 __all__ = [
     "cache",
@@ -10,6 +24,8 @@ __all__ = [
     "curves",
     "grids",
     "groups",
+    "kernels",
+    "layouts",
     "levels",
     "outliers",
     "roofline",

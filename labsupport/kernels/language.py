@@ -47,7 +47,10 @@ def launch(kernel: Callable, programs: tuple[int, ...], *tensors_and_sizes: Any,
 
 
 def interpret(kernel: Callable, programs: tuple[int, ...], *tensors_and_sizes: Any, **settings: Any) -> None:
-    """Run a kernel with NumPy in place of a GPU, one program after the other. Arguments as in `launch`."""
+    """Run a kernel with NumPy in place of a GPU, one program after the other. Arguments as in `launch`.
+
+    Raises IndexError where it loads or stores outside of the tensors that it was given, which on a GPU may go unnoticed.
+    """
     if triton is None:
         raise RuntimeError(MISSING)
     from triton.runtime.errors import InterpreterError
@@ -55,6 +58,9 @@ def interpret(kernel: Callable, programs: tuple[int, ...], *tensors_and_sizes: A
 
     settings = {name: value for name, value in settings.items() if name not in ("num_warps", "num_stages")}
     with _interpreted_helpers():
+        tensors = [value for value in tensors_and_sizes if isinstance(value, torch.Tensor)]
+        if not any(t.is_cuda for t in tensors):
+            _watch_addresses([(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors])
         try:
             InterpretedFunction(kernel)[programs](*tensors_and_sizes, **settings)
         except InterpreterError as error:
@@ -77,7 +83,17 @@ def _interpreted_helpers() -> Iterator[None]:
     places = [JITFunction, tl, tl.core, tl.math, tl.tensor, tl.dtype]
     places += [getattr(tl.core, name) for name in ("tensor_descriptor_base",) if hasattr(tl.core, name)]
     before = [dict(vars(place)) for place in places]
-    JITFunction.__call__ = lambda self, *values, **named: InterpretedFunction(self.fn)(*values, **named)
+    rewritten = {}
+
+    def call(self, *values, **named):
+        if self.fn in rewritten:
+            return rewritten[self.fn](*values, **named)
+        helper = InterpretedFunction(self.fn)
+        found = helper(*values, **named)  # patches what it refers to, which takes milliseconds and lasts
+        rewritten[self.fn] = helper.rewrite()
+        return found
+
+    JITFunction.__call__ = call
     try:
         yield
     finally:
@@ -88,6 +104,35 @@ def _interpreted_helpers() -> Iterator[None]:
             for name, value in names.items():
                 if now.get(name) is not value:
                     setattr(place, name, value)
+
+
+def _watch_addresses(spans: list[tuple[int, int]]) -> None:
+    """Have tl.load and tl.store look where they go, until `_interpreted_helpers` puts the plain ones back."""
+    import numpy as np
+    from triton.runtime.interpreter import interpreter_semantic
+
+    def outside(pointer, mask) -> bool:
+        first = pointer.handle.data.astype(np.int64)
+        last = first + pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
+        inside = np.zeros(first.shape, bool)
+        for start, end in spans:
+            inside |= (first >= start) & (last <= end)
+        wanted = True if mask is None else getattr(getattr(mask, "handle", None), "data", mask)
+        return bool((~inside & np.asarray(wanted, bool)).any())
+
+    plain_load, plain_store = tl.load, tl.store
+
+    def load(pointer, mask=None, other=None, **named):
+        if outside(pointer, mask):
+            raise IndexError("tl.load reads outside of the tensors. Is a mask missing, or a stride wrong?")
+        return plain_load(pointer, mask, other, **named, _semantic=interpreter_semantic)
+
+    def store(pointer, value, mask=None, **named):
+        if outside(pointer, mask):
+            raise IndexError("tl.store writes outside of the tensors. Is a mask missing, or a stride wrong?")
+        return plain_store(pointer, value, mask, **named, _semantic=interpreter_semantic)
+
+    tl.load, tl.store = load, store
 
 
 def assembly(kernel: Callable, signature: dict[str, str], settings: dict[str, int], capability: int = 90, warps: int = 4) -> str:
