@@ -5,8 +5,9 @@ checkpoint.save(model, stored, "path/to/new", "awq")                          # 
 model, tokenizer = checkpoint.load("path/to/new")                             # float32, each weight as it reads back
 """
 
+from labsupport.checkpoint.inspection import Finding, Inspection, inspect
 from labsupport.checkpoint.run import quantize, save
 from labsupport.checkpoint.stored import Checkpoint, load, read
 from labsupport.checkpoint.weights import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "quantize", "read", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "Finding", "Inspection", "inspect", "load", "quantize", "read", "save"]

@@ -167,7 +167,9 @@ def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream
                 change(block)
                 bar.update()
 
-            found[name] = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block).perplexity
+            evaluation = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block)
+            # A model that is broken may be so far off that exp does not reach it.
+            found[name] = evaluation.perplexity if evaluation.mean_loss < 700 else float("inf")
     windows = len(stream.windows(texts.length, texts.windows))
     return found | {"text": stream.source, "sha256": stream.sha256, "windows": windows, "length": texts.length}
 

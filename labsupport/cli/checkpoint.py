@@ -56,3 +56,19 @@ def quantize(
         typer.echo("labs quantize: stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"wrote {out}; its card is {out / 'README.md'}")
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="A quantized model: GPTQ, AWQ or 4-bit bitsandbytes.")]) -> None:
+    """Say what a quantized checkpoint holds, and find known faults. Exit 1 if there is one."""
+    from labsupport import checkpoint
+
+    try:
+        found = checkpoint.inspect(directory)
+    except (ValueError, OSError) as error:
+        typer.echo(f"labs inspect: {error}", err=True)
+        raise typer.Exit(1) from None
+    for line in found.lines():
+        typer.echo(line)
+    if found.findings:
+        raise typer.Exit(1)

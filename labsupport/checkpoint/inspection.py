@@ -1,0 +1,242 @@
+"""`labs inspect`: what a checkpoint holds, what is wrong with it, and what nobody could know from its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from labsupport import models
+from labsupport.checkpoint import card, layouts
+from labsupport.checkpoint.evidence import Offset, Order, group_means
+from labsupport.checkpoint.skeleton import IGNORED, empty_model
+from labsupport.checkpoint.stored import Checkpoint, layout_of
+from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, read_json
+from labsupport.quant import nf4, packing
+from labsupport.quant.grid import QuantizedTensor, UniformTensor
+
+SHOWN = 8  # findings of one kind that are listed by name
+NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[:3]}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """certain: it follows from what a format says. Otherwise from what the numbers look like, with the figures in `said`."""
+
+    where: str
+    said: str
+    certain: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.said}" + ("" if self.certain else " (by the look of the numbers)")
+
+
+@dataclass
+class Inspection:
+    """known: what was checked and found right. unknown: what the bytes cannot say. nbytes: by what tensors are for."""
+
+    directory: Path
+    layout: str = ""
+    settings: dict[str, object] = field(default_factory=dict)
+    linears: int = 0
+    weights: int = 0
+    nbytes: dict[str, int] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        stored = sum(size for kind, size in self.nbytes.items() if kind != "not quantized")
+        return 8 * stored / self.weights if self.weights else 0.0
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        if self.layout:
+            said = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+            yield f"{self.directory}: {self.layout}, {said}"
+            yield f"{self.linears} quantized linears, {self.weights:,} weights at {self.bits_per_weight:.3f} bits"
+            width = max((len(f"{size:,}") for size in self.nbytes.values()), default=0)
+            yield from (f"  {size:>{width},} bytes  {kind}" for kind, size in self.nbytes.items())
+        for title, items in (("right", self.known), ("cannot be known", self.unknown)):
+            yield from (f"{title}: {item}" for item in items)
+        yield from (f"FAULT {finding}" for finding in self.findings)
+        yield f"{len(self.findings)} faults" if len(self.findings) != 1 else "1 fault"
+
+
+def inspect(directory: str | Path) -> Inspection:
+    """Look into a quantized checkpoint. What is wrong with it is a finding.
+
+    Raises CheckpointError only where there is nothing to look into: no directory, no config.json, a config of another format.
+    """
+    directory = Path(directory)
+    found = Inspection(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    config = read_json(directory / "config.json")
+    found.layout = layout_of(config, directory)
+    if names := pickles(directory):
+        found.findings.append(Finding(names[0], "is a pickle, which can run code when it is loaded; it was not read"))
+    try:
+        checkpoint = Checkpoint(directory, config, found.layout, Weights(directory))
+    except CheckpointError as error:
+        found.findings.append(Finding("files", str(error)))
+        return found
+    said = checkpoint.quantization
+    found.settings = {
+        "bits": checkpoint.bits, "group size": said.get("group_size", said.get("bnb_4bit_quant_type")), "sym": said.get("sym"),
+        "desc_act": said.get("desc_act"), "double quantization": said.get("bnb_4bit_use_double_quant"),
+    }  # fmt: skip
+    found.nbytes = dict.fromkeys(card.KINDS, 0)
+    for name in checkpoint.weights:
+        found.nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
+    found.nbytes = {kind: size for kind, size in found.nbytes.items() if size}
+    found.findings += _shortened(_completeness(checkpoint))
+    _look_into(checkpoint, found)
+    return found
+
+
+def _shortened(findings: Iterator[Finding] | list[Finding]) -> Iterator[Finding]:
+    findings = list(findings)
+    yield from findings[:SHOWN]
+    if len(findings) > SHOWN:
+        yield Finding("and", f"{len(findings) - SHOWN} more of the kind")
+
+
+def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What the architecture asks for and the files lack, what they hold besides, and shapes."""
+    try:
+        model = empty_model(checkpoint.directory)
+        linears = models.linears(model)
+    except ValueError as error:
+        yield Finding("config.json", f"{error}; whether tensors are missing was not checked")
+        return
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
+    quantized, here = set(checkpoint.names), checkpoint.weights
+    for name in linears.keys() - quantized:
+        if f"{name}.weight" not in here or here.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
+            yield Finding(name, "is missing: neither packed nor as a plain weight")
+    for name in sorted(quantized - linears.keys()):
+        yield Finding(name, "is packed, and the architecture has no such linear")
+    for name, shape in shapes.items():
+        owner = name.rpartition(".")[0]
+        if name.endswith(".weight") and owner in linears:
+            continue
+        if name not in here:
+            if name not in tied:
+                yield Finding(name, "is missing")
+        elif here.shape(name) != shape:
+            yield Finding(name, f"has shape {here.shape(name)}, the config asks for {shape}")
+    for name in sorted(here):
+        owner = next((linear for linear in linears if name.startswith(linear + ".")), None)
+        if owner is None and name not in shapes and not name.endswith(IGNORED):
+            yield Finding(name, "is not known to the architecture")
+    for name in sorted(quantized & linears.keys()):
+        parts = NEEDED.get(checkpoint.layout, ())
+        if missing := [part for part in parts if f"{name}.{part}" not in here]:
+            yield Finding(name, f"lacks {', '.join(missing)}")
+        wanted = [linears[name].out_features, linears[name].in_features]
+        if f"{name}.qweight" in here and (got := _stored_shape(checkpoint, name)) != wanted:
+            yield Finding(name, f"holds a weight {got}, the config asks for {wanted}")
+
+
+def _stored_shape(checkpoint: Checkpoint, name: str) -> list[int]:
+    """[out_features, in_features] by the shape of qweight alone."""
+    rows, columns = [*checkpoint.weights.shape(f"{name}.qweight"), 0, 0][:2]
+    return [columns * 8, rows] if checkpoint.layout == "awq" else [columns, rows * packing.WORD // checkpoint.bits]
+
+
+@torch.no_grad()
+def _look_into(checkpoint: Checkpoint, found: Inspection) -> None:
+    """Every linear in turn, and what all of them say together."""
+    broken, offset, order, constant, seen_zero = [], Offset(), Order(), set(), 0
+    scattered = 0
+    for name in checkpoint.names:
+        found.linears += 1
+        try:
+            tensor = checkpoint.tensor(name)
+        except CheckpointError as error:
+            broken.append(Finding(name, str(error).removeprefix(f"{name}: ")))
+            continue
+        found.weights += tensor.shape[0] * tensor.shape[1]
+        broken += _one(checkpoint, name, tensor)
+        if isinstance(tensor, UniformTensor):
+            means, spread = group_means(tensor)
+            offset.add(tensor, means)
+            constant |= set(tensor.zero_point.unique().tolist()) if len(constant) < 2 else set()
+            seen_zero += int((tensor.zero_point == 0).sum())
+            scattered += getattr(tensor, "g_idx", None) is not None
+            if checkpoint.layout == "awq":
+                order.add(tensor, means, spread)
+    found.findings += _shortened(broken)
+    if offset.steps:
+        _zero_points(checkpoint, found, offset, constant, seen_zero)
+        if checkpoint.layout == "awq":
+            _order(found, order)
+        elif bool(scattered) != bool(checkpoint.quantization.get("desc_act")):
+            says = f"desc_act is {checkpoint.quantization.get('desc_act')}, and {scattered} linears have groups out of order"
+            found.findings.append(Finding("config.json", f"{says}: a loader that goes by the config ignores g_idx"))
+    found.unknown.append("whether these are good codes, and of which model: measure perplexity")
+
+
+def _one(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator[Finding]:
+    if isinstance(tensor, UniformTensor):
+        if not tensor.scale.isfinite().all():
+            yield Finding(name, f"{int((~tensor.scale.isfinite()).sum())} scales are not finite")
+        if (tensor.scale <= 0).any():
+            yield Finding(name, f"{int((tensor.scale <= 0).sum())} scales are not above 0")
+        wanted = checkpoint.group_size or tensor.shape[1]
+        if tensor.group_size != wanted:
+            yield Finding(name, f"has groups of {tensor.group_size}, config.json says {wanted}")
+    elif not tensor.block_absmax.isfinite().all():
+        yield Finding(name, "some magnitudes are not finite")
+    elif torch.tensor(tensor.levels).sub(nf4.levels_of(tensor.kind)).abs().max() > 1e-6:
+        yield Finding(name, f"its codebook is not {tensor.kind}'s")
+
+
+def _zero_points(checkpoint: Checkpoint, found: Inspection, offset: Offset, constant: set[float], zeros: int) -> None:
+    middle, layout = 2 ** (checkpoint.bits - 1), checkpoint.layout
+    other = {"gptq": "version 2 (gptq_v2)", "gptq_v2": "version 1 (gptq)"}.get(layout)
+    if len(constant) == 1:
+        value = int(next(iter(constant)))
+        if value == middle:
+            found.known.append(f"zero-points: all read as {middle}, the middle, as symmetric grids ask for")
+            return
+        stored = value - 1 & 2**checkpoint.bits - 1 if layout == "gptq" else value
+        right = middle - 1 if layout == "gptq" else middle
+        steps = f"{abs(middle - value)} step{'' if abs(middle - value) == 1 else 's'}"
+        said = f"all are stored as {stored}, symmetric {layout} files store {right}: each weight is read {steps} off"
+        if other and value - middle == (1 if layout == "gptq" else -1):
+            said += f". That is what {other} stores: the file carries the wrong label, or whoever packed it counted wrong"
+        found.findings.append(Finding("zero-points", said))
+        return
+    if checkpoint.quantization.get("sym"):
+        found.findings.append(Finding("zero-points", "config.json says sym, and they differ"))
+    figures = f"codes lie {offset.middle:+.2f} steps from them on average, from layer to layer {offset.scatter:.2f} more or less"
+    if offset.whole is None:
+        found.unknown.append(f"whether zero-points are one off: {figures}, too unlike to tell")
+    elif offset.whole == 0:
+        found.known.append(f"zero-points: {figures}; one too high or low would show as a whole step")
+    else:
+        way = "high" if offset.whole < 0 else "low"
+        said = f"are read {abs(offset.whole)} too {way}: {figures}"
+        if other and offset.whole == (-1 if layout == "gptq" else 1):
+            said += f". So they would be if the file were {other}; the same bytes could be a packer's mistake"
+        found.findings.append(Finding("zero-points", said, certain=False))
+    if layout == "gptq" and zeros and offset.whole == 0:
+        said = f"{zeros} are 0, stored as {2**checkpoint.bits - 1}, which AutoGPTQ's and other kernels read as {2**checkpoint.bits}"
+        found.findings.append(Finding("zero-points", said))
+
+
+def _order(found: Inspection, order: Order) -> None:
+    wrong = list(order.findings())
+    found.findings += [Finding(part, said, certain=False) for part, said in wrong]
+    if wrong:
+        return
+    if order.codes.best(-1) is None:
+        found.unknown.append(f"in which order outputs stand in a word: scales and codes say too little ({order.codes.said()})")
+    else:
+        found.known.append(f"order of outputs in a word: scales go against the codes' spread {order.codes.said()}")
