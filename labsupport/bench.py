@@ -151,8 +151,7 @@ def about(command: str, here: machine.Machine, budget: float) -> dict[str, objec
         "cache": here.cache,
         "threads": torch.get_num_threads(),
         "versions": here.versions | {"triton": triton},
-        "copy_bandwidth": machine.copy_bandwidth(here.device, budget),
-        "read_bandwidth": machine.read_bandwidth(here.device, budget),
+        "bandwidth": timing.bandwidth(here.device, budget),
         "seconds": "of one product, the least of many; weights rotated past the last-level cache",
     }
 

@@ -149,7 +149,7 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     console, here, found = Console(), describe(), []
     command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")
     command += f" --rows {own[0]} --columns {own[1]}" if own else ""
-    table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of copying", "as bf16")
+    table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of limit", "as bf16")
     with console.status("timing"):
         about = benches.about(command, here, budget)
         dense = {}
@@ -157,10 +157,12 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
             found.append(row)
             dense.setdefault((row.out_features, row.in_features, row.batch), row.seconds)
             faster = dense[row.out_features, row.in_features, row.batch] / row.seconds
-            shape, share = f"{row.out_features} x {row.in_features}", 100 * row.rate / about["copy_bandwidth"]
+            shape, share = f"{row.out_features} x {row.in_features}", 100 * row.rate / about["bandwidth"]
             numbers = f"{1e3 * row.seconds:.2f}", f"{row.rate / 1e9:.1f}", f"{share:.0f} %", f"{faster:.2f} x"
             table.add_row(shape, str(row.batch), row.kernel, *numbers)
-    console.print(f"\nProducts of bfloat16 on {about['threads']} CPU threads; copying {about['copy_bandwidth'] / 1e9:.1f} GB/s.\n")
+    console.print(
+        f"\nProducts of bfloat16 on {about['threads']} CPU threads; copying or summing at {about['bandwidth'] / 1e9:.1f} GB/s.\n"
+    )
     console.print(table)
     if path := out or (None if own else benches.measurements_path(here)):
         benches.write(path, about, found)

@@ -89,6 +89,15 @@ def _graphed(calls: Sequence[Callable[[], object]], budget: float) -> float:
     return best / len(calls)
 
 
+def bandwidth(device: str | torch.device = "cpu", budget: float = 0.5) -> float:
+    """Bytes a second of copying a large tensor, read and written ones counted, or of summing it, whichever is more."""
+    device = torch.device(device)
+    source = torch.ones(machine.SMALLEST_BUFFER // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / seconds([lambda: target.copy_(source)], device, budget / 2)
+    return max(copied, source.nbytes / seconds([source.sum], device, budget / 2))
+
+
 Multiply = Callable[[torch.Tensor], object]
 
 
