@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from interop import cases, compare, environment, golden, live, ours, pack, tiny
+from interop import cases, compare, environment, golden, live, load, ours, pack, tiny
 
 from labsupport.install import InstallError
 
@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="leave out the linears of the course model")
     parser.add_argument("--time", type=int, metavar="SIZE", help="only time the solvers on one layer of SIZE x SIZE")
     parser.add_argument("--awq", type=int, metavar="WINDOWS", help="only AWQ of the course model on WINDOWS x 512 tokens")
+    parser.add_argument("--load", action="store_true", help="only load checkpoints written here in transformers with gptqmodel")
     parser.add_argument("--threads", type=int, default=1, help="of the peers and of labsupport; the golden files are of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -102,6 +103,8 @@ def main() -> int:
             return 0
         if options.time:
             parts = [speed(options.time, options.threads)]
+        elif options.load:
+            parts = [load.lines(options.threads)]
         elif options.awq:
             parts = [quality(options.awq, options.threads)]
         else:

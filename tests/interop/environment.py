@@ -21,7 +21,7 @@ STAMP = "pins-installed"
 class Environment:
     """holds: who it is for, and its size. named: the packages that can change a result. built: those that are built from source,
     against what is installed before them. pythons: the versions that will do; none: any that the course runs on. variables: set
-    for what runs in it.
+    for what runs in it. chatty: its packages print much of their own, which is not shown.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Environment:
     built: tuple[str, ...] = ()
     pythons: tuple[tuple[int, int], ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    chatty: bool = False
 
     @property
     def pins(self) -> Path:
@@ -92,7 +93,8 @@ class Environment:
         # Programs that a peer builds kernels with are installed beside its Python.
         python = self.build()
         env["PATH"] = os.pathsep.join([str(python.parent), env.get("PATH", "")])
-        done = subprocess.run([str(python), "-m", f"interop.{module}", *arguments], env=env, stderr=subprocess.PIPE, text=True)
+        command, shown = [str(python), "-m", f"interop.{module}", *arguments], subprocess.DEVNULL if self.chatty else None
+        done = subprocess.run(command, env=env, stdout=shown, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise install.InstallError(
                 f"{done.stderr}\ninterop.{module} failed in the environment {self.name}; what it said is above"
@@ -106,4 +108,12 @@ LEGACY = Environment(
     named=("auto-gptq", "autoawq", "torch", "transformers", "numpy"),
     built=("autoawq",),
     pythons=((3, 11),),
+)
+MODERN = Environment(
+    "modern",
+    "transformers with gptqmodel (2 GB, a C++ compiler)",
+    named=("transformers", "gptqmodel", "optimum", "torch", "numpy"),
+    built=("gptqmodel", "device-smi", "logbar", "tokenicer", "defuser", "pypcre"),
+    variables={"TORCHDYNAMO_DISABLE": "1"},  # it would compile its plain kernels, for minutes
+    chatty=True,
 )
