@@ -62,7 +62,7 @@ def programs(rows: int, groups: int, rows_each: int, title: str) -> CourseFigure
         axis.axvline(group - 0.5, color="white", linewidth=1)
     axis.set_xticks(range(groups))
     axis.set_yticks(range(rows))
-    base.label(axis, title, "group (of in_features, in weights)", "output row (of out_features, in weights)")
+    base.label(axis, title, "group (along in_features)", "output (row of the weight)")
     return figure
 
 
