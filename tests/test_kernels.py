@@ -345,7 +345,8 @@ def test_seconds_is_the_least_of_calls_made_in_turn(monkeypatch):
 
 
 def test_bandwidth_counts_a_copy_twice(monkeypatch):
-    monkeypatch.setattr(machine, "SMALLEST_BUFFER", 4000)
+    monkeypatch.setattr(machine, "SMALLEST_BUFFER", 8000)
+    monkeypatch.setattr(timing, "PIECE", 4000)
     taken = iter([1.0, 4.0])
     monkeypatch.setattr(timing, "seconds", lambda *_: next(taken))
     assert timing.bandwidth() == 8000
