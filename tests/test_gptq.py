@@ -248,7 +248,7 @@ def test_factors(columns):
     # Float32 rounding, 6e-8, times what sums of 600 terms add; for what has been inverted, times the condition of H, some 1e3 here.
     assert torch.allclose(root @ root.T, hessian.double(), atol=1e-5 * hessian.diagonal().max().item())
     assert torch.allclose(inverse @ root, torch.eye(columns, dtype=torch.float64), atol=2e-3)
-    assert gptq.reverse_cholesky(hessian, -hessian.diagonal(), torch.arange(columns)) is None
+    assert gptq.reverse_cholesky(hessian, -hessian.diagonal()) is None
     assert gptq.autogptq_factor(-hessian) is None
 
 

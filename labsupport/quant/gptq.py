@@ -105,8 +105,8 @@ def quantize(
 
     group_of = torch.arange(columns, device=weight.device) // size
     diagonal = hessian.diagonal().masked_fill(dead, 1)
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(columns, device=weight.device)
-    if fixed:
+    order = torch.argsort(diagonal, descending=True) if act_order else None
+    if fixed and act_order:
         group_of = group_of[order]
     factor, damping = _factorize(hessian, diagonal, order, damping, autogptq)
     work = _columns(work, order)
@@ -115,11 +115,13 @@ def quantize(
     grids_at = None if fixed else block_size if stale_grids else size
     (solver.as_autogptq if autogptq else solver.by_blocks)(work, factor, sizes, grids_at)
 
-    inverse = torch.argsort(order)
-    codes, group_of = solver.codes[inverse].t(), group_of[inverse]
+    codes = solver.codes
+    if order is not None:
+        inverse = torch.argsort(order)
+        codes, group_of = codes[inverse], group_of[inverse]
     scattered = not torch.equal(group_of, torch.arange(columns, device=weight.device) // size)
     return GPTQTensor(
-        packed_codes=grid.pack_bits(codes, bits),
+        packed_codes=grid.pack_bits(codes.t(), bits),
         scale=solver.scale.t().to(scale_dtype).contiguous(),
         packed_zero_points=None if symmetric else grid.pack_bits(solver.zero_point.t(), bits),
         bits=bits,
@@ -140,8 +142,8 @@ class _Solver:
     """Columns in the order in which they are quantized, and what is known of those that are done.
 
     codes: uint8 [in, out]. scale, zero_point: float32 [groups, out]. While a stretch of columns is at work, `offset` is where it
-    starts; work, float32 [out, stretch], its columns as the errors before them have left them, then as they read back; steps
-    [out, stretch], their codes less zero_point; error [out, stretch], what the columns after each answer to; factor
+    starts; work, float32 [out, stretch], its columns as the errors before them have left them, and at its end as they read back;
+    steps [out, stretch], their codes less zero_point; error [out, stretch], what the columns after each answer to; factor
     [stretch, stretch], how, as in algorithm 1.
     """
 
@@ -183,7 +185,9 @@ class _Solver:
         self.work, self.error = columns.t(), torch.empty_like(columns).t()
         self.steps = torch.empty_like(columns[: last - first]).t()
         self._run(0, last - first, sizes, grids_at)
-        self.codes[first:last] = self.steps.t().add_(self.zero_point[self.group_of[first:last]])
+        groups, steps = self.group_of[first:last], self.steps.t()
+        torch.mul(steps, self.scale[groups], out=columns[: last - first])
+        self.codes[first:last] = steps.add_(self.zero_point[groups])
 
     def _run(self, start: int, stop: int, sizes: list[int], grids_at: int | None) -> None:
         """Quantize columns start to stop of the stretch: in parts of sizes[0], each in parts of sizes[1], at last one by one.
@@ -206,11 +210,13 @@ class _Solver:
 
     def _round(self, i: int) -> None:
         scale, *grid_of_group = self.grids[self.groups[self.offset + i]]
-        column = self.work[:, i]
+        column, error = self.work[:, i], self.error[:, i]
         steps = self.rule.steps(column, scale, *grid_of_group, out=self.steps[:, i])
-        values = steps * scale
-        torch.sub(column, values, out=self.error[:, i]).div_(self.diagonal[i])
-        column.copy_(values)
+        if self.rule.autogptq:
+            torch.sub(column, steps * scale, out=error)  # the value is rounded before it is subtracted
+        else:
+            torch.addcmul(column, steps, scale, value=-1, out=error)
+        error.div_(self.diagonal[i])
 
     def _subtract(self, rest: torch.Tensor, error: torch.Tensor, factor: torch.Tensor) -> None:
         if self.rule.autogptq:
@@ -267,8 +273,10 @@ def _checked(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hessian
 
 
-def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _columns(weight: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """The columns of a weight in that order, each a row in memory: what is done to one reads and writes neighbors. [in, out]."""
+    if order is None:
+        return weight.t().clone(memory_format=torch.contiguous_format)
     columns = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
     for some, into in zip(order.split(BLOCK), columns.split(BLOCK), strict=True):
         into.copy_(weight.gather(1, some.expand(len(weight), -1)).t())
@@ -276,14 +284,15 @@ def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _factorize(
-    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, damping: float, autogptq: bool
+    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor | None, damping: float, autogptq: bool
 ) -> tuple[torch.Tensor, float]:
     """What the solver wants of H with `diagonal`, damped, its columns in that order; and the damping with which that exists."""
-    diagonal = diagonal[order]
+    diagonal = diagonal if order is None else diagonal[order]
     for _ in range(RAISES + 1):
         with_damping = damped(diagonal, damping)
         if autogptq:
-            factor = autogptq_factor(hessian[order][:, order].diagonal_scatter(with_damping))
+            ordered = hessian if order is None else hessian[order][:, order]
+            factor = autogptq_factor(ordered.diagonal_scatter(with_damping))
         else:
             factor = reverse_cholesky(hessian, with_damping, order)
         if factor is not None:
@@ -297,7 +306,7 @@ def damped(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
     return diagonal + damping * diagonal.mean()
 
 
-def reverse_cholesky(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
+def reverse_cholesky(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor | None:
     """Lower triangular L with L^T L = H, for H with its columns and rows in `order` and this diagonal, already so. None: has none.
 
     L^-T is the factor of algorithm 1, U with U^T U = H^-1, and the blocks on its diagonal are the inverses of L^T's.
@@ -309,7 +318,10 @@ def reverse_cholesky(hessian: torch.Tensor, diagonal: torch.Tensor, order: torch
     columns = len(hessian)
     for first in reversed(range(0, columns, BLOCK)):
         last = min(first + BLOCK, columns)
-        rows = hessian[order[first:last]].gather(1, order[:last].expand(last - first, last))
+        if order is None:
+            rows = hessian[first:last, :last].clone()
+        else:
+            rows = hessian[order[first:last]].gather(1, order[:last].expand(last - first, last))
         rows.diagonal(first).copy_(diagonal[first:last])
         rows.addmm_(lower[last:, first:last].t(), lower[last:, :last], alpha=-1)
         backwards, failed = torch.linalg.cholesky_ex(rows[:, first:].flip(0, 1))
