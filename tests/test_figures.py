@@ -118,6 +118,7 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     kernels.gains: ([1, 8, 64], {"forecast": [3.8, 2.0, 1.0], "measured": [3.5, 1.5, 0.5]}, "Gains"),
     kernels.errors: ({"16 bits": 0.0023, "4 bits": 0.0021}, 0.1, "Errors"),
     layouts.words: ({"GPTQ": [i // 4 for i in range(32)], "three": [i // 3 for i in range(32)]}, "Two words"),
+    layouts.besides_codes: ({"scales": [0.12, 0.13], "tables": [0.0, 0.1]}, ["awq", "bitsandbytes"]),
     layouts.offsets: ({"right": 0.5 * WEIGHT, "one too high": 0.5 * WEIGHT - 1}, "Offsets"),
     levels.on_values: (WEIGHT / WEIGHT.abs().max(), torch.linspace(-1, 1, 16), "an even grid"),
     levels.slices: ({"even": torch.linspace(-1, 1, 16), "with 0": torch.linspace(-1.125, 0.75, 16)},),

@@ -13,6 +13,7 @@ from labsupport.figures.base import CourseFigure
 
 BITS = 32
 TINTS = ("#F0E4B2", "#A9D6F0")  # light enough for black figures on them, and apart in greyscale
+HATCHES = ("", "///", "...", "xxx")
 
 
 def words(rows: Mapping[str, Sequence[int]], title: str, what: str = "code") -> CourseFigure:
@@ -65,4 +66,27 @@ def offsets(samples: Mapping[str, torch.Tensor], title: str, reach: float = 8.0)
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
     base.label(axis, title, "mean code of a group less its zero-point (steps)", "of all groups (%)")
     base.legend(axis, loc="upper left")
+    return figure
+
+
+def besides_codes(parts: Mapping[str, Sequence[float]], names: Sequence[str]) -> CourseFigure:
+    """Bits a weight that are stored besides the codes, a bar for each name, from parts in the order given."""
+    totals = [sum(shares) for shares in zip(*parts.values(), strict=True)]
+    said = "; ".join(
+        f"{name} {total:.3f}: " + ", ".join(f"{part} {shares[i]:.3f}" for part, shares in parts.items() if shares[i])
+        for i, (name, total) in enumerate(zip(names, totals, strict=True))
+    )
+    figure, axis = base.new(f"Stacked bars, bits a weight besides the codes. {said}.", size=(7.4, 1.6 + 0.36 * len(names)))
+    left = [0.0] * len(names)
+    if len(parts) > len(HATCHES):
+        raise ValueError(f"parts holds {len(parts)} parts, wanted at most {len(HATCHES)}")
+    for ((part, shares), (color, _, _)), hatch in zip(base.styled(parts.items()), HATCHES, strict=False):
+        axis.barh(names, shares, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white", label=part)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    for place, total in enumerate(totals):
+        axis.text(total, place, f" {total:.3f}", va="center", fontsize=base.FONT - 1)
+    axis.set_xlim(0, 1.15 * max(totals))
+    axis.invert_yaxis()
+    base.label(axis, "What is stored besides four bits a code", "bits a weight", "")
+    base.legend(axis, loc="upper center", bbox_to_anchor=(0.45, -0.28), ncols=len(parts))
     return figure
