@@ -13,15 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
 from labsupport.kernels import cpu, language, paper, twin
 from labsupport.quant import rtn
 
 tl = language.tl  # the interpreter looks for it among the globals of a kernel
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _near(a: float, b: float) -> bool:
@@ -114,7 +110,7 @@ def _packed(rows: int, columns: int, group_size: int, generator: torch.Generator
 
 def tiled_inputs(seed: int) -> dict:
     """52 rows in tiles of 8: the last tile is half a one."""
-    g = _generator(seed)
+    g = generator(seed)
     return {"x": torch.randn(3, 64, generator=g)} | _packed(52, 64, 16, g) | {"rows": 8}
 
 
@@ -214,7 +210,7 @@ TILED = Exercise(
 
 
 def dialect_inputs(seed: int) -> dict:
-    g = _generator(seed)
+    g = generator(seed)
     scale = (0.01 + 0.05 * torch.rand(7, 5, generator=g)).half()
     zero_point = torch.randint(0, 16, (7, 5), generator=g).float()
     zero_point[0, :2] = torch.tensor([8.0, 0.0])
@@ -278,7 +274,7 @@ ROWS, GROUP = 4, 16
 
 def kernel_inputs(seed: int) -> dict:
     """Six rows for programs of four: the last program has two rows too many."""
-    g = _generator(seed)
+    g = generator(seed)
     return {"x": torch.randn(2 * GROUP, generator=g).half()} | _packed(6, 2 * GROUP, GROUP, g)
 
 

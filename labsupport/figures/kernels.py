@@ -73,7 +73,7 @@ def times(
     ends = "; ".join(f"{n}: {y[0]:.2g} ms at batch {batches[0]}, {y[-1]:.2g} at {batches[-1]}" for n, y in measured.items())
     marked = f" Marked: {crossover[1]} {crossover[0]:g}." if crossover else ""
     figure, axis = base.new(f"{title}. Milliseconds against batch, logarithmic axes. {ends}.{marked}", size=(7.4, 3.7))
-    for (name, y), (color, marker, style) in zip(measured.items(), base.SERIES, strict=False):
+    for (name, y), (color, marker, style) in base.styled(measured.items()):
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=5, label=name)
     if crossover:
         axis.axvline(crossover[0], color=base.GREY, linestyle=":", linewidth=1.5, label=crossover[1])
@@ -91,7 +91,7 @@ def rates(batches: Sequence[int], measured: Mapping[str, Sequence[float]], limit
     ends = "; ".join(f"{n}: {y[0]:.1f} at batch {batches[0]}, {y[-1]:.1f} at {batches[-1]}" for n, y in measured.items())
     alt = f"{title}. GB of weight read in a second against batch; the machine's limit is {limit:.1f}. {ends}."
     figure, axis = base.new(alt, size=(7.4, 3.4))
-    for (name, y), (color, marker, style) in zip(measured.items(), base.SERIES, strict=False):
+    for (name, y), (color, marker, style) in base.styled(measured.items()):
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=5, label=name)
     axis.axhline(limit, color=base.GREY, linewidth=1.2)
     axis.text(batches[-1], limit, "measured limit", fontsize=base.FONT - 1, ha="right", va="bottom", color="#444444")
@@ -106,7 +106,7 @@ def gains(batches: Sequence[int], lines: Mapping[str, Sequence[float]], title: s
     """How many times as fast as 16 bits, against the batch: what was forecast beside what was measured."""
     ends = "; ".join(f"{n}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for n, y in lines.items())
     figure, axis = base.new(f"{title}. Times as fast as 16 bits, against batch. {ends}.", size=(7.4, 3.5))
-    for (name, y), (color, marker, style) in zip(lines.items(), base.SERIES, strict=False):
+    for (name, y), (color, marker, style) in base.styled(lines.items()):
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=5, label=name)
     axis.axhline(1, color=base.GREY, linewidth=1)
     axis.set_yscale("log", base=2)
