@@ -40,7 +40,7 @@ LANES: dict[str, tuple[tuple[int, str, str], ...]] = {
         (15, "choose_and_ship", "which one on Monday"),
     ),
 }
-READY = tuple(range(9))
+READY = tuple(range(12))
 PER_LANE = 6  # boxes in the longest lane
 WIDTH, HEIGHT = 1.0, 0.72  # of a box, where boxes stand 1.12 apart and lanes 1
 
