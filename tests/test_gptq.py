@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from labsupport.quant import gptq, grid, obq, rtn
+from labsupport.quant import gptq, grid, obq, products, rtn
 
 
 def correlated(rows, columns, seed=0, tokens=None):
@@ -250,6 +250,25 @@ def test_factors(columns):
     assert torch.allclose(inverse @ root, torch.eye(columns, dtype=torch.float64), atol=2e-3)
     assert gptq.reverse_cholesky(hessian, -hessian.diagonal()) is None
     assert gptq.autogptq_factor(-hessian) is None
+
+
+@pytest.mark.parametrize("without_onednn", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 0, 5), (33, 70, 129), (256, 512, 300)], ids=str)
+def test_add_product(shape, without_onednn, monkeypatch):
+    if without_onednn:
+        monkeypatch.setattr(products, "_onednn", None)
+    m, k, n = shape
+    start, left, right = torch.randn(m, n), torch.randn(m, k), torch.randn(k, n)
+    wanted = start.double() + left.double() @ right.double()
+    # k products and k sums, each within half a unit in the last place of the terms' sum (Higham 2002, section 3.1).
+    bound = (k + 1) * torch.finfo(torch.float32).eps / 2 * (start.abs() + left.abs() @ right.abs())
+    wide = torch.randn(k, 2 * n)
+    wide[:, ::2] = right
+    for piece in (right, right.t().contiguous().t(), wide[:, ::2]):
+        assert ((products.add_product(start, left, piece) - wanted).abs() <= bound + 1e-12).all()
+    doubles = products.add_product(start.double(), left.double(), right.double())
+    assert doubles.dtype == torch.float64
+    assert torch.allclose(doubles, wanted, rtol=1e-12)
 
 
 def test_damping_is_raised_until_the_hessian_can_be_factorized_and_no_further():

@@ -16,6 +16,7 @@ import torch
 
 from labsupport.quant import grid
 from labsupport.quant.grid import UniformTensor
+from labsupport.quant.products import add_product
 
 INNER_BLOCK = 32  # columns after which the rest of a block is updated by a matrix product, while they are still in the cache
 # The search of the reference implementation: least sum of |error|**2.4 over ranges shrunk by 0, 1, ..., 79 %.
@@ -142,9 +143,10 @@ class _Solver:
     """Columns in the order in which they are quantized, and what is known of those that are done.
 
     codes: uint8 [in, out]. scale, zero_point: float32 [groups, out]. While a stretch of columns is at work, `offset` is where it
-    starts; work, float32 [out, stretch], its columns as the errors before them have left them, and at its end as they read back;
-    steps [out, stretch], their codes less zero_point; error [out, stretch], what the columns after each answer to; factor
-    [stretch, stretch], how, as in algorithm 1.
+    starts; work, float32 [stretch, out], its columns, each a row, as the errors before them have left them, and at its end as
+    they read back; steps [stretch, out], their codes less zero_point; error [stretch, out], what the columns after each answer to;
+    factor [stretch, stretch], how: algorithm 1's, its rows divided by their entries on the diagonal; where all is to be as AutoGPTQ
+    has it, errors are divided instead.
     """
 
     def __init__(self, rows: int, columns: int, rule: Grids, group_size: int, group_of: torch.Tensor, fixed: list | None):
@@ -173,8 +175,8 @@ class _Solver:
             reach = last if grids_at is None else max([last, *(start + self.group_size for start in self._starts(first, last))])
             here, done = slice(first, reach), slice(first)
             inside = torch.linalg.solve_triangular(root[here, here].t(), torch.eye(reach - first, device=root.device), upper=True)
-            work = torch.mm(inside.t(), root[here, done] @ errors[done]).add_(errors[here])
-            self._stretch(first, last, work, inside, sizes, grids_at)
+            work = add_product(errors[here], inside.t() @ root[here, done], errors[done])
+            self._stretch(first, last, work, inside / inside.diagonal()[:, None], sizes, grids_at)
             errors[first:last] -= work[: last - first]
 
     def _stretch(
@@ -182,19 +184,18 @@ class _Solver:
     ) -> None:
         """Quantize columns first to last. columns: float32 [stretch, out], those and what a grid looks at; they become values."""
         self.offset, self.factor, self.diagonal = first, factor, factor.diagonal().tolist()
-        self.work, self.error = columns.t(), torch.empty_like(columns).t()
-        self.steps = torch.empty_like(columns[: last - first]).t()
+        self.work, self.error, self.steps = columns, torch.empty_like(columns), torch.empty_like(columns[: last - first])
         self._run(0, last - first, sizes, grids_at)
-        groups, steps = self.group_of[first:last], self.steps.t()
+        groups, steps = self.group_of[first:last], self.steps
         torch.mul(steps, self.scale[groups], out=columns[: last - first])
         self.codes[first:last] = steps.add_(self.zero_point[groups])
 
     def _run(self, start: int, stop: int, sizes: list[int], grids_at: int | None) -> None:
-        """Quantize columns start to stop of the stretch: in parts of sizes[0], each in parts of sizes[1], at last one by one.
+        """Quantize columns start to stop of the stretch: in parts of sizes[0], each in parts of sizes[1], the last one by one.
 
         The columns up to `stop` answer to a part's error as soon as it is done; those after `stop` wait, and the caller sees
-        to them. So whoever starts a part finds all columns up to `stop` up to date. The last level is the method; the
-        others give the same with matrix products (section 3.3, step 2). grids_at: the size of the parts with which grids are taken.
+        to them. So whoever starts a part finds all columns up to `stop` up to date. `_round` is the method; the levels above
+        it give the same with matrix products (section 3.3, step 2). grids_at: the size of the parts with which grids are taken.
         """
         size, *finer = sizes
         for first in range(start, stop, size):
@@ -204,25 +205,32 @@ class _Solver:
             if finer:
                 self._run(first, last, finer, grids_at)
             else:
-                self._round(first)
+                self._round(first, last)
             if last < stop:
-                self._subtract(self.work[:, last:stop], self.error[:, first:last], self.factor[first:last, last:stop])
+                self._subtract(first, last, stop)
 
-    def _round(self, i: int) -> None:
-        scale, *grid_of_group = self.grids[self.groups[self.offset + i]]
-        column, error = self.work[:, i], self.error[:, i]
-        steps = self.rule.steps(column, scale, *grid_of_group, out=self.steps[:, i])
-        if self.rule.autogptq:
-            torch.sub(column, steps * scale, out=error)  # the value is rounded before it is subtracted
-        else:
-            torch.addcmul(column, steps, scale, value=-1, out=error)
-        error.div_(self.diagonal[i])
+    def _round(self, first: int, last: int) -> None:
+        """One by one: a column answers to the errors before it in its part, is rounded, and leaves its own error."""
+        errors, factor = self.error[first:last].t(), self.factor[first:last, first:last]
+        for i, group in enumerate(self.groups[self.offset + first : self.offset + last]):
+            column, steps = self.work[first + i], self.steps[first + i]
+            if i:
+                column.addmv_(errors[:, :i], factor[:i, i], alpha=-1)
+            scale, *grid_of_group = self.grids[group]
+            self.rule.steps(column, scale, *grid_of_group, out=steps)
+            if self.rule.autogptq:
+                error = torch.sub(column, steps * scale, out=self.error[first + i])  # the value is rounded before it is subtracted
+                error.div_(self.diagonal[first + i])
+            else:
+                torch.addcmul(column, steps, scale, value=-1, out=self.error[first + i])
 
-    def _subtract(self, rest: torch.Tensor, error: torch.Tensor, factor: torch.Tensor) -> None:
+    def _subtract(self, first: int, last: int, stop: int) -> None:
+        """Columns last to stop answer to the errors of columns first to last."""
+        rest, error, factor = self.work[last:stop], self.error[first:last], self.factor[first:last, last:stop]
         if self.rule.autogptq:
-            rest -= error @ factor  # the product is rounded before it is subtracted
+            rest.t().sub_(error.t() @ factor)  # the product is rounded before it is subtracted
         else:
-            rest.addmm_(error, factor, alpha=-1)
+            rest.addmm_(factor.t(), error, alpha=-1)
 
     def _starts(self, first: int, last: int) -> range:
         """Where groups start from column `first` on, before `last`."""
@@ -232,7 +240,7 @@ class _Solver:
         """Grids for the groups that start in columns first to last of the stretch, from the weights as they are now."""
         for start in self._starts(self.offset + first, self.offset + last):
             group = start // self.group_size
-            self._keep(group, *self.rule.fit(self.work[:, start - self.offset :][:, : self.group_size]))
+            self._keep(group, *self.rule.fit(self.work[start - self.offset :][: self.group_size].t()))
 
     def _keep(self, group: int, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """Both [out, 1]."""
@@ -242,9 +250,7 @@ class _Solver:
 
 def _sizes(block_size: int, group_size: int | None, autogptq: bool, stale_grids: bool) -> list[int]:
     """The levels of `_Solver._run`. With a group size, one level's parts are groups and no part holds a piece of one."""
-    levels = {block_size, 1}
-    if not autogptq:
-        levels |= {min(block_size, INNER_BLOCK)}
+    levels = {block_size, 1 if autogptq else min(block_size, INNER_BLOCK)}
     if not stale_grids:  # the grids do not depend on it: as large as is fast
         levels |= {max(block_size, BLOCK)}
     if group_size:
