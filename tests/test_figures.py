@@ -69,7 +69,7 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     cache.by_position: ([0, 128, 256], {"4 bits": [(0.0, -0.01, 0.01), (0.02, 0.01, 0.03)]}),
     cache.factorial: (
         {"16": {"16": 0.0, "4": 0.01}, "4": {"16": 0.03, "4": 0.045}},
-        {"4-bit weights, 4-bit cache": (0.005, 0.001, 0.008)},
+        {"4; 4": (0.005, 0.001, 0.008)},
     ),
     compensate.two_weights: (
         torch.tensor([0.4, 0.4]),
@@ -217,6 +217,29 @@ every_figure = pytest.mark.parametrize("figure", DRAWERS, ids=named, indirect=Tr
 def test_every_module_is_looked_at():
     assert {module.__name__.rsplit(".", 1)[1] for module in MODULES} == set(figures.__all__)
     assert set(SAMPLES) == set(DRAWERS)
+
+
+MANY = [f"part {i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: groups.bill({part: [1.0] for part in MANY[:4]}, ["a"]),
+        lambda: layouts.besides_codes({part: [1.0] for part in MANY[:5]}, ["a"]),
+        lambda: kernels.traffic({"a": {part: 1.0 for part in MANY[:5]}}, "Moved"),
+        lambda: cache.weights_and_cache([1, 2], {"a": [1.0, 2.0]}, {part: 1.0 for part in MANY[:3]}),
+        lambda: cache.against_size({part: (4.0, (0.01, 0.0, 0.02)) for part in MANY}, "Caches"),
+    ],
+    ids=["bill", "besides_codes", "traffic", "weights_and_cache", "against_size"],
+)
+def test_more_parts_than_can_be_drawn_are_refused(draw):
+    with pytest.raises(ValueError, match="wanted at most"):
+        draw()
+
+
+def test_a_bill_says_what_its_names_are():
+    assert groups.bill({"codes": [4.0]}, ["64, double"], "block size").axes[0].get_xlabel() == "block size"
 
 
 @every_figure

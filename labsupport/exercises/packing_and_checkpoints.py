@@ -568,8 +568,9 @@ FAULTS = ("fine", "version", "order", "groups")
 SIZE, GROUPS, OUTPUTS = 16, 16, 32
 
 
-def _sick(g: torch.Generator, fault: str) -> dict[str, torch.Tensor]:
-    """A layer with asymmetric grids and scattered groups as a reader of version 1 reads it. fault: what happened to the file.
+def _sick(g: torch.Generator, fault: str, plain: bool = False) -> dict[str, torch.Tensor]:
+    """A layer with asymmetric grids as a reader of version 1 reads it. fault: what happened to the file. plain: groups of
+    neighbors, as without act-order; otherwise they are scattered.
 
     The groups are skewed, this way or that, as those of a real layer are now and then: so zero-points differ.
     """
@@ -578,7 +579,7 @@ def _sick(g: torch.Generator, fault: str) -> dict[str, torch.Tensor]:
     skewed[..., 1] = -0.9
     weight = skewed * (1 - 2 * torch.randint(0, 2, (OUTPUTS, GROUPS, 1), generator=g))
     stored = rtn.quantize(weight.flatten(1), 4, SIZE)
-    places = torch.randperm(GROUPS * SIZE, generator=g)
+    places = torch.arange(GROUPS * SIZE) if plain else torch.randperm(GROUPS * SIZE, generator=g)
     codes, zero_point = stored.codes[:, places], stored.zero_point.to(torch.uint8)
     g_idx = places // SIZE
     if fault == "version":  # 2, labelled 1: the reader adds 1
@@ -591,11 +592,11 @@ def _sick(g: torch.Generator, fault: str) -> dict[str, torch.Tensor]:
 
 
 def sick_inputs(seed: int) -> dict:
-    """Six layers: one of each kind at least, in any order."""
+    """Six layers, in any order: one of each kind, another, and a sound one whose g_idx is plain and right."""
     g = generator(seed)
-    more = torch.randint(0, 4, (2,), generator=g).tolist()
-    kinds = [FAULTS[i] for i in (torch.tensor([0, 1, 2, 3, *more])[torch.randperm(6, generator=g)]).tolist()]
-    return {"layers": [_sick(g, kind) for kind in kinds]}
+    more = FAULTS[int(torch.randint(0, 4, (1,), generator=g))]
+    kinds = [*((kind, False) for kind in (*FAULTS, more)), ("fine", True)]
+    return {"layers": [_sick(g, *kinds[i]) for i in torch.randperm(6, generator=g).tolist()]}
 
 
 def diagnose(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor) -> str:
@@ -612,7 +613,7 @@ def diagnose(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor)
 
 
 def _ask(answer: Callable, given: dict) -> dict:
-    return {"verdicts": [answer(**layer) for layer in given["layers"]]}
+    return {"verdicts": [answer(*layer.values()) for layer in given["layers"]]}
 
 
 def judge_sick(given: dict, got: dict, want: dict) -> Verdict:
@@ -637,6 +638,16 @@ def judge_sick(given: dict, got: dict, want: dict) -> Verdict:
         ("order", "groups"): "Both leave codes that do not scatter about their zero-points. Only where the groups are wrong do "
         "their codes not reach from end to end",
     }
+    for have, wish, layer in zip(verdicts, wanted, given["layers"], strict=True):
+        plain = torch.equal(layer["g_idx"], _in_order(layer["g_idx"]))
+        if (have, wish) == ("groups", "fine") and plain:
+            said = "a sound layer was called 'groups': its g_idx is plain, as without act-order it is, and right"
+            return wrong(f"{said}. Whether a g_idx is right, only the codes of its groups can say")
+        if have == "groups" != wish:
+            said = (
+                f"a layer whose fault is {wish!r} was called 'groups'. The columns of a group are those with its number in g_idx, "
+            )
+            return wrong(f"{said}wherever they stand; and rounding of its ends may take a step from what their codes reach")
     for have, wish in zip(verdicts, wanted, strict=True):
         if have != wish:
             hint = hints.get((have, wish)) or hints.get((wish, have)) or "Which of the two changes what a group's codes reach, or "
@@ -677,6 +688,13 @@ def _assumes_neighbors(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: tor
     return _by(_all_three)(codes, zero_point, plain)
 
 
+def _believes_scattered(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor) -> str:
+    """A plain g_idx taken for a lost one."""
+    if torch.equal(g_idx, _in_order(g_idx)):
+        return "groups"
+    return _by(_without_reach)(codes, zero_point, g_idx)
+
+
 DIAGNOSE = Exercise(
     id="10.7", name="diagnose", title="Which file is corrupt, and how?", minutes=20, difficulty=4, points=4,
     returns=("verdicts",), inputs=sick_inputs, reference=diagnose, judge=judge_sick, drive=_ask,
@@ -684,7 +702,8 @@ DIAGNOSE = Exercise(
         Mutant(_by(_mean_only), "their spread does"),
         Mutant(_by(_spread_only), "off by the same 1"),
         Mutant(_by(_without_reach), "groups"),
-        Mutant(_assumes_neighbors, "every layer is said to be 'groups'"),
+        Mutant(_assumes_neighbors, "wherever they stand"),
+        Mutant(_believes_scattered, "only the codes of its groups can say"),
         Mutant(lambda codes, zero_point, g_idx: "fine", "every layer is said to be 'fine'"),
         Mutant(lambda codes, zero_point, g_idx: FAULTS.index(_by(_all_three)(codes, zero_point, g_idx)), "wanted one of the words"),
         Mutant(lambda codes, zero_point, g_idx: _by(_all_three)(codes, zero_point, g_idx).upper(), "wanted one of the words"),

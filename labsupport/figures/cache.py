@@ -17,8 +17,10 @@ GIB = 2**30
 
 
 def weights_and_cache(tokens: Sequence[int], caches: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> CourseFigure:
-    """Bytes of caches against tokens a sequence, a line for each kind of attention, and of weights, a level line each."""
-    said = "; ".join(f"{name} {values[-1] / GIB:.3g} GiB at {tokens[-1]} tokens" for name, values in caches.items())
+    """Bytes of caches against tokens a sequence, a line for each kind of attention, and of weights, one or two level lines."""
+    if len(weights) > 2:
+        raise ValueError(f"weights holds {len(weights)} levels, wanted at most 2: more lines cannot be told apart")
+    said = "; ".join(f"{name} {values[-1] / GIB:,.0f} GiB at {tokens[-1]} tokens" for name, values in caches.items())
     levels = ", ".join(f"{name} {value / GIB:.3g} GiB" for name, value in weights.items())
     figure, axis = base.new(f"Bytes of a cache, rising in proportion to tokens: {said}. Level lines: {levels}.", size=(7.4, 3.8))
     for (name, values), (color, marker, style) in base.styled(caches.items()):
@@ -112,6 +114,8 @@ def against_size(rows: Mapping[str, tuple[float, Change]], title: str) -> Course
     """Rise in perplexity of whole caches against what a number of them takes. rows[name] = (bits a number, (change, low, high))."""
     said = "; ".join(f"{name} {bits:.2f} bits and {100 * change:+.2f} %" for name, (bits, (change, *_)) in rows.items())
     figure, axis = base.new(f"{title}. Bits a number, and rise in perplexity: {said}.", size=(7.0, 3.6))
+    if len(rows) > 11:
+        raise ValueError(f"rows holds {len(rows)} caches, wanted at most 11: more cannot be told apart")
     styles = [(color, marker) for fill in (1, 0) for color, marker, _ in base.SERIES if fill or marker != "x"]
     for place, ((name, (bits, (change, low, high))), (color, marker)) in enumerate(zip(rows.items(), styles, strict=False)):
         bars = [[100 * (change - low)], [100 * (high - change)]]
@@ -151,7 +155,8 @@ def by_position(edges: Sequence[int], series: Mapping[str, Sequence[Change]]) ->
 def factorial(losses: Mapping[str, Mapping[str, float]], extra: Mapping[str, Change]) -> CourseFigure:
     """Left: extra loss of every pairing, a line for each kind of weights; parallel lines add up. Right: what is left over.
 
-    losses[weights][cache]: nats a token more than without either. extra[name]: nats a token beyond the sum, and the interval.
+    losses[weights][cache]: nats a token more than without either. extra["weights; cache"]: nats a token beyond the sum, and the
+    interval, in the color of the weights.
     """
     caches = list(next(iter(losses.values())))
     said = "; ".join(
@@ -168,8 +173,9 @@ def factorial(losses: Mapping[str, Mapping[str, float]], extra: Mapping[str, Cha
     left.grid(axis="y", alpha=0.25)
     base.label(left, "Weights and cache together", "cache (bits)", "extra loss (1/1000 nats a token)")
     left.legend(fontsize=base.FONT - 1, frameon=False, title="weights", title_fontsize=base.FONT - 1, loc="upper left", ncols=2)
-    for place, (value, low, high) in enumerate(extra.values()):
-        color, marker, _ = base.SERIES[place % len(base.SERIES)]
+    looks = dict(base.styled(losses))
+    for place, (name, (value, low, high)) in enumerate(extra.items()):
+        color, marker, _ = looks[name.split("; ")[0]]
         bars = [[1000 * (value - low)], [1000 * (high - value)]]
         right.errorbar(1000 * value, place, xerr=bars, color=color, marker=marker, capsize=4, markersize=5)
     right.axvline(0, color=base.GREY, linewidth=0.8)

@@ -50,19 +50,27 @@ def row_in_groups(row: torch.Tensor, group_size: int, bits: int) -> CourseFigure
     return figure
 
 
-def bill(parts: Mapping[str, Sequence[float]], names: Sequence[str]) -> CourseFigure:
-    """Bits a weight of each layout in `names`, stacked from `parts` such as codes, scales and zero-points."""
+def bill(parts: Mapping[str, Sequence[float]], names: Sequence[str], what: str = "group size") -> CourseFigure:
+    """Bits a weight of each layout in `names`, stacked from `parts` such as codes, scales and zero-points. what: names tell of.
+
+    Raises ValueError for more parts than can be told apart: none is left out unseen.
+    """
+    looks = ((base.SKY, ""), (base.RED, "//"), (base.ORANGE, "xx"))
+    if len(parts) > len(looks):
+        raise ValueError(f"parts holds {len(parts)} parts, wanted at most {len(looks)}")
     totals = [sum(values) for values in zip(*parts.values(), strict=True)]
-    alt = "Stacked bars of bits a weight: " + "; ".join(f"{n} {t:.3f}" for n, t in zip(names, totals, strict=True)) + "."
+    alt = (
+        f"Stacked bars of bits a weight, by {what}: " + "; ".join(f"{n} {t:.3f}" for n, t in zip(names, totals, strict=True)) + "."
+    )
     figure, axis = base.new(alt, size=(6.4, 3.2))
     bottom = [0.0] * len(names)
-    for (part, values), color, hatch in zip(parts.items(), (base.SKY, base.RED, base.ORANGE), ("", "//", "xx"), strict=False):
+    for (part, values), (color, hatch) in zip(parts.items(), looks, strict=False):
         axis.bar(names, values, bottom=bottom, color=color, hatch=hatch, edgecolor="white", width=0.7, label=part)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     for place, total in enumerate(totals):
         axis.annotate(f"{total:.2f}", (place, total), (0, 3), textcoords="offset points", ha="center", fontsize=base.FONT - 1)
     axis.set_ylim(0, 1.25 * max(totals))
-    base.label(axis, "What a weight costs, counted from the tensors", "group size", "bits a weight")
+    base.label(axis, "What a weight costs, counted from the tensors", what, "bits a weight")
     base.legend(axis, ncols=3, loc="upper right")
     return figure
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from labsupport.figures import base
@@ -30,6 +31,8 @@ def traffic(ways: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure
     said = "; ".join(f"{way}: {sum(parts.values()):.1f} MB" for way, parts in ways.items())
     figure, axis = base.new(f"{title}. Bars of bytes moved. {said}.", size=(8.2, 0.9 + 0.42 * len(ways)))
     names = list(dict.fromkeys(part for parts in ways.values() for part in parts))
+    if len(names) > len(PARTS):
+        raise ValueError(f"ways hold {len(names)} parts, wanted at most {len(PARTS)}")
     left = [0.0] * len(ways)
     for name, color, hatch in zip(names, PARTS, HATCHES, strict=False):
         sizes = [parts.get(name, 0.0) for parts in ways.values()]
@@ -48,18 +51,26 @@ def programs(rows: int, groups: int, rows_each: int, title: str) -> CourseFigure
     """A weight cut up: which program takes which rows, and in which step of its loop it comes to which group."""
     count = -(-rows // rows_each)
     owner = [[row // rows_each] * groups for row in range(rows)]
-    alt = f"{title}. A grid of {rows} rows and {groups} groups; {count} programs take up to {rows_each} rows each, left to right."
+    beyond = count * rows_each - rows
+    alt = f"{title}. A grid of {rows} rows and {groups} groups; {count} programs take {rows_each} rows each, left to right."
+    alt += f" Of the last program's, {beyond} do not exist, and are hatched." if beyond else ""
     figure, axis = base.new(alt, size=(6.0, 3.2))
     shades = ListedColormap([base.SKY, base.ORANGE, "#BBE3D6", "#E8C9DA"])
     axis.imshow([[o % 4 for o in line] for line in owner], cmap=shades, vmin=0, vmax=3, aspect="auto")
     for program in range(count):
         first, last = program * rows_each, min(rows, (program + 1) * rows_each) - 1
         for group in range(groups):
-            said = f"program {program}" if group == 0 else f"step {group}"
+            said = f"program {program}, step {group}" if group == 0 else f"step {group}"
             axis.text(group, (first + last) / 2, said, ha="center", va="center", fontsize=base.FONT - 1)
         axis.axhline(last + 0.5, color="white", linewidth=2)
     for group in range(1, groups):
         axis.axvline(group - 0.5, color="white", linewidth=1)
+    if beyond:
+        place = Rectangle((-0.5, rows - 0.5), groups, beyond, facecolor="white", edgecolor=base.GREY, hatch="//", linewidth=0)
+        axis.add_patch(place)
+        masked = {"ha": "center", "va": "center", "fontsize": base.FONT - 1, "backgroundcolor": "white"}
+        axis.text((groups - 1) / 2, rows + beyond / 2 - 0.5, "no such rows: masked", **masked)
+    axis.set_ylim(count * rows_each - 0.5, -0.5)
     axis.set_xticks(range(groups))
     axis.set_yticks(range(rows))
     base.label(axis, title, "group (along in_features)", "output (row of the weight)")
