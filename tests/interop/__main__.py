@@ -92,7 +92,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="leave out the linears of the course model")
     parser.add_argument("--time", type=int, metavar="SIZE", help="only time the solvers on one layer of SIZE x SIZE")
     parser.add_argument("--awq", type=int, metavar="WINDOWS", help="only AWQ of the course model on WINDOWS x 512 tokens")
-    parser.add_argument("--load", action="store_true", help="only load checkpoints written here in transformers with gptqmodel")
+    parser.add_argument(
+        "--load", action="store_true", help="only load checkpoints written here in other libraries, vLLM among them"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the peers and of labsupport; the golden files are of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

