@@ -28,15 +28,16 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "gptq-2b": ("rtn", "gptq", {"bits": 2, "group_size": 128}),
     "gptq-8b-sym": ("rtn", "gptq", {"bits": 8, "group_size": 128, "symmetric": True}),
     "gptq_v2-4b-g32": ("rtn", "gptq_v2", {"bits": 4, "group_size": 32}),
+    "gptq_v2-4b-sym": ("rtn", "gptq_v2", {"bits": 4, "group_size": 128, "symmetric": True}),
     "awq-4b": ("awq", "awq", {"bits": 4, "group_size": 128}),
 }
 # The formats' own libraries: AutoGPTQ is older than version 2.
 OLD = [name for name in CASES if not name.startswith("gptq_v2")]
 # A case, a dtype, and whether vLLM takes it on a CPU: what it refuses is a result as well.
 SERVED = [
-    ("gptq-4b-sym", "float16", True), ("gptq-4b-static", "float16", True), ("awq-4b", "float16", True),
-    ("gptq-4b-asym", "float16", False), ("gptq-4b-order", "float16", False), ("gptq-3b-sym", "float16", False),
-    ("gptq-8b-sym", "float16", False), ("gptq-4b-sym", "float32", False),
+    ("gptq-4b-sym", "float16", True), ("gptq-4b-static", "float16", True), ("gptq_v2-4b-sym", "float16", True),
+    ("awq-4b", "float16", True), ("gptq-4b-asym", "float16", False), ("gptq-4b-order", "float16", False),
+    ("gptq-3b-sym", "float16", False), ("gptq-8b-sym", "float16", False), ("gptq-4b-sym", "float32", False),
 ]  # fmt: skip
 
 
