@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,15 @@ def lost_share(weight: torch.Tensor, values: torch.Tensor, gram: torch.Tensor | 
     weight, error = weight.float(), values.float() - weight.float()
     lost, all_of_it = (((t if gram is None else t @ gram) * t).sum(dtype=torch.float64).item() for t in (error, weight))
     return lost / all_of_it if all_of_it else 0.0
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """What a method raises, with the name of the linear, which it does not know."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @torch.no_grad()
@@ -132,7 +142,8 @@ def _replaced(
     if settings is None:
         return LayerReport.of(weight, 2 * weight.numel(), 0.0, 0.0)
     start = time.perf_counter()
-    tensor = stored[name] = stored_by(settings)
+    with naming(name):
+        tensor = stored[name] = stored_by(settings)
     values = tensor.dequantize()
     error = lost_share(weight, values, gram)
     weight.copy_(values)
@@ -162,7 +173,8 @@ def _awq_block(
             asked = {key: value for key, value in settings[first].items() if key not in AFTER_SEARCH}
             loss = _block_loss(model, block, group) if asked.pop("loss", "gram") == "block" else None
             statistics, weights = fed[reader[first]], [before[name] for name in group.linears]
-            found = awq.search(weights, statistics.gram, statistics.mean_abs, loss=loss, **asked)
+            with naming(", ".join(group.linears)):
+                found = awq.search(weights, statistics.gram, statistics.mean_abs, loss=loss, **asked)
             scales |= dict.fromkeys(group.linears, found.scale)
     for group in groups:
         if group.linears[0] in scales:

@@ -80,7 +80,7 @@ def inspect(directory: str | Path) -> Inspection:
     if names := pickles(directory):
         found.findings.append(Finding(names[0], "is a pickle, which can run code when it is loaded; it was not read"))
     try:
-        checkpoint = Checkpoint(directory, config, found.layout, Weights(directory))
+        checkpoint = Checkpoint(directory, config, found.layout, Weights(directory, any_name=True))
     except CheckpointError as error:
         found.findings.append(Finding("files", str(error)))
         return found

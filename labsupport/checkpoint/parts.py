@@ -23,15 +23,20 @@ from safetensors.torch import load_file, save_file
 from labsupport.calibrate import Block
 from labsupport.calibrated import LayerReport
 from labsupport.checkpoint import layouts
-from labsupport.checkpoint.weights import INDEX, CheckpointError
+from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
 from labsupport.quant.grid import QuantizedTensor
+
+LOCK = "lock"
+# What a run knows only by a digest, in words.
+DIGESTS = {"model": "model, or of other files of this one", "config": "config.json", "calibration": "calibration text"}
 
 
 class Parts:
     """Finished blocks of one run; what calibrated.quantize_blocks calls `keep`.
 
     identity: all that the blocks depend on, by name. names: of each block, its module's full name. Raises CheckpointError where
-    `out` exists, where another run is at work, and where OUT.partial holds a run with another identity and not `restart`.
+    `out` exists, where another run is at work, where OUT.partial is none of ours, and where it holds a run with another identity
+    and not `restart`.
     """
 
     def __init__(
@@ -47,19 +52,30 @@ class Parts:
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         self.layout, self.names, self.bits, self.dtype = layout, names, bits, dtype
         self.model, self.run = self.folder / "model", self.folder / "run"
-        if out.exists() or out.is_symlink():
-            raise CheckpointError(f"{out} exists: choose another directory or remove it")
-        about, said = self.run / "run.json", {key: str(value) for key, value in identity.items()}
-        if self.folder.exists() and (restart or not about.is_file()):
-            _remove(self.folder)
+        check_free(out)
         with told(self.folder):
-            for folder in (self.model, self.run):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.run / "lock")
-            if about.is_file():
-                _check_same(json.loads(about.read_text()), said, self.folder)
-            else:
-                replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
+            _check_ours(self.folder)
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.run / LOCK)  # before anything of an older run is touched
+            try:
+                self._begin({key: str(value) for key, value in identity.items()}, restart)
+            except BaseException:
+                self.release()
+                raise
+
+    def _begin(self, said: dict[str, str], restart: bool) -> None:
+        about = self.run / "run.json"
+        if restart or not about.is_file():
+            if self.model.exists():
+                _remove(self.model)
+            for path in self.run.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+        self.model.mkdir(exist_ok=True)
+        if about.is_file():
+            _check_same(read_json(about), said, self.folder)
+        else:
+            replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
 
     def shard(self, index: int) -> Path:
         """The file of a block, or of everything outside the blocks for the index after the last."""
@@ -69,13 +85,14 @@ class Parts:
         return self.run / f"block-{index:03}.{kind}"
 
     def done(self) -> list[int]:
-        return [index for index in range(len(self.names)) if self._kept(index, "json").exists()]
+        """The finished blocks. A report alone, as a run leaves that was killed right after its last step, is none."""
+        return [index for index in range(len(self.names)) if self._kept(index, "json").exists() and self.shard(index).exists()]
 
     def read(self, block: Block) -> dict[str, LayerReport] | None:
         """Put back what a block has become, as `write` found it. None where it is not finished."""
-        report = self._kept(block.index, "json")
-        if not report.exists():
+        if block.index not in self.done():
             return None
+        report = self._kept(block.index, "json")
         tensors, start = load_file(self.shard(block.index)), self.names[block.index] + "."
         for name, layer in block.linears.items():
             state = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}
@@ -132,11 +149,16 @@ class Parts:
             replace(self.model / name, lambda path, content=content: path.write_text(content, "utf-8"))
         with told(self.out):
             if self.out.exists():
-                raise CheckpointError(f"{self.out} exists by now: what was made for it is in {self.model}")
+                raise WriteError(f"{self.out} exists by now: what was made for it is in {self.model}")
             os.rename(self.model, self.out)
-        self.release()
         _remove(self.folder)
+        self.release()
         return self.out
+
+    def give_up(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
 
     def _index(self) -> dict[str, Any]:
         from safetensors import safe_open
@@ -157,6 +179,26 @@ class Parts:
             self._lock = None
 
 
+class WriteError(CheckpointError):
+    """What is to be written cannot be, for now: what is finished is worth keeping."""
+
+
+def check_free(out: Path) -> None:
+    """Raise CheckpointError where `out` exists, or cannot."""
+    with told(out):
+        if out.exists() or out.is_symlink():
+            raise CheckpointError(f"{out} exists: choose another directory or remove it")
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise CheckpointError for what stands where a run is kept and is none: it is not ours to remove."""
+    if not folder.exists():
+        return
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if held - {"model", "run"} or ("model" in held and not (folder / "run" / LOCK).exists()):
+        raise CheckpointError(f"{folder} exists and is no unfinished run of labs quantize: move it, or choose another directory")
+
+
 @contextmanager
 def told(path: Path) -> Iterator[None]:
     """What the operating system says of a file as a CheckpointError; a full disk in words of its own."""
@@ -165,15 +207,15 @@ def told(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):
             raise _full(path) from error
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise WriteError(f"{path} cannot be written: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(path) from error
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _full(path: Path) -> CheckpointError:
-    return CheckpointError(f"the disk is full: {path.name} could not be written. Make room and run again; finished blocks are kept")
+def _full(path: Path) -> WriteError:
+    return WriteError(f"the disk is full: {path.name} could not be written. Make room and run again; finished blocks are kept")
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -182,7 +224,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     with told(path):
         try:
             write(temporary)
-            with temporary.open("rb") as stream:
+            with temporary.open("r+b") as stream:  # Windows flushes only what may be written
                 os.fsync(stream.fileno())
             temporary.chmod(0o644)  # safetensors makes files that only their owner may read
             os.replace(temporary, path)
@@ -200,15 +242,15 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _check_same(kept: Mapping[str, str], said: Mapping[str, str], folder: Path) -> None:
     for name in {**kept, **said}:
-        if kept.get(name) != said.get(name):
-            raise CheckpointError(
-                f"{folder} holds an unfinished run with {name} {kept.get(name)}, asked for is {said.get(name)}: "
-                "ask for that again, or start over with --restart"
-            )
+        was, asked = kept.get(name), said.get(name)
+        if was != asked:
+            differs = f"with {name} {was}, asked for is {asked}" if name not in DIGESTS else f"of another {DIGESTS[name]}"
+            raise CheckpointError(f"{folder} holds an unfinished run {differs}: ask for that again, or start over with --restart")
 
 
 def _lock(path: Path):
     """Held until the process ends. None where the system has no such locks. Raises CheckpointError where another holds it."""
+    path.touch()
     try:
         import fcntl
     except ImportError:

@@ -52,8 +52,8 @@ class Recipe:
             group_size=GROUP_SIZE[self.method] if self.group_size is None else self.group_size,
             layout=layouts.DEFAULT[self.method] if self.layout is None else self.layout,
         )
-        for name in ("symmetric", "act_order", "static_groups"):
-            if getattr(full, name) and name not in TAKES[full.method]:
+        for name in ("symmetric", "act_order", "static_groups", "damping", "double_quant"):
+            if getattr(full, name) != getattr(Recipe, name) and name not in TAKES[full.method]:
                 raise CheckpointError(f"{name} is given, but {full.method} has no such choice")
         if full.layout not in layouts.FOR[full.method]:
             wanted = ", ".join(layouts.FOR[full.method])
@@ -68,7 +68,9 @@ class Recipe:
         return full
 
     def check_model(self, linears: Mapping[str, torch.nn.Linear]) -> None:
-        """Raise CheckpointError for a linear that the settings or the layout do not fit."""
+        """Raise CheckpointError where there are no linears, and for one that the settings or the layout do not fit."""
+        if not linears:
+            raise CheckpointError("the blocks of the model hold no linear layers (torch.nn.Linear): there is nothing to quantize")
         for name, layer in linears.items():
             if self.method != "nf4" and self.group_size > 0 and layer.in_features % self.group_size:
                 raise CheckpointError(f"group_size {self.group_size} does not divide in_features {layer.in_features} of {name}")

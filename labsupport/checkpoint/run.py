@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -20,15 +20,17 @@ from labsupport.calibrate import Block
 from labsupport.calibrated import LayerReport
 from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.measure import evaluate_streamed
-from labsupport.checkpoint.parts import Parts
+from labsupport.checkpoint.parts import Parts, WriteError, check_free
 from labsupport.checkpoint.recipe import DTYPES, Recipe
 from labsupport.checkpoint.skeleton import Skeleton
-from labsupport.checkpoint.tokenizers import copied_files, read_tokenizer
+from labsupport.checkpoint.tokenizers import COPIED, copied_files, read_tokenizer
 from labsupport.checkpoint.weights import CheckpointError, find, read_json
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 from labsupport.quantize import CALIBRATED, quantize_linear
 from labsupport.text import TextError, TokenStream
+
+WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,15 @@ def quantize(
     after its last finished block, if it is asked for the same; restart: forget it. Returns `out`.
     Raises CheckpointError, or TextError, in one line; `out` is then not there.
     """
-    recipe, out = Recipe(method=method, **settings).checked(), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another directory or remove it")
-    source = find(str(source))
+    recipe, out, asked = Recipe(method=method, **settings).checked(), Path(out), str(source)
+    check_free(out)
+    source = find(asked, COPIED)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out} is inside the model's directory {source}: choose another")
     config = read_json(source / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(f"{source} is quantized already: config.json has a quantization_config")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    skeleton = Skeleton(source, device)
+    skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     recipe.check_model(models.linears(skeleton.model))
     texts = Texts(calibration, samples, length, windows)
     fed, held_out = _read_texts(skeleton, source, recipe, texts)
@@ -86,10 +88,20 @@ def quantize(
         parts.write_outside(skeleton.read(skeleton.outer))
         measured = _measure(skeleton, parts, texts, held_out, progress)
         weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
-        facts = card.Facts(
-            source.resolve().name, recipe.about(), weights, reports, vars(texts) if fed is not None else {}, measured
-        )
+        # A hub id is a name; the directory of its snapshot is called by a digest.
+        name = source.resolve().name if Path(asked).is_dir() else asked
+        facts = card.Facts(name, recipe.about(), weights, reports, vars(texts) if fed is not None else {}, measured)
         return _finish(parts, source, config, facts)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that computes here. Raises CheckpointError for any other."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise CheckpointError(f"device is {str(device)!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def _digest(content: Any) -> str:
@@ -99,12 +111,15 @@ def _digest(content: Any) -> str:
 def _read_texts(skeleton: Skeleton, source: Path, recipe: Recipe, texts: Texts) -> tuple[torch.Tensor | None, TokenStream | None]:
     """Windows to calibrate on, where the method looks at text, and the text to measure perplexity on, where it is asked for."""
     calibrating, measuring = recipe.method in CALIBRATED, texts.windows > 0
+    for name, least in (("samples", 1), ("windows", 0)):
+        if getattr(texts, name) < least:
+            raise CheckpointError(f"{name} is {getattr(texts, name)}, wanted {least} or more")
     if not (calibrating or measuring):
         return None, None
     tokenizer = read_tokenizer(source)
     if tokenizer is None:
         raise CheckpointError(f"{source} holds no tokenizer (tokenizer.json), and without one no text can be read")
-    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", texts.length)
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None) or max(texts.length, 2)
     if not 2 <= texts.length <= longest:
         raise CheckpointError(f"length is {texts.length}, wanted 2 to {longest}, the positions that the model has")
     fed = held_out = None
@@ -120,6 +135,19 @@ def _read_texts(skeleton: Skeleton, source: Path, recipe: Recipe, texts: Texts) 
 
 
 def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
+    """Raises TextError for what is no text."""
+    try:
+        return _read_stream(tokenizer, name, split)
+    except TextError:
+        raise
+    except Exception as error:  # whatever the hub's library makes of a name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextError(f"the calibration text {name!r} cannot be read: {WANTED} ({reason})") from error
+
+
+def _read_stream(tokenizer: Any, name: str, split: str) -> TokenStream:
+    if name in text.DOMAINS:
+        return text.load_text(tokenizer, name, split)
     path = Path(name)
     if path.is_file():
         try:
@@ -127,10 +155,8 @@ def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
         except (OSError, UnicodeDecodeError) as error:
             raise TextError(f"the calibration file {name!r} is not UTF-8 text: {error}") from error
         return text.tokenize(tokenizer, [document], name)
-    if name not in text.DOMAINS and not path.is_dir() and (path.suffix in text.TEXT_SUFFIXES or name.startswith((".", "/"))):
-        raise TextError(
-            f"the calibration text {name!r} does not exist: wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
-        )
+    if not name or (not path.is_dir() and (path.suffix in text.TEXT_SUFFIXES or name.startswith((".", "/")))):
+        raise TextError(f"the calibration text {name!r} does not exist: {WANTED}")
     return text.load_text(tokenizer, name, split)
 
 
@@ -146,10 +172,10 @@ def _quantize_blocks(
         for block in calibrate.bare_blocks(model, skeleton):
             if block.index not in parts.done():
                 made: dict[str, QuantizedTensor] = {}
-                reports = {
-                    name: quantize_linear(model, recipe.method, name, layer, settings, made)
-                    for name, layer in block.linears.items()
-                }
+                reports = {}
+                for name, layer in block.linears.items():
+                    with calibrated.naming(name):
+                        reports[name] = quantize_linear(model, recipe.method, name, layer, settings, made)
                 parts.write(block, reports, made)
             bar.update(len(block.linears))
     return parts.reports()
@@ -176,13 +202,21 @@ def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream
 
 @contextmanager
 def _tidied(parts: Parts) -> Iterator[None]:
-    """Whatever happens, the lock is let go; where no block was finished, nothing is left."""
+    """Whatever happens, the lock is let go; where no block was finished, or none can be of use, nothing is left."""
     try:
         yield
-    except BaseException:
-        parts.release()
-        if not parts.done():
-            shutil.rmtree(parts.folder, ignore_errors=True)
+    except SafetensorError as error:  # ours: the model's are open by now
+        parts.give_up()
+        raise CheckpointError(f"a file in {parts.folder} was damaged, and the run is dropped: run again ({error})") from error
+    except BaseException as error:
+        # What is wrong with the model or the settings will be wrong again. A full disk and a key that was pressed will not.
+        again = isinstance(error, WriteError) or not isinstance(error, ValueError)
+        if again and parts.done():
+            parts.release()
+        else:
+            parts.give_up()
+        if isinstance(error, ValueError) and not isinstance(error, CheckpointError | TextError):
+            raise CheckpointError(str(error)) from error
         raise
 
 
@@ -216,8 +250,9 @@ def save(
     tokenizer. method: what the card calls it. Raises CheckpointError where a linear is missing in `stored`, where they differ in
     bits or groups, and for what the layout cannot hold. Returns `out`.
     """
-    if layout not in layouts.LAYOUTS:
-        raise CheckpointError(f"layout is {layout!r}, wanted one of {', '.join(layouts.LAYOUTS)}")
+    for name, value, known in (("layout", layout, layouts.LAYOUTS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise CheckpointError(f"{name} is {value!r}, wanted one of {', '.join(known)}")
     linears = models.linears(model)
     if missing := sorted(linears.keys() - stored.keys()):
         raise CheckpointError(f"stored lacks {missing[0]}: the {layout} layout is for models of which every linear is quantized")
@@ -240,8 +275,7 @@ def save(
         )
         return _finish(parts, Path(source) if source else None, config, facts)
     except BaseException:
-        parts.release()
-        shutil.rmtree(parts.folder, ignore_errors=True)
+        parts.give_up()
         raise
 
 

@@ -84,8 +84,12 @@ class Skeleton(Resident):
                 raise CheckpointError(f"{name} is {self.weights.kind(name)} in {directory}, wanted one of {', '.join(FLOATS)}")
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """float32 copies of tensors, by full name."""
-        return {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
+        """float32 copies of tensors, by full name. Raises CheckpointError for NaN and infinity."""
+        found = {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{name} holds NaN or infinity in {self.weights.directory}, wanted numbers")
+        return found
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import nn
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.skeleton import empty_model
 from labsupport.checkpoint.weights import CheckpointError, Weights, read_json
+from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor
 
 
@@ -64,10 +65,22 @@ def layout_of(config: dict[str, Any], directory: Path) -> str:
     said = config.get("quantization_config")
     if not isinstance(said, dict):
         raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config")
+    layout = _layout_of(said, directory)
+    if layout != "bitsandbytes":
+        bits, size = said.get("bits", 4), said.get("group_size")
+        known = (4,) if layout == "awq" else packing.GPTQ_BITS
+        if type(bits) is not int or bits not in known:
+            raise CheckpointError(f"{directory} has bits {bits!r}, the {layout} layout has {', '.join(map(str, known))}")
+        if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+            raise CheckpointError(f"{directory} has group_size {size!r}, wanted a positive whole number, or -1 for a whole row")
+    return layout
+
+
+def _layout_of(said: dict[str, Any], directory: Path) -> str:
     method = said.get("quant_method")
     if method == "gptq":
         layout = said.get("checkpoint_format", "gptq")
-        if layout in layouts.VERSION:
+        if isinstance(layout, str) and layout in layouts.VERSION:
             return layout
         raise CheckpointError(f"{directory} has checkpoint_format {layout!r}, wanted gptq or gptq_v2")
     if method == "awq":
@@ -88,7 +101,7 @@ def read(directory: str | Path) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")
-    return Checkpoint(directory, config, layout_of(config, directory), Weights(directory))
+    return Checkpoint(directory, config, layout_of(config, directory), Weights(directory, any_name=True))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = ("F64", "F32", "F16", "BF16")
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: 1
 
 
 class CheckpointError(ValueError):
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} holds no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted an object")
@@ -45,13 +46,14 @@ def pickles(directory: Path) -> list[str]:
 class Weights(Mapping[str, torch.Tensor]):
     """Every tensor of a directory by name. A tensor is a view of its mapped file: copy it before the file changes.
 
+    any_name: also take the one file that is there whatever it is called, as AutoGPTQ writes gptq_model-4bit-128g.safetensors.
     Raises CheckpointError for a directory without safetensors, for files that are damaged or missing, and for an index that
     does not name what the files hold.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, any_name: bool = False):
         self.directory = directory
-        self.files = self._list()
+        self.files = self._list(any_name)
         self._open, self._stack = {}, ExitStack()
         self.places: dict[str, str] = {}
         for file in sorted(set(self.files.values()) if isinstance(self.files, dict) else self.files):
@@ -62,18 +64,25 @@ class Weights(Mapping[str, torch.Tensor]):
         if isinstance(self.files, dict):
             self._check_index(self.files)
 
-    def _list(self) -> dict[str, str] | list[str]:
+    def _list(self, any_name: bool) -> dict[str, str] | list[str]:
         """What the index says, or the one file."""
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory")
         if (self.directory / SINGLE).is_file():
             return [SINGLE]
-        if (self.directory / INDEX).is_file():
-            placed = read_json(self.directory / INDEX).get("weight_map")
+        index = self.directory / INDEX
+        if any_name and not index.is_file():
+            indices, singles = (sorted(self.directory.glob(f"*{ending}")) for ending in (".safetensors.index.json", ".safetensors"))
+            if len(indices) == 1:
+                index = indices[0]
+            elif not indices and len(singles) == 1:
+                return [singles[0].name]
+        if index.is_file():
+            placed = read_json(index).get("weight_map")
             if not isinstance(placed, dict) or not all(
                 isinstance(file, str) and Path(file).name == file for file in placed.values()
             ):
-                raise CheckpointError(f"{self.directory / INDEX} has no weight_map from tensors to files beside it")
+                raise CheckpointError(f"{index} has no weight_map from tensors to files beside it")
             return placed
         if found := pickles(self.directory):
             raise CheckpointError(
@@ -127,7 +136,7 @@ class Weights(Mapping[str, torch.Tensor]):
         size = 1
         for n in self.shape(name):
             size *= n
-        return size * {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}.get(self.kind(name), 1)
+        return size * WIDTHS.get(self.kind(name), 1)
 
     def _slice(self, name: str):
         return self._open[self.places[name]].get_slice(name)
@@ -154,19 +163,24 @@ class Weights(Mapping[str, torch.Tensor]):
         self._open.clear()
 
 
-def find(name: str) -> Path:
-    """The directory of a model: `name` itself, or a snapshot of the hub's of which only safetensors and JSON are fetched.
+def find(name: str, beside: Iterable[str] = ()) -> Path:
+    """The directory of a model: `name` itself, or a snapshot of the hub's.
 
-    Raises CheckpointError where it is neither.
+    Of the hub's only safetensors, JSON and the files named in `beside` are fetched; what was downloaded before is found without
+    a network, and with HF_HUB_OFFLINE=1 none is asked. Raises CheckpointError where it is neither.
     """
     path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{name} is a file, wanted a model directory or a hub id")
     try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(f"{name} is a file, wanted a model directory or a hub id")
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *beside]))
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"no model {name!r}: neither a directory nor an id that the hub answers for") from error
+        raise CheckpointError(
+            f"no model {name!r}: neither a directory, nor downloaded before, nor an id that the hub answers for"
+        ) from error

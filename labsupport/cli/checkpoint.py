@@ -20,6 +20,12 @@ def _return_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch says so in a RuntimeError like any other."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A model directory (config.json, safetensors), or a hub id.")],
@@ -62,6 +68,11 @@ def quantize(
         )  # fmt: skip
     except (ValueError, OSError) as error:
         typer.echo(f"labs quantize: {error}", err=True)
+        raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        typer.echo("labs quantize: there is not memory enough; finished blocks are kept. Fewer --samples take less", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("labs quantize: stopped; the same command goes on from here", err=True)

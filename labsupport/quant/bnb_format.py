@@ -94,7 +94,7 @@ def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockT
             raise FormatError(f"{name}.nested_quant_map is not the signed dynamic map")
         offset = torch.tensor(about["nested_offset"], dtype=torch.float32)
         absmax = NestedAbsmax(absmax, state[f"{name}.nested_absmax"].view(-1), offset.to(absmax.device))
-    levels = tuple(state[f"{name}.quant_map"].tolist())
+    levels = tuple(state[f"{name}.quant_map"].view(-1).tolist())
     return BlockTensor(state[name].reshape(-1), absmax, levels, kinds[0], block_size, shape)
 
 
