@@ -45,6 +45,18 @@ def gptq_course(threads: int) -> Iterator[Line]:
         yield "; ".join([f"AutoGPTQ {name}: labsupport equal at {equal} of {len(verdicts)} settings", *bad]), not bad
 
 
+def gptq_streamed(threads: int) -> Iterator[Line]:
+    """Every linear of the course model in labsupport's own arithmetic on its own Hessian, AutoGPTQ on its own."""
+    for name, weight, hessian, answer in live.course_from_inputs(threads):
+        found = [
+            compare.apart(weight, hessian, ours.by_gptq(weight, hessian, setting, autogptq=False), result)
+            for setting, result in answer.results.items()
+        ]
+        share, gap = min(share for share, _ in found), max(gap for _, gap in found)
+        said = f"{100 * share:.2f} % of codes equal or more, losses {gap:.1e} apart or less, at {len(found)} settings"
+        yield f"AutoGPTQ {name}, each with its own Hessian: {said}", share >= compare.SHARE and gap <= compare.LOSS
+
+
 def awq_models(threads: int) -> Iterator[Line]:
     """Fresh results of the golden file's tiny models, a line for each run. labsupport does not do what stock AutoAWQ does."""
     kept = golden.read_awq()
@@ -111,7 +123,7 @@ def main() -> int:
             parts = [quality(options.awq, options.threads)]
         else:
             parts = [pack.lines(options.threads), gptq_layers(options.threads), awq_models(options.threads)]
-            parts += [] if options.small else [gptq_course(options.threads)]
+            parts += [] if options.small else [gptq_course(options.threads), gptq_streamed(options.threads)]
         for part in parts:
             for said, good in part:
                 print(said if good else f"DIFFERS {said}", flush=True)

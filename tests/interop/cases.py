@@ -53,6 +53,12 @@ SOME = tuple(
     }
 )  # fmt: skip
 
+FEW = tuple(
+    Setting(bits, 128, symmetric=False, act_order=act_order, static_groups=False)
+    for bits in (4, 3, 2)
+    for act_order in (False, True)
+)
+
 
 @dataclass(frozen=True)
 class AwqRun:

@@ -13,6 +13,7 @@ from interop.golden import Found, Layer, Model
 from torch import nn
 
 from labsupport import fold, models, text
+from labsupport.calibrate import InputStatistics
 from labsupport.evaluate import perplexity
 from labsupport.quant.gptq import quantize
 from labsupport.quantize import quantize_model
@@ -46,36 +47,47 @@ def awq(threads: int) -> dict[str, Model]:
 
 
 @torch.no_grad()
-def course_hessians(windows: int = 16, length: int = 512) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Weight and H = 2/n X^T X, float32, of every linear of the course model, over windows spread over the training code."""
+def course_inputs(windows: int = 16, length: int = 512, batch: int = 8) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
+    """Every linear of the course model: name, weight, inputs over windows of the training code, float32 [batch, length, in]."""
     model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     stream = text.load_text(tokenizer, "code", "train")
-    starts = stream.windows(length, windows)
+    ids = stream.ids[stream.windows(length, windows)[:, None] + torch.arange(length)]
     linears = models.linears(model)
-    sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
-
-    def watch(name: str):
-        def add(_, inputs) -> None:
-            x = inputs[0].flatten(0, 1).float()
-            sums[name].addmm_(x.T, x)
-
-        return add
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears.items()]
-    for start in starts:
-        model(input_ids=stream.ids[start : start + length][None], use_cache=False)
+    fed: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: fed[name].append(inputs[0].float()))
+        for name, layer in linears.items()
+    ]
+    for some in ids.split(batch):
+        model(input_ids=some, use_cache=False)
     for handle in handles:
         handle.remove()
-    tokens = len(starts) * length
-    return {name: (layer.weight.detach(), sums[name] * (2 / tokens)) for name, layer in linears.items()}
+    yield from ((name, layer.weight.detach(), fed[name]) for name, layer in linears.items())
+
+
+def streamed(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """The Hessian that calibration sums up, batch by batch."""
+    statistics = InputStatistics.empty(inputs[0].shape[-1])
+    for batch in inputs:
+        statistics.add(batch)
+    return statistics.hessian
 
 
 def course(threads: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, peers.Answer]]:
     """Every linear of the course model at every setting: its name, weight, Hessian, and what AutoGPTQ makes of them."""
-    given = course_hessians()
+    given = {name: (weight, streamed(inputs)) for name, weight, inputs in course_inputs()}
     asked = {name: (weight, hessian, cases.ALL) for name, (weight, hessian) in given.items()}
     for name, answer in peers.gptq(asked, threads):
         yield name, *given[name], answer
+
+
+def course_from_inputs(threads: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, peers.Answer]]:
+    """Likewise, but AutoGPTQ sums up its own Hessian, and the one given is labsupport's. At a few settings."""
+    given = {name: (weight, inputs) for name, weight, inputs in course_inputs()}
+    asked = {name: (weight, torch.cat(inputs), cases.FEW) for name, (weight, inputs) in given.items()}
+    for name, answer in peers.gptq(asked, threads):
+        weight, inputs = given[name]
+        yield name, weight, streamed(inputs), answer
 
 
 def seconds(size: int, threads: int) -> Iterator[tuple[cases.Setting, float, float]]:

@@ -14,8 +14,9 @@ from labsupport import fold, models
 from labsupport.quant import awq, gptq
 
 
-def by_gptq(weight: torch.Tensor, hessian: torch.Tensor, setting: Setting) -> Solved:
-    """labsupport's GPTQ as AutoGPTQ does it."""
+def by_gptq(weight: torch.Tensor, hessian: torch.Tensor, setting: Setting, autogptq: bool = True) -> Solved:
+    """labsupport's GPTQ as AutoGPTQ does it; with autogptq False in its own arithmetic, with AutoGPTQ's choices."""
+    choices = {"autogptq": True} if autogptq else {"stale_grids": True, "scale_dtype": torch.float32}
     q = gptq.quantize(
         weight,
         hessian,
@@ -26,7 +27,7 @@ def by_gptq(weight: torch.Tensor, hessian: torch.Tensor, setting: Setting) -> So
         static_groups=setting.static_groups,
         damping=DAMPING,
         mse=setting.mse,
-        autogptq=True,
+        **choices,
     )
     neighbors = torch.arange(weight.shape[1]) // q.group_size
     g_idx = neighbors if q.g_idx is None else q.g_idx

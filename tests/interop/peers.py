@@ -28,11 +28,11 @@ class Answer:
 def gptq(
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor, Sequence[Setting]]], threads: int = 1
 ) -> Iterator[tuple[str, Answer]]:
-    """AutoGPTQ on each layer's weight and Hessian at each setting, layer by layer."""
+    """AutoGPTQ on each layer's weight and Hessian, or weight and inputs [windows, tokens, in], at each setting, layer by layer."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for layer, (weight, hessian, settings) in layers.items():
-            tensors = {"weight": weight.float().contiguous(), "hessian": hessian.contiguous()}
+        for layer, (weight, known, settings) in layers.items():
+            tensors = {"weight": weight.float().contiguous(), "hessian" if known.ndim == 2 else "inputs": known.contiguous()}
             save_file(tensors, folder / f"{layer}.in.safetensors", {"settings": json.dumps([asdict(s) for s in settings])})
         environment.LEGACY.run("run_gptq", name, threads=threads)
         for layer, (_, _, settings) in layers.items():

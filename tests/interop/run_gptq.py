@@ -1,9 +1,10 @@
 """AutoGPTQ itself, layer by layer, on a CPU. Runs in the peers' environment: `python -m interop.run_gptq FOLDER`.
 
-Every FOLDER/NAME.in.safetensors holds a weight [out, in] and a Hessian [in, in], float32, and in its metadata the settings as
-JSON. FOLDER/NAME.out.safetensors gets, for each setting, codes uint8 [out, in], scale float32 and zero_point uint8
-[out, groups], g_idx int16 [in] (the group of each column) and the seconds that the solver took; its metadata says how this
-environment rounds. A setting that is asked for several times keeps the least of its seconds.
+Every FOLDER/NAME.in.safetensors holds a weight [out, in] and a Hessian [in, in], float32, or instead of it the layer's inputs
+[windows, tokens, in], of which AutoGPTQ makes its own, and in its metadata the settings as JSON. FOLDER/NAME.out.safetensors gets,
+for each setting, codes uint8 [out, in], scale float32 and zero_point uint8 [out, groups], g_idx int16 [in] (the group of each
+column) and the seconds that the solver took; its metadata says how this environment rounds. A setting that is asked for several
+times keeps the least of its seconds.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ import torch
 from auto_gptq.quantization.gptq import GPTQ
 from interop.cases import BLOCK_SIZE, DAMPING, Setting, rounding_of
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # The solver waits for a GPU before it reads the clock. Without one this raises.
 torch.cuda.synchronize = lambda *_: None
+
+
+def own_hessian(weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """What AutoGPTQ sums up of a layer's inputs, window by window."""
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    gptq = GPTQ(layer)
+    for window in inputs:
+        gptq.add_batch(window[None], None)
+    return gptq.H
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, setting: Setting) -> dict[str, torch.Tensor]:
@@ -62,8 +72,10 @@ def main(folder: Path) -> None:
     for path in sorted(folder.glob("*.in.safetensors")):
         name = path.name.removesuffix(".in.safetensors")
         with safe_open(path, "pt") as file:
-            weight, hessian = file.get_tensor("weight"), file.get_tensor("hessian")
-            settings = [Setting(**fields) for fields in json.loads(file.metadata()["settings"])]
+            about = file.metadata()
+        known, settings = load_file(path), [Setting(**fields) for fields in json.loads(about["settings"])]
+        weight = known["weight"]
+        hessian = known["hessian"] if "hessian" in known else own_hessian(weight, known["inputs"])
         results = {}
         for setting in settings:
             solved = solve(weight, hessian, setting)
