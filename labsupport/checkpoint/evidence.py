@@ -41,12 +41,15 @@ def group_means(tensor: UniformTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Offset:
-    """Mean of code - zero_point in every layer, in steps."""
+    """Mean of code - zero_point in every layer, in steps. errors: what that mean is uncertain by, since groups differ."""
 
     steps: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
 
     def add(self, tensor: UniformTensor, means: torch.Tensor) -> None:
-        self.steps.append((means - tensor.zero_point).mean().item())
+        away = means - tensor.zero_point
+        self.steps.append(away.mean().item())
+        self.errors.append((away.std() / math.sqrt(away.numel())).item() if away.numel() > 1 else math.inf)
 
     @property
     def middle(self) -> float:
@@ -58,10 +61,16 @@ class Offset:
         return median(abs(step - self.middle) for step in self.steps)
 
     @property
+    def error(self) -> float:
+        """Standard error of the middle: a median is 1.25 times as uncertain as a mean."""
+        return 1.25 * math.sqrt(sum(error**2 for error in self.errors)) / len(self.steps)
+
+    @property
     def whole(self) -> int | None:
-        """How many steps the zero-points are off; None where the layers do not say."""
+        """How many steps the zero-points are off; None where the layers do not say, or too few groups do."""
         nearest = round(self.middle)
-        return nearest if abs(self.middle - nearest) <= STEADY and self.scatter <= STEADY else None
+        steady = abs(self.middle - nearest) <= STEADY and self.scatter <= STEADY
+        return nearest if steady and SURE * self.error <= 1 - STEADY else None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from labsupport import models
 from labsupport.checkpoint import card, layouts
@@ -107,15 +108,17 @@ def _shortened(findings: Iterator[Finding] | list[Finding]) -> Iterator[Finding]
 
 def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What the architecture asks for and the files lack, what they hold besides, and shapes."""
+    quantized, here = set(checkpoint.names), checkpoint.weights
     try:
         model = empty_model(checkpoint.directory)
         linears = models.linears(model)
     except ValueError as error:
         yield Finding("config.json", f"{error}; whether tensors are missing was not checked")
         return
+    # gptqmodel can pack a head as well, which is in no block.
+    linears |= {name: module for name, module in model.named_modules() if name in quantized and isinstance(module, nn.Linear)}
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
-    quantized, here = set(checkpoint.names), checkpoint.weights
     for name in linears.keys() - quantized:
         if f"{name}.weight" not in here or here.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
             yield Finding(name, "is missing: neither packed nor as a plain weight")
@@ -217,7 +220,8 @@ def _zero_points(checkpoint: Checkpoint, found: Inspection, offset: Offset, cons
         found.findings.append(Finding("zero-points", "config.json says sym, and they differ"))
     figures = f"codes lie {offset.middle:+.2f} steps from them on average, from layer to layer {offset.scatter:.2f} more or less"
     if offset.whole is None:
-        found.unknown.append(f"whether zero-points are one off: {figures}, too unlike to tell")
+        figures += f", with a standard error of {offset.error:.2f}"
+        found.unknown.append(f"whether zero-points are one off: {figures}: too unlike, or too few, to tell")
     elif offset.whole == 0:
         found.known.append(f"zero-points: {figures}; one too high or low would show as a whole step")
     else:
@@ -226,9 +230,9 @@ def _zero_points(checkpoint: Checkpoint, found: Inspection, offset: Offset, cons
         if other and offset.whole == (-1 if layout == "gptq" else 1):
             said += f". So they would be if the file were {other}; the same bytes could be a packer's mistake"
         found.findings.append(Finding("zero-points", said, certain=False))
-    if layout == "gptq" and zeros and offset.whole == 0:
+    if layout == "gptq" and zeros and offset.whole in (0, None):
         said = f"{zeros} are 0, stored as {2**checkpoint.bits - 1}, which AutoGPTQ's and other kernels read as {2**checkpoint.bits}"
-        found.findings.append(Finding("zero-points", said))
+        found.findings.append(Finding("zero-points", said, certain=offset.whole == 0))
 
 
 def _order(found: Inspection, order: Order) -> None:

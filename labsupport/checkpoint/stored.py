@@ -64,7 +64,9 @@ def layout_of(config: dict[str, Any], directory: Path) -> str:
     """Which layout a config.json names. Raises CheckpointError for none, and for one that is not known here."""
     said = config.get("quantization_config")
     if not isinstance(said, dict):
-        raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config")
+        beside = next((name for name in ("quantize_config.json", "quant_config.json") if (directory / name).is_file()), None)
+        more = f" ({beside} is there, which only older loaders read)" if beside else ""
+        raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config{more}")
     layout = _layout_of(said, directory)
     if layout != "bitsandbytes":
         bits, size = said.get("bits", 4), said.get("group_size")
