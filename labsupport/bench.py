@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -157,10 +158,25 @@ def about(command: str, here: machine.Machine, budget: float) -> dict[str, objec
 
 
 def write(path: Path, about: dict[str, object], rows: Sequence[Product]) -> None:
-    """A line for each row, so that a change can be read."""
+    """A line for each row, so that a change can be read. The file appears whole or not at all."""
     lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', "utf-8")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Before minutes of measuring: raise OSError where no file can be written at `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--out is {path}, a directory: wanted a JSON file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    temporary.unlink()
 
 
 def read(path: Path) -> tuple[dict[str, object], list[Product]]:

@@ -167,7 +167,12 @@ def test_the_card_counts_what_is_stored_and_says_the_measured_perplexity(source,
     held_out = text.load_text(tokenizer)
     for name, m in (("before", original), ("after", model)):
         assert report["perplexity"][name] == pytest.approx(evaluate.perplexity(m, held_out, 48, 4), rel=1e-6)
-        assert f"{report['perplexity'][name]:.4f}" in card
+    before, after = report["perplexity"]["before"], report["perplexity"]["after"]
+    assert before != after
+    assert f"Perplexity {after:.4f}, unquantized {before:.4f} ({100 * (after / before - 1):+.2f} %), on 4 windows of 48" in card
+    assert all(f"| {kind} | {size:,} |" in card for kind, size in report["bytes"].items())
+    assert "| bits | 4 |\n" in card
+    assert f"| group size | {GROUP} |\n" in card
     tensors = {name: value for path in out.glob("*.safetensors") for name, value in load_file(path).items()}
     assert sum(report["bytes"].values()) == sum(tensor.nbytes for tensor in tensors.values())
     index = json.loads((out / weights.INDEX).read_text())

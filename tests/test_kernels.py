@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from labsupport import bench, kernels, machine
 from labsupport.cli import app
 from labsupport.kernels import cpu, language, paper, timing, w4a16
-from labsupport.quant import grid, rtn
+from labsupport.quant import gptq, grid, rtn
 
 tl = language.tl  # the interpreter looks for it among the globals of a kernel
 needs_triton = pytest.mark.skipif(not language.available(), reason="Triton has wheels for Linux only")
@@ -198,12 +198,14 @@ def test_the_backend_is_chosen_by_what_it_can_do():
 
 WEIGHT = make(16, 96, 48, False, torch.float16, 0)
 READY = kernels.prepare(WEIGHT, torch.float32, "twin")
+SCATTERED = gptq.quantize(torch.ones(4, 8), torch.diag(torch.tensor([1.0, 9, 2, 8, 3, 7, 4, 6])), 4, 4, act_order=True)
 
 
 @pytest.mark.parametrize(
     ("action", "error", "words"),
     [
         (lambda: kernels.prepare(rtn.quantize(torch.ones(4, 8), 3, 8)), ValueError, "weight has 3 bits"),
+        (lambda: kernels.prepare(SCATTERED), ValueError, r"the groups of weight are scattered over its rows \(g_idx\)"),
         (lambda: kernels.prepare(WEIGHT, torch.float64), ValueError, "dtype is torch.float64, wanted one of"),
         (lambda: kernels.prepare(WEIGHT, backend="marlin"), ValueError, "backend is 'marlin', wanted one of triton, cpu, twin"),
         (lambda: kernels.prepare(WEIGHT, backend="cpu"), ValueError, "group_size is 48, .* wants a multiple of 32"),
@@ -431,3 +433,33 @@ def test_labs_bench_writes_what_it_measured(tmp_path):
     refused = CliRunner().invoke(app, ["bench", "--only", "everything"])
     assert refused.exit_code == 1
     assert "--only is 'everything', wanted quantizers or products" in refused.output
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_labs_bench_says_at_once_where_it_cannot_write(tmp_path, monkeypatch, inside):
+    """Before it measures, which takes minutes."""
+    monkeypatch.setattr(bench, "about", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "x.json" if inside else tmp_path
+    done = CliRunner().invoke(app, ["bench", "--only", "products", "--rows", "32", "--columns", "128", "--out", str(out)])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert len(done.stderr.splitlines()) == 1
+    assert ("a directory: wanted a JSON file" in done.stderr) != inside
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_measurements_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    bench.write(path, {"threads": 1}, [])
+    kept = path.read_text()
+
+    def full(self, *_):
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        bench.write(path, {"threads": 2}, [])
+    assert path.read_text() == kept
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -417,6 +417,8 @@ def test_as_trained_neither_axis_costs_much_at_4_bits(rises):
         ({"block": 0}, "block is 0"),
         ({"bits": 4, "axis": "channel", "group_size": 32, "block": 48}, "block 48 is no multiple of group_size 32"),
         ({"bits": "fp8", "scale": 0.0}, "scale is 0.0"),
+        ({"bits": "fp8", "scale": float("inf")}, "scale is inf"),
+        ({"bits": "fp8", "scale": "1"}, "scale is '1'"),
     ],
 )
 def test_parts_that_make_no_sense(settings, said):

@@ -193,3 +193,12 @@ def test_what_cannot_be_read(change, message):
         awq = packing.write_awq(random_tensor(32, 2, 32, 4, 0)) | change
         with pytest.raises(ValueError, match=message):
             packing.read_awq({key: value for key, value in awq.items() if value is not None})
+
+
+@pytest.mark.parametrize(("code", "said"), [(16, "codes reach from 0 to 16, wanted 0 to 15"), (-1, "codes reach from -1 to 0")])
+def test_a_code_that_would_spill_into_its_neighbors(code, said):
+    codes = torch.zeros(32, 32, dtype=torch.int64)
+    codes[3, 5] = code
+    for pack_codes in (lambda: packing.pack_gptq(codes, 4), lambda: packing.pack_awq(codes)):
+        with pytest.raises(ValueError, match=said):
+            pack_codes()

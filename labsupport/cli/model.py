@@ -111,7 +111,7 @@ def bench(
             _bench_quantizers(*(own or (4096, 4096)), budget)
         if only != "quantizers":
             _bench_products(own, budget, threads, out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise _fail(error) from error
 
 
@@ -149,6 +149,9 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     console, here, found = Console(), describe(), []
     command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")
     command += f" --rows {own[0]} --columns {own[1]}" if own else ""
+    path = out or (None if own else benches.measurements_path(here))
+    if path:
+        benches.check_writable(path)
     table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of limit", "as bf16")
     with console.status("timing"):
         about = benches.about(command, here, budget)
@@ -164,6 +167,6 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
         f"\nProducts of bfloat16 on {about['threads']} CPU threads; copying or summing at {about['bandwidth'] / 1e9:.1f} GB/s.\n"
     )
     console.print(table)
-    if path := out or (None if own else benches.measurements_path(here)):
+    if path:
         benches.write(path, about, found)
         typer.echo(f"wrote {path}")

@@ -56,6 +56,8 @@ def prepare(
     """
     if weight.bits != 4:
         raise ValueError(f"weight has {weight.bits} bits, and these kernels are for 4")
+    if getattr(weight, "g_idx", None) is not None:
+        raise ValueError("the groups of weight are scattered over its rows (g_idx), and these kernels read neighbors")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, wanted one of {', '.join(map(str, DTYPES))}")
     device = torch.device(device or weight.packed_codes.device)

@@ -47,7 +47,7 @@ class Part:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} is {value!r}, wanted a whole number from {least} up")
-        if not self.scale > 0:
+        if not isinstance(self.scale, int | float) or not 0 < self.scale < float("inf"):
             raise ValueError(f"scale is {self.scale!r}, wanted a number above 0")
         if self.by_channel and self.step % self.group_size:
             raise ValueError(f"block {self.block} is no multiple of group_size {self.group_size}: a group would stay half full")

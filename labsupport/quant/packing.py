@@ -37,11 +37,14 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in which nibble each of eight neighbors
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Each row as a stream of bits, lowest first, in 32-bit words: whole numbers [rows, n] to int32 [rows, n / 32 * bits].
 
-    Raises ValueError where n is not a multiple of 32 (of the codes in a word, if a word holds whole codes).
+    Raises ValueError where n is not a multiple of 32 (of the codes in a word, if a word holds whole codes), and for a code that
+    has more bits, which would spill into its neighbors.
     """
     rows, count = codes.shape
     if count * bits % WORD:
         raise ValueError(f"{count} codes of {bits} bits do not fill 32-bit words: wanted a multiple of {_whole(bits)}")
+    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
+        raise ValueError(f"codes reach from {codes.min().item():g} to {codes.max().item():g}, wanted 0 to {2**bits - 1}")
     return grid.pack_bits(codes, bits).view(torch.int32).view(rows, count * bits // WORD)
 
 
