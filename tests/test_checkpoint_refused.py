@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from labsupport import checkpoint, models
-from labsupport.checkpoint import CheckpointError, parts, weights
+from labsupport.checkpoint import CheckpointError, parts
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
 
@@ -490,6 +491,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(source, tmp_path, monkeypa
         assert order.index(f"block-00{index}.json.tmp") > order.index(f"block-00{index}.safetensors.tmp")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="file modes")
+def test_what_is_written_may_be_read_by_others(source, tmp_path):
+    """safetensors makes files for their owner alone; a server often runs as somebody else."""
+    out = run(source, tmp_path / "out", "rtn")
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+
+
 # Hub ids -------------------------------------------------------------------------------------------------------------
 
 
@@ -538,20 +546,21 @@ def test_of_a_download_that_broke_off_it_is_said_what_lacks(source, tmp_path):
     assert "0123abcd holds no weights: wanted model.safetensors or model.safetensors.index.json" in done.stderr
 
 
-def test_what_is_fetched_from_the_hub(monkeypatch):
+def test_what_is_fetched_from_the_hub(source, tmp_path, monkeypatch):
     """Never a pickle, and every file that goes with a tokenizer."""
-    import fnmatch
-
     import huggingface_hub
 
-    from labsupport.checkpoint.tokenizers import COPIED
+    asked = []
 
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.update(p=allow_patterns) or "here")
-    assert weights.find("some/model", COPIED) == Path("here")
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return source
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    run("some/model", tmp_path / "out", "rtn")
 
     def fetched(name):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in asked["p"])
+        return any(fnmatch(name, pattern) for pattern in asked)
 
     assert all(fetched(name) for name in ("model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "merges.txt"))
     assert not any(fetched(name) for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "modeling_x.py", "x.pkl"))
