@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from labsupport import calibrate, checkpoint, evaluate, models, quantize_model, text
-from labsupport.checkpoint import CheckpointError, layouts, parts, weights
+from labsupport.checkpoint import CheckpointError, layouts, parts, weights, writing
 from labsupport.checkpoint.measure import evaluate_streamed
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.cli import app
@@ -221,18 +221,18 @@ class Stop(BaseException):
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not(source, words, tmp_path, method, monkeypatch):
     whole = run(source, tmp_path / "whole", method, words)
-    written, real = [], parts.replace
+    written, real = [], writing.replace
 
     def stopping(path, write):
         if path.name == "block-001.json":
             raise Stop  # its tensors are written, its report is not
         real(path, write)
 
-    monkeypatch.setattr(parts, "replace", stopping)
+    monkeypatch.setattr(writing, "replace", stopping)
     with pytest.raises(Stop):
         run(source, tmp_path / "out", method, words)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(parts, "replace", lambda path, write: (written.append(path.name), real(path, write)))
+    monkeypatch.setattr(writing, "replace", lambda path, write: (written.append(path.name), real(path, write)))
     out = run(source, tmp_path / "out", method, words)
     assert not any("block-000" in name for name in written)
     assert "block-001.json" in written
@@ -265,7 +265,7 @@ def test_two_runs_do_not_write_to_one_directory(source, tmp_path):
 
 @pytest.mark.parametrize("at", ["model-00002-of-00004.safetensors", "block-000.json", "model.safetensors.index.json", "README.md"])
 def test_a_full_disk_is_said_and_nothing_half_written(source, words, tmp_path, monkeypatch, at):
-    real = parts.replace
+    real = writing.replace
 
     def full(path, write):
         def writing(temporary):
@@ -276,13 +276,13 @@ def test_a_full_disk_is_said_and_nothing_half_written(source, words, tmp_path, m
 
         real(path, writing)
 
-    monkeypatch.setattr(parts, "replace", full)
+    monkeypatch.setattr(writing, "replace", full)
     with pytest.raises(CheckpointError, match=f"the disk is full: {at} could not be written"):
         run(source, tmp_path / "out", "rtn", words)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "out.partial").exists() == (at != "block-000.json")  # what is finished is kept; nothing is not
-    monkeypatch.setattr(parts, "replace", real)
+    monkeypatch.setattr(writing, "replace", real)
     checkpoint.load(run(source, tmp_path / "out", "rtn", words))
 
 
@@ -291,7 +291,7 @@ def test_safetensors_own_word_for_a_full_disk_is_understood(tmp_path):
 
     with (
         pytest.raises(CheckpointError, match="the disk is full: a could not be written"),
-        parts.told(tmp_path / "a"),
+        writing.told(tmp_path / "a"),
     ):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

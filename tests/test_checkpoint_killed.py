@@ -58,7 +58,13 @@ def test_killed_at_random_moments(tmp_path, method):
     partial = tmp_path / "out.partial"
     for number in range(KILLS):
         process = start(out)
-        time.sleep(dice.uniform(0.1, 1) * seconds)
+        if number % 2:  # at any time; the others while blocks are at work, which on a busy machine may be a short while of it
+            time.sleep(dice.uniform(0.1, 1) * seconds)
+        else:
+            wanted_blocks = dice.randint(1, 3)
+            while process.is_alive() and len(list(partial.glob("run/block-*.json"))) < wanted_blocks:
+                time.sleep(1e-3)
+            time.sleep(dice.uniform(0, 0.05) * seconds)
         process.kill()  # SIGKILL
         process.join()
         if out.exists():  # it was quicker: whole, and the next one starts anew

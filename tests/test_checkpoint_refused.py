@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from labsupport import checkpoint, models
-from labsupport.checkpoint import CheckpointError, parts
+from labsupport.checkpoint import CheckpointError, parts, writing
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
 
@@ -363,15 +363,15 @@ def test_a_disk_that_really_takes_no_more(source, words, tmp_path):
 
 
 def stopping(monkeypatch, at, error):
-    real = parts.replace
+    real = writing.replace
 
     def replace(path, write):
         if path.name == at:
             raise error
         real(path, write)
 
-    monkeypatch.setattr(parts, "replace", replace)
-    return lambda: monkeypatch.setattr(parts, "replace", real)
+    monkeypatch.setattr(writing, "replace", replace)
+    return lambda: monkeypatch.setattr(writing, "replace", real)
 
 
 def test_a_key_that_was_pressed(source, words, tmp_path, monkeypatch):
@@ -412,7 +412,7 @@ def unfinished(source, words, out, monkeypatch, at="block-002.json", **settings)
 def test_a_run_at_work_is_not_swept_away_by_another_that_restarts(source, words, tmp_path, monkeypatch):
     unfinished(source, words, tmp_path / "out", monkeypatch)
     at_work = parts.Parts(tmp_path / "out", {"a": "b"}, "gptq", ["model.layers.0"], 4, torch.float16, restart=True)
-    parts.save(at_work.shard(0), {"a": torch.zeros(1)})
+    writing.save(at_work.shard(0), {"a": torch.zeros(1)})
     for restart in (False, True):
         with pytest.raises(CheckpointError, match=r"another run is writing to .*out.partial"):
             run(source, tmp_path / "out", "gptq", words, restart=restart)
@@ -433,7 +433,7 @@ def test_a_refused_run_does_not_stay_in_the_way(source, words, tmp_path, monkeyp
 def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_path, monkeypatch):
     """The directory has appeared, what the run kept is still there. Then somebody removes the directory and asks again."""
     with monkeypatch.context() as killed:
-        killed.setattr(parts, "_remove", lambda folder: None)
+        killed.setattr(writing, "remove", lambda folder: None)
         run(source, tmp_path / "out", "gptq", words)
     assert (tmp_path / "out.partial" / "run" / "block-002.json").exists()
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}

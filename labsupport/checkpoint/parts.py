@@ -6,23 +6,21 @@ OUT.partial/run/     what a run that was stopped needs to go on, and nobody else
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from labsupport.calibrate import Block
 from labsupport.calibrated import LayerReport
-from labsupport.checkpoint import layouts
+from labsupport.checkpoint import layouts, writing
 from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
 from labsupport.quant.grid import QuantizedTensor
 
@@ -53,10 +51,10 @@ class Parts:
         self.layout, self.names, self.bits, self.dtype = layout, names, bits, dtype
         self.model, self.run = self.folder / "model", self.folder / "run"
         check_free(out)
-        with told(self.folder):
+        with writing.told(self.folder):
             _check_ours(self.folder)
             self.run.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.run / LOCK)  # before anything of an older run is touched
+            self._lock = writing.lock(self.run / LOCK)  # before anything of an older run is touched
             try:
                 self._begin({key: str(value) for key, value in identity.items()}, restart)
             except BaseException:
@@ -67,7 +65,7 @@ class Parts:
         about = self.run / "run.json"
         if restart or not about.is_file():
             if self.model.exists():
-                _remove(self.model)
+                writing.remove(self.model)
             for path in self.run.iterdir():
                 if path.name != LOCK:
                     path.unlink()
@@ -75,7 +73,7 @@ class Parts:
         if about.is_file():
             _check_same(read_json(about), said, self.folder)
         else:
-            replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
+            writing.replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
 
     def shard(self, index: int) -> Path:
         """The file of a block, or of everything outside the blocks for the index after the last."""
@@ -111,14 +109,14 @@ class Parts:
         tensors = self.rounded(others)
         for name, tensor in stored.items():
             tensors |= {key: value.cpu() for key, value in layouts.write(self.layout, name, tensor, self.dtype).items()}
-        save(self.shard(block.index), tensors)
-        save(self._kept(block.index, "safetensors"), others)
+        writing.save(self.shard(block.index), tensors)
+        writing.save(self._kept(block.index, "safetensors"), others)
         rows = json.dumps({name: asdict(row) for name, row in reports.items()})
-        replace(self._kept(block.index, "json"), lambda path: path.write_text(rows))
+        writing.replace(self._kept(block.index, "json"), lambda path: path.write_text(rows))
 
     def write_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Embedding, last norm, head: whatever is in no block."""
-        save(self.shard(len(self.names)), self.rounded(tensors))
+        writing.save(self.shard(len(self.names)), self.rounded(tensors))
 
     def rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """In the dtype that they are stored in. Raises CheckpointError for what it does not hold."""
@@ -142,16 +140,16 @@ class Parts:
         for path in self.model.iterdir():
             if path.suffix != ".safetensors":
                 path.unlink()
-        replace(self.model / INDEX, lambda path: path.write_text(json.dumps(self._index(), indent=1)))
+        writing.replace(self.model / INDEX, lambda path: path.write_text(json.dumps(self._index(), indent=1)))
         for name, source in copied.items():
-            replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path))
+            writing.replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path))
         for name, content in files.items():
-            replace(self.model / name, lambda path, content=content: path.write_text(content, "utf-8"))
-        with told(self.out):
+            writing.replace(self.model / name, lambda path, content=content: path.write_text(content, "utf-8"))
+        with writing.told(self.out):
             if self.out.exists():
-                raise WriteError(f"{self.out} exists by now: what was made for it is in {self.model}")
+                raise writing.WriteError(f"{self.out} exists by now: what was made for it is in {self.model}")
             os.rename(self.model, self.out)
-        _remove(self.folder)
+        writing.remove(self.folder)
         self.release()
         return self.out
 
@@ -161,8 +159,6 @@ class Parts:
         self.release()
 
     def _index(self) -> dict[str, Any]:
-        from safetensors import safe_open
-
         placed, size = {}, 0
         for index in range(len(self.names) + 1):
             path = self.shard(index)
@@ -179,13 +175,9 @@ class Parts:
             self._lock = None
 
 
-class WriteError(CheckpointError):
-    """What is to be written cannot be, for now: what is finished is worth keeping."""
-
-
 def check_free(out: Path) -> None:
     """Raise CheckpointError where `out` exists, or cannot."""
-    with told(out):
+    with writing.told(out):
         if out.exists() or out.is_symlink():
             raise CheckpointError(f"{out} exists: choose another directory or remove it")
 
@@ -199,71 +191,9 @@ def _check_ours(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no unfinished run of labs quantize: move it, or choose another directory")
 
 
-@contextmanager
-def told(path: Path) -> Iterator[None]:
-    """What the operating system says of a file as a CheckpointError; a full disk in words of its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise _full(path) from error
-        raise WriteError(f"{path} cannot be written: {error}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path) from error
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _full(path: Path) -> WriteError:
-    return WriteError(f"the disk is full: {path.name} could not be written. Make room and run again; finished blocks are kept")
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with told(path):
-        try:
-            write(temporary)
-            with temporary.open("r+b") as stream:  # Windows flushes only what may be written
-                os.fsync(stream.fileno())
-            temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    replace(
-        path,
-        lambda temporary: save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"format": "pt"}),
-    )
-
-
 def _check_same(kept: Mapping[str, str], said: Mapping[str, str], folder: Path) -> None:
     for name in {**kept, **said}:
         was, asked = kept.get(name), said.get(name)
         if was != asked:
             differs = f"with {name} {was}, asked for is {asked}" if name not in DIGESTS else f"of another {DIGESTS[name]}"
             raise CheckpointError(f"{folder} holds an unfinished run {differs}: ask for that again, or start over with --restart")
-
-
-def _lock(path: Path):
-    """Held until the process ends. None where the system has no such locks. Raises CheckpointError where another holds it."""
-    path.touch()
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    stream = path.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise CheckpointError(f"another run is writing to {path.parent.parent}") from None
-    return stream
-
-
-def _remove(folder: Path) -> None:
-    with told(folder):
-        shutil.rmtree(folder)

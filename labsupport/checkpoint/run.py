@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,22 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from labsupport import __version__, calibrate, calibrated, models, text
+from labsupport import __version__, calibrate, calibrated, models
 from labsupport.calibrate import Block
 from labsupport.calibrated import LayerReport
 from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.measure import evaluate_streamed
-from labsupport.checkpoint.parts import Parts, WriteError, check_free
+from labsupport.checkpoint.parts import Parts, check_free
 from labsupport.checkpoint.recipe import DTYPES, Recipe
 from labsupport.checkpoint.skeleton import Skeleton
-from labsupport.checkpoint.tokenizers import COPIED, copied_files, read_tokenizer
+from labsupport.checkpoint.texts import Texts, read_texts
+from labsupport.checkpoint.tokenizers import COPIED, copied_files
 from labsupport.checkpoint.weights import CheckpointError, find, read_json
+from labsupport.checkpoint.writing import WriteError
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 from labsupport.quantize import CALIBRATED, quantize_linear
 from labsupport.text import TextError, TokenStream
-
-WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of
-    `length` tokens are taken from it. windows: how many of that length perplexity is measured on, 0 for not at all.
-    """
-
-    calibration: str = "code"
-    samples: int = 64
-    length: int = 512
-    windows: int = 32
 
 
 def quantize(
@@ -76,7 +63,7 @@ def quantize(
     skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     recipe.check_model(models.linears(skeleton.model))
     texts = Texts(calibration, samples, length, windows)
-    fed, held_out = _read_texts(skeleton, source, recipe, texts)
+    fed, held_out = read_texts(skeleton, source, texts, recipe.method in CALIBRATED)
 
     identity = {**recipe.about(), "model": skeleton.weights.digest(), "config": _digest(config), "version": __version__}
     if fed is not None:
@@ -106,58 +93,6 @@ def _usable(device: str | torch.device) -> torch.device:
 
 def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_texts(skeleton: Skeleton, source: Path, recipe: Recipe, texts: Texts) -> tuple[torch.Tensor | None, TokenStream | None]:
-    """Windows to calibrate on, where the method looks at text, and the text to measure perplexity on, where it is asked for."""
-    calibrating, measuring = recipe.method in CALIBRATED, texts.windows > 0
-    for name, least in (("samples", 1), ("windows", 0)):
-        if getattr(texts, name) < least:
-            raise CheckpointError(f"{name} is {getattr(texts, name)}, wanted {least} or more")
-    if not (calibrating or measuring):
-        return None, None
-    tokenizer = read_tokenizer(source)
-    if tokenizer is None:
-        raise CheckpointError(f"{source} holds no tokenizer (tokenizer.json), and without one no text can be read")
-    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None) or max(texts.length, 2)
-    if not 2 <= texts.length <= longest:
-        raise CheckpointError(f"length is {texts.length}, wanted 2 to {longest}, the positions that the model has")
-    fed = held_out = None
-    if calibrating:
-        fed = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
-    if measuring:
-        held_out = text.load_text(tokenizer)
-    known = skeleton.model.get_input_embeddings().num_embeddings
-    for ids in (fed, None if held_out is None else held_out.ids):
-        if ids is not None and ids.max() >= known:
-            raise CheckpointError(f"the tokenizer in {source} gives token {int(ids.max())}, the model knows {known}")
-    return fed, held_out
-
-
-def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
-    """Raises TextError for what is no text."""
-    try:
-        return _read_stream(tokenizer, name, split)
-    except TextError:
-        raise
-    except Exception as error:  # whatever the hub's library makes of a name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TextError(f"the calibration text {name!r} cannot be read: {WANTED} ({reason})") from error
-
-
-def _read_stream(tokenizer: Any, name: str, split: str) -> TokenStream:
-    if name in text.DOMAINS:
-        return text.load_text(tokenizer, name, split)
-    path = Path(name)
-    if path.is_file():
-        try:
-            document = text.Document(path.name, path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"the calibration file {name!r} is not UTF-8 text: {error}") from error
-        return text.tokenize(tokenizer, [document], name)
-    if not name or (not path.is_dir() and (path.suffix in text.TEXT_SUFFIXES or name.startswith((".", "/")))):
-        raise TextError(f"the calibration text {name!r} does not exist: {WANTED}")
-    return text.load_text(tokenizer, name, split)
 
 
 def _quantize_blocks(

@@ -1,0 +1,84 @@
+"""The texts that `labs quantize` looks at: one to calibrate on, and held-out code to measure perplexity on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labsupport import calibrate, text
+from labsupport.checkpoint.skeleton import Skeleton
+from labsupport.checkpoint.tokenizers import read_tokenizer
+from labsupport.checkpoint.weights import CheckpointError
+from labsupport.text import TextError, TokenStream
+
+WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of
+    `length` tokens are taken from it. windows: how many of that length perplexity is measured on, 0 for not at all.
+    """
+
+    calibration: str = "code"
+    samples: int = 64
+    length: int = 512
+    windows: int = 32
+
+
+def read_texts(skeleton: Skeleton, source: Path, texts: Texts, calibrating: bool) -> tuple[torch.Tensor | None, TokenStream | None]:
+    """Windows to calibrate on, int64 [samples, length], where `calibrating`; a text for perplexity, where it is asked for.
+
+    Raises CheckpointError, or TextError, in one line.
+    """
+    measuring = texts.windows > 0
+    for name, least in (("samples", 1), ("windows", 0)):
+        if getattr(texts, name) < least:
+            raise CheckpointError(f"{name} is {getattr(texts, name)}, wanted {least} or more")
+    if not (calibrating or measuring):
+        return None, None
+    tokenizer = read_tokenizer(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source} holds no tokenizer (tokenizer.json), and without one no text can be read")
+    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None) or max(texts.length, 2)
+    if not 2 <= texts.length <= longest:
+        raise CheckpointError(f"length is {texts.length}, wanted 2 to {longest}, the positions that the model has")
+    fed = held_out = None
+    if calibrating:
+        fed = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
+    if measuring:
+        held_out = text.load_text(tokenizer)
+    known = skeleton.model.get_input_embeddings().num_embeddings
+    for ids in (fed, None if held_out is None else held_out.ids):
+        if ids is not None and ids.max() >= known:
+            raise CheckpointError(f"the tokenizer in {source} gives token {int(ids.max())}, the model knows {known}")
+    return fed, held_out
+
+
+def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
+    """Raises TextError for what is no text."""
+    try:
+        return _read_stream(tokenizer, name, split)
+    except TextError:
+        raise
+    except Exception as error:  # whatever the hub's library makes of a name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextError(f"the calibration text {name!r} cannot be read: {WANTED} ({reason})") from error
+
+
+def _read_stream(tokenizer: Any, name: str, split: str) -> TokenStream:
+    if name in text.DOMAINS:
+        return text.load_text(tokenizer, name, split)
+    path = Path(name)
+    if path.is_file():
+        try:
+            document = text.Document(path.name, path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"the calibration file {name!r} is not UTF-8 text: {error}") from error
+        return text.tokenize(tokenizer, [document], name)
+    if not name or (not path.is_dir() and (path.suffix in text.TEXT_SUFFIXES or name.startswith((".", "/")))):
+        raise TextError(f"the calibration text {name!r} does not exist: {WANTED}")
+    return text.load_text(tokenizer, name, split)
