@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import test_checkpoint
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import GROUP, WORDS, Stop, change_config, make, run, shards
@@ -26,21 +27,7 @@ from labsupport.cli import checkpoint as commands
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def copy(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "copy")
-
-
-@pytest.fixture
-def words(tmp_path):
-    path = tmp_path / "words.txt"
-    path.write_text(WORDS)
-    return path
+source, copy, words = test_checkpoint.source, test_checkpoint.copy, test_checkpoint.words
 
 
 def command(source, out, words, *more):

@@ -34,7 +34,7 @@ from labsupport.figures import (
 from labsupport.figures.base import CourseFigure
 from labsupport.planner import Device
 
-MODULES = (cache, calibration, compensate, course, curves, grids, groups, kernels, layouts, levels, outliers, roofline, saliency)
+MODULES = tuple(getattr(figures, name) for name in figures.__all__)
 # Weights, codes and ratios of them have no unit.
 UNITLESS = re.compile(
     r"^(weight|value|value read back|magnitude of the value|gap|error|density|squared error / weight²|in_features)$"

@@ -80,7 +80,7 @@ def lines(threads: int) -> Iterator[tuple[str, bool]]:
         out = folder / "by-serve"
         out.mkdir()
         for case, dtype, taken in SERVED:
-            environment.SERVE.run("run_serve", name, str(out), case, dtype, threads=threads)
+            environment.SERVE.run("run_serve", name, str(out), f"{case}-{dtype}", threads=threads)
             yield verdict(f"vLLM {case} {dtype}", out / f"{case}-{dtype}", ours, case, taken)
 
 

@@ -7,6 +7,7 @@ words of a loader that does not take it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def record(out: Path, name: str, found: Callable[[], tuple[Measured, str]]) -> N
     save_file({key: tensor.contiguous() for key, tensor in measured.items()}, out / f"{name}.safetensors", {"linears": kind})
 
 
-def tokens_of(folder: Path) -> Measured:
-    """prompt int64 [1, n] and text int64 [windows, length], which lie beside the checkpoints."""
-    return load_file(folder / "tokens.safetensors")
+def main(found: Callable[[Path, Measured], tuple[Measured, str]]) -> None:
+    """`FOLDER OUT NAME...` on the command line: record each FOLDER/NAME, on the text that lies beside them.
+
+    FOLDER/tokens.safetensors holds prompt int64 [1, n] and text int64 [windows, length].
+    """
+    folder, out = map(Path, sys.argv[1:3])
+    tokens = load_file(folder / "tokens.safetensors")
+    for name in sys.argv[3:]:
+        record(out, name, lambda name=name: found(folder / name, tokens))

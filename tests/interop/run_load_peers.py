@@ -8,7 +8,6 @@ them as they are.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,11 +52,5 @@ def found(folder: Path, tokens: measure.Measured) -> tuple[measure.Measured, str
     return measure.measure(model.eval(), tokens), measure.linears(model)
 
 
-def main(folder: Path, out: Path, names: list[str]) -> None:
-    tokens = measure.tokens_of(folder)
-    for name in names:
-        measure.record(out, name, lambda name=name: found(folder / name, tokens))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    measure.main(found)

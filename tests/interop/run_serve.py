@@ -1,11 +1,10 @@
-"""One checkpoint served by vLLM on a CPU: `python -m interop.run_serve FOLDER OUT NAME DTYPE`, in `serve`.
+"""One checkpoint served by vLLM on a CPU: `python -m interop.run_serve FOLDER OUT NAME-DTYPE`, in `serve`.
 
 FOLDER/NAME is the checkpoint; what is written to OUT, `interop.measure` says.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -13,10 +12,11 @@ from interop import measure
 from vllm import LLM, SamplingParams
 
 
-def found(folder: Path, dtype: str, tokens: measure.Measured) -> tuple[measure.Measured, str]:
-    """vLLM tells log-probabilities, not logits, and of all tokens only if asked for -1."""
+def found(asked_for: Path, tokens: measure.Measured) -> tuple[measure.Measured, str]:
+    """asked_for: the checkpoint and a dtype. vLLM tells log-probabilities, not logits, and of all tokens only if asked for -1."""
+    name, _, dtype = asked_for.name.rpartition("-")
     model = LLM(
-        str(folder), dtype=dtype, enforce_eager=True, max_model_len=512, max_logprobs=-1,
+        str(asked_for.with_name(name)), dtype=dtype, enforce_eager=True, max_model_len=512, max_logprobs=-1,
         enable_prefix_caching=False, skip_tokenizer_init=True, seed=0,
     )  # fmt: skip
     plain = {"temperature": 0, "ignore_eos": True, "detokenize": False}
@@ -44,9 +44,5 @@ def _methods(model: torch.nn.Module) -> str:
     return ", ".join(sorted(methods))
 
 
-def main(folder: Path, out: Path, name: str, dtype: str) -> None:
-    measure.record(out, f"{name}-{dtype}", lambda: found(folder / name, dtype, measure.tokens_of(folder)))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    measure.main(found)
