@@ -28,7 +28,7 @@ LIMIT, FLAT = 2.5e9, 0.1
 
 def make(directory: Path, blocks: int) -> None:
     """One file for each block, so that the directory is written as it is read: a block at a time. float16."""
-    from labsupport import models
+    from labsupport.model import models
 
     generator = torch.Generator().manual_seed(0)
     width = HIDDEN // HEADS

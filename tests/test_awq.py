@@ -11,9 +11,10 @@ from interop.golden import unpack_awq
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from labsupport import fold, models
-from labsupport.fold import Group
-from labsupport.models import ModelError
+from labsupport.model import models
+from labsupport.model.models import ModelError
+from labsupport.pipeline import fold
+from labsupport.pipeline.fold import Group
 from labsupport.quant import awq, rtn
 
 UNIT = 2.0**-24  # half the distance from 1 to the next float32: what one operation rounds by, relatively

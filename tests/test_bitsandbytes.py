@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from labsupport import evaluate, models, peers, text
+from labsupport.model import evaluate, models, peers, text
+from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import bnb_format, int8, nf4
 from labsupport.quant.bnb_format import FormatError
-from labsupport.quantize import quantize_model
 
 bnb = peers.bitsandbytes()
 functional = bnb.functional

@@ -17,10 +17,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
-from labsupport import build as forms
-from labsupport.badges import write_badges
 from labsupport.cli import build as cli
-from labsupport.execute import WIDGET_TEXT, LooksAgain
+from labsupport.course import build as forms
+from labsupport.course.badges import write_badges
+from labsupport.course.execute import WIDGET_TEXT, LooksAgain
 
 TOOLS = """\
 import os

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from labsupport import calibrate, models, text
+from labsupport.model import models, text
+from labsupport.pipeline import calibrate
 from labsupport.quant import gptq, rtn
 
 ORDER = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),

@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
-from labsupport import calibrate, calibrated, evaluate, fold, models, quantize_model, sweep, text
+from labsupport import quantize_model
+from labsupport.evidence import sweep
+from labsupport.model import evaluate, models, text
+from labsupport.pipeline import calibrate, calibrated, fold
 from labsupport.quant import awq, gptq, rtn
 
 SETTINGS = {"bits": 3, "group_size": 16}

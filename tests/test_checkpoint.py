@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from labsupport import calibrate, checkpoint, evaluate, models, quantize_model, text
+from labsupport import checkpoint, quantize_model
 from labsupport.checkpoint import CheckpointError, layouts, parts, weights, writing
 from labsupport.checkpoint.measure import evaluate_streamed
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.cli import app
+from labsupport.model import evaluate, models, text
+from labsupport.pipeline import calibrate
 from labsupport.quant import gptq, packing, rtn
 
 TEXTS = {"samples": 3, "length": 48, "windows": 0}
@@ -143,7 +145,7 @@ def test_config_says_what_each_loader_asks_for(source, words, tmp_path):
 def test_nf4_is_what_transformers_loads(source, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from labsupport import peers
+    from labsupport.model import peers
 
     functional = peers.bitsandbytes().functional
     out = run(source, tmp_path / "out", "nf4", group_size=32)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_checkpoint import WORDS, make, run
 
-from labsupport import text
 from labsupport.checkpoint.skeleton import Skeleton
+from labsupport.model import text
 
 BLOCKS = 4
 SLACK = 400  # bytes: counters and ids. The norms of one block are 512, its smallest matrix packed to 4 bits is 1024

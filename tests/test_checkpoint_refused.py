@@ -19,10 +19,11 @@ from test_checkpoint import GROUP, WORDS, Stop, change_config, make, run, shards
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from labsupport import checkpoint, models
+from labsupport import checkpoint
 from labsupport.checkpoint import CheckpointError, parts, writing
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
+from labsupport.model import models
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

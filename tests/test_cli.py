@@ -20,9 +20,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
-from labsupport import doctor, suite, workbook
 from labsupport.cli import app
 from labsupport.cli.lab import jupyter_command
+from labsupport.course import doctor, suite, workbook
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"

@@ -5,8 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from labsupport import bench, export, models, sweep, text, train
 from labsupport.cli import app
+from labsupport.course import export, train
+from labsupport.evidence import bench, sweep
+from labsupport.model import models, text
 
 DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 300) for i in range(3)]
 

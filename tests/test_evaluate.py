@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from labsupport import budget, evaluate
-from labsupport.text import TextError, TokenStream
+from labsupport.model import evaluate
+from labsupport.model.text import TextError, TokenStream
+from labsupport.pipeline import budget
 
 
 @pytest.fixture(scope="module")

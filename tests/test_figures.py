@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 
 from labsupport import figures
-from labsupport.evaluate import Evaluation
+from labsupport.evidence.planner import Device
 from labsupport.figures import (
     base,
     cache,
@@ -32,7 +32,7 @@ from labsupport.figures import (
     saliency,
 )
 from labsupport.figures.base import CourseFigure
-from labsupport.planner import Device
+from labsupport.model.evaluate import Evaluation
 
 MODULES = tuple(getattr(figures, name) for name in figures.__all__)
 # Weights, codes and ratios of them have no unit.

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from labsupport import checkpoint, models
+from labsupport import checkpoint
 from labsupport.checkpoint import CheckpointError, evidence
 from labsupport.cli import app
+from labsupport.model import models
 from labsupport.quant import packing
 
 ALL = {"windows": 0, "samples": 1, "length": 64}

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import make, run
 from typer.testing import CliRunner
 
-from labsupport import checkpoint, models
+from labsupport import checkpoint
 from labsupport.checkpoint import CheckpointError, evidence
 from labsupport.cli import app
+from labsupport.model import models
 from labsupport.quant import packing, rtn
 
 PLAIN = tuple(range(8))
@@ -162,7 +163,7 @@ def source(tmp_path_factory):
 def test_a_model_by_bitsandbytes(source, tmp_path, kind, double):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from labsupport import peers
+    from labsupport.model import peers
 
     peers.bitsandbytes()
     asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)

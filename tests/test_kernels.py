@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from labsupport import bench, kernels, machine
+from labsupport import kernels
 from labsupport.cli import app
-from labsupport.kernels import cpu, language, paper, timing, w4a16
+from labsupport.evidence import bench, machine, timing
+from labsupport.kernels import cpu, language, paper, w4a16
 from labsupport.quant import gptq, grid, rtn
 
 tl = language.tl  # the interpreter looks for it among the globals of a kernel

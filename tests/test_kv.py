@@ -11,8 +11,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers import QuantizedCache as Theirs
 
-from labsupport import cache, evaluate, models, sweep, text
-from labsupport.cache import QuantizedCache, QuantizedLayer
+from labsupport.evidence import sweep
+from labsupport.model import evaluate, models, text
+from labsupport.pipeline import cache
+from labsupport.pipeline.cache import QuantizedCache, QuantizedLayer
 from labsupport.quant import kv
 from labsupport.quant.kv import Part, Scheme, Shape
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from labsupport import lock
+from labsupport.course import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = lock.lists_of(ROOT / "pyproject.toml")

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from labsupport import machine
+from labsupport.evidence import machine
 
 
 def test_describe_names_everything():

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from labsupport import evaluate, models, text
+from labsupport.model import evaluate, models, text
 
 
 @pytest.fixture(scope="module")

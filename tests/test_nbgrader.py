@@ -16,7 +16,7 @@ from nbgrader.apps import NbGraderAPI
 from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 
-from labsupport import build as forms
+from labsupport.course import build as forms
 from labsupport.exercises.registry import exercises_of
 
 ROOT = Path(__file__).resolve().parents[1]

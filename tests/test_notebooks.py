@@ -17,9 +17,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from labsupport import build as forms
-from labsupport.badges import repository
-from labsupport.execute import WIDGET
+from labsupport.course import build as forms
+from labsupport.course.badges import repository
+from labsupport.course.execute import WIDGET
 from labsupport.exercises import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def opens_with_the_set_up_cell(lab: Lab) -> Iterator[str]:
     if tagged != [lab.code[0].id]:
         yield f"the cells tagged setup are {tagged}, wanted the first code cell alone"
     if lab.code[0].source != lab.setup:
-        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.build.setup()"
+        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.course.build.setup()"
     if len(lab.code[0].source.splitlines()) > SETUP_LINES:
         yield f"the set-up cell has more than {SETUP_LINES} lines"
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labsupport import planner
-from labsupport.planner import A100, GPUS, LLAMA_7B, LLAMA_34B, LLAMA_70B, SHAPES, Shape
+from labsupport.evidence import planner
+from labsupport.evidence.planner import A100, GPUS, LLAMA_7B, LLAMA_34B, LLAMA_70B, SHAPES, Shape
 from labsupport.quant import rtn
 
 

@@ -8,9 +8,10 @@ import torch
 import yaml
 from torch import nn
 
-from labsupport import claims, evaluate, models, sweep, text
+from labsupport.evidence import claims, sweep
+from labsupport.model import evaluate, models, text
+from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import int8, nf4, rtn
-from labsupport.quantize import quantize_model
 
 
 def test_every_linear_holds_what_is_stored_and_nothing_else_moves(tiny):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from labsupport import build
-from labsupport.badges import BEGIN, END
 from labsupport.cli import app
+from labsupport.course import build
+from labsupport.course.badges import BEGIN, END
 from labsupport.exercises import registry
 from labsupport.figures import course
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from labsupport import models, text
+from labsupport.model import models, text
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from labsupport import export, models, text, train
+from labsupport.course import export, train
+from labsupport.model import models, text
 
 SMALL = {
     "vocab": 512,

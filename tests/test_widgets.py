@@ -4,8 +4,7 @@ import ipywidgets
 import pytest
 import torch
 
-from labsupport import widgets
-from labsupport.figures import groups, levels
+from labsupport.figures import groups, levels, widgets
 
 PNG = b"\x89PNG"
 

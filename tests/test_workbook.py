@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from labsupport import workbook
+from labsupport.course import workbook
 
 STUB = "def f(x):\n    raise NotImplementedError  # your answer here"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from labsupport import models
 from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.evidence import Offset, Order, group_means
 from labsupport.checkpoint.skeleton import IGNORED, empty_model
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, read_json
+from labsupport.model import models
 from labsupport.quant import nf4, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 

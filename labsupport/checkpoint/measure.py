@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from labsupport import calibrate, evaluate, models
-from labsupport.calibrate import Block, Resident
-from labsupport.evaluate import Evaluation
-from labsupport.text import TokenStream
+from labsupport.model import evaluate, models
+from labsupport.model.evaluate import Evaluation
+from labsupport.model.text import TokenStream
+from labsupport.pipeline import calibrate
+from labsupport.pipeline.calibrate import Block, Resident
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from labsupport.calibrate import Block
-from labsupport.calibrated import LayerReport
 from labsupport.checkpoint import layouts, writing
 from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
+from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.calibrated import LayerReport
 from labsupport.quant.grid import QuantizedTensor
 
 LOCK = "lock"

@@ -14,9 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from labsupport import __version__, calibrate, calibrated, models
-from labsupport.calibrate import Block
-from labsupport.calibrated import LayerReport
+from labsupport import __version__
 from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.measure import evaluate_streamed
 from labsupport.checkpoint.parts import Parts, check_free
@@ -26,10 +24,14 @@ from labsupport.checkpoint.texts import Texts, read_texts
 from labsupport.checkpoint.tokenizers import COPIED, copied_files
 from labsupport.checkpoint.weights import CheckpointError, find, read_json
 from labsupport.checkpoint.writing import WriteError
+from labsupport.model import models
+from labsupport.model.text import TextError, TokenStream
+from labsupport.pipeline import calibrate, calibrated
+from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.calibrated import LayerReport
+from labsupport.pipeline.quantize import CALIBRATED, quantize_linear
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
-from labsupport.quantize import CALIBRATED, quantize_linear
-from labsupport.text import TextError, TokenStream
 
 
 def quantize(

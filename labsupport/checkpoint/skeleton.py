@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from labsupport import models
-from labsupport.calibrate import Resident
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
+from labsupport.model import models
+from labsupport.pipeline.calibrate import Resident
 
 # What older libraries saved beside the weights and newer ones compute.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from labsupport import calibrate, text
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.tokenizers import read_tokenizer
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.text import TextError, TokenStream
+from labsupport.model import text
+from labsupport.model.text import TextError, TokenStream
+from labsupport.pipeline import calibrate
 
 WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
 

@@ -19,7 +19,7 @@ def build(
     from rich.console import Console
     from rich.progress import Progress
 
-    from labsupport import build as forms
+    from labsupport.course import build as forms
 
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -59,8 +59,8 @@ def badges() -> None:
     """Write the Colab and Binder badges and the set-up cells from the address in pyproject.toml."""
     from rich.console import Console
 
-    from labsupport.badges import write_badges
-    from labsupport.build import BuildError, find_root
+    from labsupport.course.badges import write_badges
+    from labsupport.course.build import BuildError, find_root
 
     try:
         lines = write_badges(find_root())

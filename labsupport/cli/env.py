@@ -6,12 +6,14 @@ from pathlib import Path
 
 import typer
 
+from labsupport import PACKAGE
+
 app = typer.Typer()
 
 
 def repository(command: str) -> Path:
     """The clone that this package lives in. Exits with one line where it is installed as a wheel."""
-    root = Path(__file__).resolve().parents[2]
+    root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file():
         typer.echo(
             f"labs {command}: this labsupport is not in a clone of the course's repository: git clone it, then make", err=True
@@ -23,7 +25,7 @@ def repository(command: str) -> Path:
 @app.command()
 def doctor() -> None:
     """Say what this machine has and whether the course can run on it. Exit 1 on a problem."""
-    from labsupport.doctor import findings
+    from labsupport.course.doctor import findings
 
     problems = 0
     for finding in findings():
@@ -39,7 +41,7 @@ def doctor() -> None:
 @app.command()
 def test() -> None:
     """Prove everything: lint, unit and property tests, every notebook in both forms."""
-    from labsupport.suite import run_all
+    from labsupport.course.suite import run_all
 
     raise typer.Exit(run_all(repository("test"), lambda text: print(text, flush=True)))
 
@@ -47,7 +49,7 @@ def test() -> None:
 @app.command()
 def lock() -> None:
     """Freeze this environment into requirements.lock: exactly what pyproject.toml's lists lead to."""
-    from labsupport import lock as locks
+    from labsupport.course import lock as locks
 
     root = repository("lock")
     try:

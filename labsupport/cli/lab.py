@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from labsupport import PACKAGE
+
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
 Folder = Annotated[Path | None, typer.Option("--dir", help="The workbook; by default the one in the repository.")]
@@ -34,7 +36,7 @@ def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | 
 
 def jupyter_environment() -> dict[str, str]:
     """nbgrader's instructor panels and server extensions are off: they are for teachers, and crowd a learner's window."""
-    ours = str(Path(__file__).resolve().parents[1] / "jupyter")
+    ours = str(PACKAGE / "jupyter")
     paths = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
     # The kernel is this environment's too, whatever "python3" a user has installed elsewhere.
     return os.environ | {"JUPYTER_CONFIG_PATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}
@@ -49,7 +51,7 @@ def lab(
     """Lay out your working copies of the notebooks and open JupyterLab on them."""
     import importlib.util
 
-    from labsupport import workbook
+    from labsupport.course import workbook
 
     if importlib.util.find_spec("jupyterlab") is None:
         fail("lab", "JupyterLab is not installed: pip install 'labsupport[lab]'")
@@ -75,7 +77,7 @@ def reset(
     folder: Folder = None,
 ) -> None:
     """A fresh copy of one notebook. The old one is kept in workbook/backups."""
-    from labsupport import workbook
+    from labsupport.course import workbook
 
     try:
         for line in workbook.reset(folder or workbook.default_dir(), number, keep_answers):
@@ -90,8 +92,8 @@ def check(number: Chapter, folder: Folder = None) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from labsupport import workbook
-    from labsupport.headless import check_notebook
+    from labsupport.course import workbook
+    from labsupport.course.headless import check_notebook
 
     try:
         path = workbook.chapter(number)

@@ -29,8 +29,8 @@ def train(
     """Train the course model, or go on with a run that was stopped, and write it as a model directory with its card."""
     from tqdm import tqdm
 
-    from labsupport import export
-    from labsupport import train as training
+    from labsupport.course import export
+    from labsupport.course import train as training
 
     recipe = training.Recipe(tokens=tokens, seed=seed)
     with tqdm(total=recipe.steps, unit="step") as bar:
@@ -58,8 +58,9 @@ def sweep(
     import torch
     from tqdm import tqdm
 
-    from labsupport import calibrate, models, text
-    from labsupport import sweep as sweeps
+    from labsupport.evidence import sweep as sweeps
+    from labsupport.model import models, text
+    from labsupport.pipeline import calibrate
 
     try:
         chosen = models.model_name(model)
@@ -127,8 +128,8 @@ def _table(*names: str):
 def _bench_quantizers(rows: int, columns: int, budget: float) -> None:
     from rich.console import Console
 
-    from labsupport import bench as benches
-    from labsupport.machine import describe
+    from labsupport.evidence import bench as benches
+    from labsupport.evidence.machine import describe
 
     console, table = Console(), _table("work", "ms", "copies", "bitsandbytes", "as fast")
     with console.status("timing"):
@@ -143,8 +144,8 @@ def _bench_quantizers(rows: int, columns: int, budget: float) -> None:
 def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | None, out: Path | None) -> None:
     from rich.console import Console
 
-    from labsupport import bench as benches
-    from labsupport.machine import describe
+    from labsupport.evidence import bench as benches
+    from labsupport.evidence.machine import describe
 
     console, here, found = Console(), describe(), []
     command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")

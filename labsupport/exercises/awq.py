@@ -8,8 +8,8 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from labsupport import fold as folding
 from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
+from labsupport.pipeline import fold as folding
 from labsupport.quant import awq, rtn
 
 N_GRID = 20

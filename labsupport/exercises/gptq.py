@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from labsupport.calibrate import InputStatistics
 from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, like, right, shape_fault, wrong
+from labsupport.pipeline.calibrate import InputStatistics
 from labsupport.quant import gptq, grid, rtn
 
 ROUNDING = 2.0**-24  # of one float32 operation, relative

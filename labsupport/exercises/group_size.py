@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from labsupport import budget, evaluate
 from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, right, shape_fault, wrong
+from labsupport.model import evaluate
+from labsupport.pipeline import budget
 from labsupport.quant import grid, rtn
 
 # One division in float32 rounds by at most 2**-24 of its result; four units of 2**-23 cover any order of operations.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport import models
 from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
+from labsupport.model import models
 from labsupport.quant import grid, kv
 from labsupport.quant.kv import Part
 
@@ -703,7 +703,7 @@ def add_inputs(seed: int) -> dict:
 
 def interaction(losses: dict[str, torch.Tensor], tokens: torch.Tensor, draws: torch.Tensor) -> tuple[float, float, float]:
     """labsupport's: what both cost beyond the sum, in nats a token, and its interval."""
-    from labsupport import cache
+    from labsupport.pipeline import cache
 
     found = cache.interaction(losses, tokens, draws)
     return found.change, found.low, found.high

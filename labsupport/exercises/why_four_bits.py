@@ -6,9 +6,9 @@ import math
 import random
 from collections.abc import Mapping
 
-from labsupport import planner
+from labsupport.evidence import planner
+from labsupport.evidence.planner import A100, GIB
 from labsupport.exercises.base import Exercise, Mutant, Verdict, right, shape_fault, wrong
-from labsupport.planner import A100, GIB
 
 # A dozen float64 operations in any order stay far inside this; a forgotten zero-point or scale is far outside.
 RELATIVE = 1e-9

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.ticker import FuncFormatter
 
-from labsupport import models
-from labsupport.evaluate import Evaluation
 from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
+from labsupport.model import models
+from labsupport.model.evaluate import Evaluation
 from labsupport.quant import grid, rtn
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from labsupport.evidence.planner import Device
 from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
-from labsupport.planner import Device
 
 # Light to dark, with a pattern each, so that the parts of a bar can be told apart without color.
 PARTS = (("codes", base.SKY, ""), ("scales and zero-points", base.BLACK, ""), ("kept in 16 bits", base.ORANGE, "///"))

@@ -5,7 +5,7 @@ changes until W s is rounded; then what counts is the error of Q(W s) / s. A cha
 it stretches the steps of its whole group. `search` tries a row of scales made from the inputs' magnitudes and keeps the best.
 
     found = awq.search([q, k, v], x.T @ x, awq.saliency(x))     # one scale for all linears that read x
-    rtn.quantize(q * found.scale)                               # after 1 / scale is folded into what comes before: labsupport.fold
+    rtn.quantize(q * found.scale)                               # after 1 / scale is folded into what comes before: pipeline.fold
 
 Nothing else is stored. GPTQ on top of AWQ's scales is GPTQ of the folded model, with Hessians measured there, or
 `scaled_gram(hessian, found.scale)`, which is the same matrix.

@@ -57,7 +57,7 @@ def _one_sided() -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def _course(name: str, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first rows of a linear of the course model (rows do not meet in GPTQ) and what it is fed on held-out prose."""
-    from labsupport import models, text
+    from labsupport.model import models, text
 
     model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     stream = text.load_text(tokenizer, "prose")

@@ -13,7 +13,7 @@ from interop import golden, pack, tiny
 from interop.cases import AwqRun
 from safetensors import safe_open
 
-from labsupport import models
+from labsupport.model import models
 
 COMMAND = "cd tests && python -m interop.lessons"
 Contents = tuple[dict[str, torch.Tensor], dict[str, object]]

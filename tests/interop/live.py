@@ -12,11 +12,12 @@ from interop import cases, golden, layers, peers, tiny
 from interop.golden import Found, Layer, Model
 from torch import nn
 
-from labsupport import fold, models, text
-from labsupport.calibrate import InputStatistics
-from labsupport.evaluate import perplexity
+from labsupport.model import models, text
+from labsupport.model.evaluate import perplexity
+from labsupport.pipeline import fold
+from labsupport.pipeline.calibrate import InputStatistics
+from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.gptq import quantize
-from labsupport.quantize import quantize_model
 
 TIMES = 5
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from labsupport import checkpoint, models, text
-from labsupport.quantize import quantize_model
+from labsupport import checkpoint
+from labsupport.model import models, text
+from labsupport.pipeline.quantize import quantize_model
 
 PROMPT, WINDOWS, LENGTH = 64, 8, 256
 # (method, layout, settings). rtn is quick, and a loader does not see what gave the codes.

@@ -10,7 +10,8 @@ from interop import tiny
 from interop.cases import DAMPING, AwqRun, Setting
 from interop.golden import Found, Model, Solved
 
-from labsupport import fold, models
+from labsupport.model import models
+from labsupport.pipeline import fold
 from labsupport.quant import awq, gptq
 
 

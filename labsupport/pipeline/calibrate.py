@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport import models
-from labsupport.text import TextError, TokenStream
+from labsupport.model import models
+from labsupport.model.text import TextError, TokenStream
 
 WINDOWS, LENGTH, BATCH = 64, 512, 8
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from labsupport import models
+from labsupport.model import models
 
 
 @cache

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport import models
-from labsupport.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
+from labsupport.model import models
+from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
+from labsupport.model.text import TokenStream
+from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
-from labsupport.quantize import quantize_model
-from labsupport.text import TokenStream
 
 GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
 # What a row says beside its setting.
@@ -311,7 +311,7 @@ def scheme_of(setting: dict[str, Any]) -> Scheme:
 
 
 def _measure_cache(model, stream, length, windows, baseline, setting, calibration) -> dict[str, Any]:
-    from labsupport.cache import evaluate_cached, losses_by_place
+    from labsupport.pipeline.cache import evaluate_cached, losses_by_place
 
     if weights := setting["weights"]:
         method, bits = weights[:-1], int(weights[-1])

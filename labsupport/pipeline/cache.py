@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from labsupport import models
-from labsupport.evaluate import BATCH, LENGTH, Evaluation, Interval, evaluate
+from labsupport.model import models
+from labsupport.model.evaluate import BATCH, LENGTH, Evaluation, Interval, evaluate
+from labsupport.model.text import TokenStream
 from labsupport.quant import kv
 from labsupport.quant.kv import Scheme
-from labsupport.text import TokenStream
 
 
 class QuantizedLayer(DynamicLayer):

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -22,6 +21,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from traitlets import Type
+
+from labsupport import PACKAGE
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_TEXT = "The control appears here when the cell is run. The figure below shows where it starts."
@@ -125,7 +126,7 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
 
 def _environment(strict: bool) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    paths = [str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]
+    paths = [str(PACKAGE.parent), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env | ({"LABS_STRICT": "1"} if strict else {})
 

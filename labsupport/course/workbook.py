@@ -19,6 +19,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from labsupport import PACKAGE
+
 BACKUPS = "backups"
 
 
@@ -28,18 +30,17 @@ class WorkbookError(Exception):
 
 def notebooks_dir() -> Path:
     """The notebooks that copies are made from: the repository's in a checkout, the packed ones in an installed wheel."""
-    package = Path(__file__).resolve().parent
     # Packed ones first: whatever happens to be called "notebooks" beside an installed package is not ours.
-    for candidate in (package / "notebooks", package.parent / "notebooks"):
+    for candidate in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
         if candidate.is_dir():
             return candidate
-    raise WorkbookError(f"the course's notebooks are neither beside {package} nor in it: the installation is incomplete")
+    raise WorkbookError(f"the course's notebooks are neither beside {PACKAGE} nor in it: the installation is incomplete")
 
 
 def default_dir() -> Path:
     """Where the copies go: `workbook` in the repository, or in the current directory where labsupport is installed as a wheel."""
     source = notebooks_dir()
-    inside = source.parent == Path(__file__).resolve().parent
+    inside = source.parent == PACKAGE
     return (Path.cwd() if inside else source.parent) / "workbook"
 
 

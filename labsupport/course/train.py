@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from labsupport import text
+from labsupport.model import text
 
 STATE, PROGRESS, TOKENIZER = "state.safetensors", "progress.json", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"

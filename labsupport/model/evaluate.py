@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from labsupport.text import TokenStream
+from labsupport.model.text import TokenStream
 
 LENGTH = 512
 BATCH = 4

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from labsupport import calibrate, calibrated, models
-from labsupport.calibrated import LayerReport, lost_share
+from labsupport.model import models
+from labsupport.model.text import TokenStream
+from labsupport.pipeline import calibrate, calibrated
+from labsupport.pipeline.calibrated import LayerReport, lost_share
 from labsupport.quant import int8, nf4, rtn
 from labsupport.quant.grid import QuantizedTensor
 from labsupport.quant.int8 import Int8Linear
-from labsupport.text import TokenStream
 
 WEIGHT_ONLY = {"rtn": rtn.quantize, "nf4": nf4.quantize, "int8-weights": int8.quantize}
 CALIBRATED = ("gptq", "awq")

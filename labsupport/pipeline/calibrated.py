@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from labsupport import calibrate, fold, models
-from labsupport.calibrate import Block, InputStatistics, Resident
+from labsupport.model import models
+from labsupport.pipeline import calibrate, fold
+from labsupport.pipeline.calibrate import Block, InputStatistics, Resident
 from labsupport.quant import awq, gptq, rtn
 from labsupport.quant.grid import QuantizedTensor
 

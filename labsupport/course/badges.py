@@ -7,7 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from labsupport.build import BuildError, read, setup, sources, write
+from labsupport.course.build import BuildError, read, setup, sources, write
 
 BEGIN, END = "<!-- badges -->", "<!-- /badges -->"
 BRANCH = "main"

@@ -15,7 +15,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from labsupport.execute import VOLATILE, BuildError, essence, execute, output_faults, source_sha256
+from labsupport import PACKAGE
+from labsupport.course.execute import VOLATILE, BuildError, essence, execute, output_faults, source_sha256
 
 # The set-up cell of every notebook. `labs badges` puts COLAB before it once the repository has a public address.
 SETUP = """\
@@ -39,7 +40,7 @@ def setup(repository: str = "") -> str:
 def find_root(start: Path | None = None) -> Path:
     """The folder that holds pyproject.toml and notebooks/solutions: `start` (default: here) or above, else around this package."""
     start = (start or Path.cwd()).resolve()
-    for folder in (start, *start.parents, Path(__file__).resolve().parents[1]):
+    for folder in (start, *start.parents, PACKAGE.parent):
         if (folder / "pyproject.toml").is_file() and (folder / "notebooks" / "solutions").is_dir():
             return folder
     raise BuildError(f"no notebooks/solutions in {start} or above; run this inside a clone of the repository")

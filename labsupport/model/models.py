@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from labsupport import PACKAGE
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -18,11 +20,10 @@ class ModelError(ValueError):
 
 def data_dir() -> Path:
     """The course's data: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
-    for candidate in (package.parent / "data", package / "data"):
+    for candidate in (PACKAGE.parent / "data", PACKAGE / "data"):
         if (candidate / "claims.yaml").is_file():
             return candidate
-    raise ModelError(f"the course data is neither beside {package} nor in it: the installation is incomplete")
+    raise ModelError(f"the course data is neither beside {PACKAGE} nor in it: the installation is incomplete")
 
 
 def course_model_dir() -> Path:

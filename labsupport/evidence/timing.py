@@ -15,7 +15,9 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from labsupport import kernels, machine, peers
+from labsupport import kernels
+from labsupport.evidence import machine
+from labsupport.model import peers
 from labsupport.quant.grid import UniformTensor
 
 PAST_THE_CACHE = 4  # times the last-level cache that a rotation reads

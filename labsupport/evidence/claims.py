@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-from labsupport import models
+from labsupport.model import models
 
 VERDICTS = {True: "holds", False: "fails", None: "depends"}
 

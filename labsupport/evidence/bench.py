@@ -19,10 +19,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from labsupport import kernels, machine, models, peers
-from labsupport.kernels import timing
-from labsupport.kernels.timing import Product
-from labsupport.machine import median_seconds
+from labsupport import kernels
+from labsupport.evidence import machine, timing
+from labsupport.evidence.machine import median_seconds
+from labsupport.evidence.timing import Product
+from labsupport.model import models, peers
 from labsupport.quant import grid, int8, nf4, rtn
 
 # [out_features, in_features]: attention and MLP of models of 7B and 70B.

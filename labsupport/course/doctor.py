@@ -73,7 +73,7 @@ def _resources() -> Iterator[Finding]:
 
 def _device() -> Finding:
     try:
-        from labsupport import machine
+        from labsupport.evidence import machine
 
         about = machine.describe()
     except Exception as error:
@@ -85,7 +85,7 @@ def _device() -> Finding:
 
 def _model_and_text() -> Iterator[Finding]:
     try:
-        from labsupport import models, text
+        from labsupport.model import models, text
     except Exception as error:
         yield Finding(
             "model", f"labsupport does not import ({type(error).__name__}: {error})", "`make lab` repairs the environment"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.evaluate import evaluate
-from labsupport.text import load_text
-from labsupport.train import END_OF_TEXT, Recipe
+from labsupport.course.train import END_OF_TEXT, Recipe
+from labsupport.model.evaluate import evaluate
+from labsupport.model.text import load_text
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _tokenizer_config(context: int) -> dict[str, Any]:
 def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], directory: Path) -> None:
     """Write weights, config, tokenizer, card, recipe and loss curve to `directory`, all or nothing.
 
-    progress: what labsupport.train returned. A directory that exists is replaced when the new one is complete.
+    progress: what labsupport.course.train returned. A directory that exists is replaced when the new one is complete.
     Raises ValueError where a weight does not fit float16.
     """
     from safetensors.torch import save_file
@@ -120,7 +120,8 @@ def _loss_curve(progress: dict[str, Any]):
 
 
 def _card(directory: Path, progress: dict[str, Any]) -> str:
-    from labsupport import models, quantize
+    from labsupport.model import models
+    from labsupport.pipeline import quantize
 
     model, tokenizer = models.load_model(str(directory), device="cpu")
     recipe = Recipe(**progress["recipe"])
@@ -187,7 +188,7 @@ Python Software Foundation License.
 
 ## Held-out figures
 
-Perplexity as `labsupport.evaluate` defines it: windows of {recipe.context} tokens, float32 on a CPU.
+Perplexity as `labsupport.model.evaluate` defines it: windows of {recipe.context} tokens, float32 on a CPU.
 
 | text | documents | bytes | windows | perplexity | bits a byte | text SHA-256 |
 |---|---|---|---|---|---|---|

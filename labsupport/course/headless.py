@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from labsupport import PACKAGE
+
 MARK = "labs-outcomes "
 # Runs after the learner's last cell, in the same kernel. A chapter without exercises has nothing to tally.
 TALLY = """\
@@ -54,7 +56,7 @@ def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: 
     """
     from nbclient import NotebookClient
 
-    from labsupport.execute import ThisInterpreter
+    from labsupport.course.execute import ThisInterpreter
 
     copy = deepcopy(notebook)
     copy.cells.append(nbformat.v4.new_code_cell(TALLY.format(chapter=chapter, mark=MARK)))
@@ -70,7 +72,7 @@ def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: 
         on_cell_start=(lambda cell, cell_index: on_cell(cell_index)) if on_cell else None,
     )
     env = {k: v for k, v in os.environ.items() if k != "LABS_STRICT"}  # a wrong answer is to be counted, not raised
-    path = [str(Path(__file__).resolve().parents[1]), env.get("PYTHONPATH", "")]
+    path = [str(PACKAGE.parent), env.get("PYTHONPATH", "")]
     client.execute(env=env | {"PYTHONPATH": os.pathsep.join(filter(None, path))})
 
     *cells, last = copy.cells

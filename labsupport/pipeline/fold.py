@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport import models
-from labsupport.models import ModelError
+from labsupport.model import models
+from labsupport.model.models import ModelError
 
 # Both llm-awq and AutoAWQ search no clips for these: what counts is the product of their outputs.
 NOT_CLIPPED = ("q_proj", "k_proj")
