@@ -22,8 +22,15 @@ KINDS = ("nf4", "fp4")
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Equal in dtype, count and every bit: -0.0 is not 0.0, and NaN is NaN."""
+    if ours.dtype != theirs.dtype:
+        return False
     ours, theirs = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (ours, theirs))
     return torch.equal(ours, theirs)
+
+
+def same_values(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal to the last bit but for the sign of a zero, which is the back end's: see the test of FP4's two zeros."""
+    return same_bits(ours + 0.0, theirs + 0.0)  # -0.0 + 0.0 is 0.0, and no other value changes
 
 
 def random_matrix(seed: int) -> torch.Tensor:
@@ -59,7 +66,7 @@ def assert_4bit_equal(weight: torch.Tensor, kind: str, block_size: int, double_q
     else:
         assert same_bits(ours.absmax, state.absmax), about
     if weight.shape[1] % block_size == 0:  # elsewhere their dequantization is at fault, see the test below
-        assert same_bits(ours.dequantize().to(weight.dtype), functional.dequantize_4bit(packed, state)), about
+        assert same_values(ours.dequantize().to(weight.dtype), functional.dequantize_4bit(packed, state)), about
 
 
 # 4 bits ---------------------------------------------------------------------------------------------------------------
@@ -76,6 +83,21 @@ def test_codebooks_and_map():
 def test_random_tensors_to_the_last_bit(kind, double_quant):
     for seed in range(240):
         assert_4bit_equal(random_matrix(seed), kind, (32, 64, 128, 256)[seed // 2 % 4], double_quant)
+
+
+def test_the_sign_of_fp4s_second_zero_is_the_back_ends():
+    """Codes 0 and 8 are zero. Their AVX-512 code reads 8 back as 0.0, their general code as -0.0; here it is 0.0 everywhere."""
+    weight = torch.ones(1, 64)
+    packed, state = functional.quantize_4bit(weight, quant_type="fp4")
+    packed[:] = 0x08  # in turn the codes 0 and 8
+    theirs = functional.dequantize_4bit(packed, state)
+    assert theirs.tolist() == [[0.0] * 64]
+    assert not theirs[:, ::2].signbit().any()
+    assert theirs[:, 1::2].signbit().unique().numel() == 1  # one sign or the other, and the same for all
+    assert not nf4.levels_of("fp4").signbit()[[0, 8]].any()
+    assert not same_bits(torch.tensor(-0.0), torch.tensor(0.0))
+    assert same_values(torch.tensor(-0.0), torch.tensor(0.0))
+    assert not same_values(torch.tensor(1e-45), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,7 +257,7 @@ def test_what_they_write_is_read_here(kind, double_quant):
     state = {f"model.7.{name}": value for name, value in theirs.state_dict().items()}
     ours = bnb_format.read_4bit(state | others, "model.7.weight")
     assert (ours.kind, ours.block_size, ours.shape) == (kind, 128, (24, 128))
-    assert same_bits(ours.dequantize(), functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state))
+    assert same_values(ours.dequantize(), functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state))
     x = torch.randn(5, 128)
     assert torch.equal(nn.functional.linear(x, ours.dequantize()), theirs(x))
     again = bnb_format.write_4bit(ours, dtype=torch.float32)
