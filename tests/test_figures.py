@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 
 from labsupport import figures
-from labsupport.evidence.planner import Device
+from labsupport.evidence.roofline import Device
 from labsupport.figures import (
     base,
     cache,

@@ -410,6 +410,24 @@ def test_a_device_has_a_file_of_its_own():
     assert path.name == "nvidia-a100-sxm4-80gb.json"
 
 
+def test_processors_of_one_name_and_other_instructions_have_files_of_their_own(monkeypatch):
+    here = machine.Machine("cpu", "AMD EPYC", 2, 2**34, 2**25, {})
+    names = set()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        names.add(bench.measurements_path(here).name)
+    assert names == {"amd-epyc-avx2.json", "amd-epyc-avx512.json"}
+
+
+@pytest.mark.parametrize("name", ["amd-epyc-avx512", "amd-epyc-avx2"])
+def test_machines_that_claims_are_settled_from(name):
+    about, rows = bench.load(name)
+    assert about["name"] == "AMD EPYC"
+    assert about["instructions"] == name.rpartition("-")[2].upper()
+    found = {(r.kernel, r.batch) for r in rows if (r.out_features, r.in_features) == (4096, 4096)}
+    assert found >= {(kernel, batch) for kernel in ("bf16", "int4", "int4, unfused", "bitsandbytes nf4") for batch in (1, 64)}
+
+
 def test_labs_bench_writes_what_it_measured(tmp_path):
     asked = [
         "bench",

@@ -137,9 +137,15 @@ def _free(device: str) -> int:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
+def instructions(device: str) -> str | None:
+    """The instruction set of PyTorch's kernels on a CPU, such as AVX2. Processors of one name can differ in it. None for a GPU."""
+    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else None
+
+
 def measurements_path(here: machine.Machine) -> Path:
-    """data/measurements/<device>.json, the device's name in small letters."""
-    return models.data_dir() / "measurements" / (re.sub(r"[^a-z0-9]+", "-", here.name.lower()).strip("-") + ".json")
+    """data/measurements/<device>.json: the device's name in small letters, and for a CPU its instruction set."""
+    name = f"{here.name} {instructions(here.device) or ''}".lower()
+    return models.data_dir() / "measurements" / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
 def about(command: str, here: machine.Machine, budget: float) -> dict[str, object]:
@@ -150,8 +156,10 @@ def about(command: str, here: machine.Machine, budget: float) -> dict[str, objec
         "date": datetime.date.today().isoformat(),
         "device": here.device,
         "name": here.name,
+        "instructions": instructions(here.device),
         "cache": here.cache,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute: was the machine shared?
         "versions": here.versions | {"triton": triton},
         "bandwidth": timing.bandwidth(here.device, budget),
         "seconds": "of one product, the least of many; weights rotated past the last-level cache",
@@ -178,6 +186,11 @@ def check_writable(path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.touch()
     temporary.unlink()
+
+
+def load(name: str) -> tuple[dict[str, object], list[Product]]:
+    """The rows of a machine that was measured for the course, and what is known of their run: data/measurements/<name>.json."""
+    return read(models.data_dir() / "measurements" / f"{name}.json")
 
 
 def read(path: Path) -> tuple[dict[str, object], list[Product]]:

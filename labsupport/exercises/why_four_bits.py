@@ -6,8 +6,9 @@ import math
 import random
 from collections.abc import Mapping
 
-from labsupport.evidence import planner
-from labsupport.evidence.planner import A100, GIB
+from labsupport.evidence import planner, roofline
+from labsupport.evidence.planner import GIB
+from labsupport.evidence.roofline import A100
 from labsupport.exercises.base import Exercise, Mutant, Verdict, right, shape_fault, wrong
 
 # A dozen float64 operations in any order stay far inside this; a forgotten zero-point or scale is far outside.
@@ -152,7 +153,7 @@ def judge_intensity(given: dict, got: dict, want: dict) -> Verdict:
 
 INTENSITY = Exercise(
     id="1.2", name="intensity", title="Operations for each byte", minutes=8, difficulty=2, points=2,
-    returns=("flops_per_byte",), inputs=intensity_inputs, reference=planner.intensity, judge=judge_intensity,
+    returns=("flops_per_byte",), inputs=intensity_inputs, reference=roofline.intensity, judge=judge_intensity,
     mutants=(
         Mutant(lambda t, i, o, b: t * i * o / (i * o * b / 8 + 2 * t * (i + o)), "two operations"),
         Mutant(lambda t, i, o, b: 2 * t * i * o / (i * o * b / 8), "activations are missing"),
@@ -226,7 +227,7 @@ def judge_decode(given: dict, got: dict, want: dict) -> Verdict:
 
 DECODE_RATE = Exercise(
     id="1.3", name="decode_rate", title="Tokens a second, at best", minutes=8, difficulty=2, points=2,
-    returns=("tokens_per_second",), inputs=decode_inputs, reference=planner.decode_rate, drive=drive_decode, judge=judge_decode,
+    returns=("tokens_per_second",), inputs=decode_inputs, reference=roofline.decode_rate, drive=drive_decode, judge=judge_decode,
     mutants=(
         Mutant(lambda w, p, n, b, r: r / (2 * p), "operations only"),
         Mutant(lambda w, p, n, b, r: n * r / w, "divides the rate of operations by bytes"),
@@ -278,7 +279,7 @@ def judge_crossover(given: dict, got: dict, want: dict) -> Verdict:
 
 CROSSOVER_BATCH = Exercise(
     id="1.4", name="crossover_batch", title="Where the batch takes over", minutes=8, difficulty=2, points=2,
-    returns=("batch",), inputs=crossover_inputs, reference=planner.crossover_batch, judge=judge_crossover,
+    returns=("batch",), inputs=crossover_inputs, reference=roofline.crossover_batch, judge=judge_crossover,
     mutants=(
         Mutant(lambda b, r, w: int(r / b * w / 16), "one too few"),
         Mutant(lambda b, r, w: r / b * w / 16, "whole number"),
@@ -359,7 +360,7 @@ def judge_limits(given: dict, got: dict, want: dict) -> Verdict:
 
 WHAT_LIMITS = Exercise(
     id="1.5", name="what_limits", title="Which run is memory-bound?", minutes=8, difficulty=2, points=2,
-    returns=("word",), inputs=limits_inputs, reference=planner.what_limits, drive=drive_limits, judge=judge_limits,
+    returns=("word",), inputs=limits_inputs, reference=roofline.what_limits, drive=drive_limits, judge=judge_limits,
     mutants=(
         Mutant(lambda s, w, f, b, r: "memory" if f / w < r / b else "compute", "that is overhead"),
         Mutant(LIMIT_MISTAKES["turned around: a run that moves bytes as fast as the machine can is limited by memory"], "turned"),
@@ -391,11 +392,11 @@ def judge_unhelped(given: dict, got: dict, want: dict) -> Verdict:
     operations = 2 * tokens * i * o
     if operations < LEAST_OPERATIONS:
         return wrong(f"that is {operations:.2g} operations, wanted at least {LEAST_OPERATIONS:.0e}: something worth speeding up")
-    if planner.intensity(tokens, i, o, 16) >= A100.ridge:
+    if roofline.intensity(tokens, i, o, 16) >= A100.ridge:
         return wrong("in 16 bits it is limited by its operations, not by its bytes: lower the operations a byte below the ridge")
-    gain = planner.matmul_seconds(tokens, i, o, 16, A100) / planner.matmul_seconds(tokens, i, o, 4, A100)
+    gain = roofline.matmul_seconds(tokens, i, o, 16, A100) / roofline.matmul_seconds(tokens, i, o, 4, A100)
     if gain >= MOST_GAIN:
-        share = 2 * i * o / (operations / planner.intensity(tokens, i, o, 16))
+        share = 2 * i * o / (operations / roofline.intensity(tokens, i, o, 16))
         said = f"4-bit weights make it {gain:.2f} times faster, wanted less than {MOST_GAIN}"
         return wrong(f"{said}: {100 * share:.0f} % of the bytes it moves are weights. What else does a product move?")
     return right()

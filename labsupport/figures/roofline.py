@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from labsupport.evidence.planner import Device
+from labsupport.evidence.roofline import Device
 from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
 
