@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from labsupport.exercises import gptq as exercises
 from labsupport.exercises import packing_and_checkpoints as files
-from labsupport.exercises.base import generator
+from labsupport.exercises.form import generator
 from labsupport.quant import gptq, grid
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labsupport.exercises import registry
-from labsupport.exercises.base import test as judged
+from labsupport.exercises.judging import test as judged
 from labsupport.kernels import language
 
 tl = language.tl

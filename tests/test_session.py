@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from labsupport.exercises import base, check, registry, revisit, score, session, tally
-from labsupport.exercises.base import attempt
+from labsupport.exercises import check, judging, registry, revisit, score, session, tally
+from labsupport.exercises.attempts import attempt
 from labsupport.quant import grid
 
 EXERCISE = registry.get("2.2")
@@ -165,5 +165,5 @@ def test_revisit(arguments, said, capsys):
 
 
 def test_seeds_must_not_be_empty():
-    with pytest.raises(ValueError, match="seeds is empty"):
-        base.test(EXERCISE, right_answer, [])
+    with pytest.raises(ValueError, match="cases is empty"):
+        judging.test(EXERCISE, right_answer, [])

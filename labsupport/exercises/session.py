@@ -1,12 +1,15 @@
-"""What a notebook calls: `check`, `score`, `tally`, `revisit`. Prints to standard output only; nbgrader punishes the other."""
+"""What a notebook calls: `check`, `score`, `tally`, `revisit`. Prints to standard output only; nbgrader gives 0 for the other."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from labsupport.exercises.base import test
+from labsupport.exercises.attempts import is_reference
+from labsupport.exercises.form import Exercise, Verdict, wrong
+from labsupport.exercises.judging import test
 from labsupport.exercises.registry import exercises_of, get
 
 CHECK_SEEDS = range(5)
@@ -15,8 +18,11 @@ SCORE_SEEDS = range(1000, 1010)
 
 @dataclass
 class Record:
+    """answer: what was last given to `check`. outcome: "pass", "not yet" or "not attempted". line: what was printed about it."""
+
     answer: Callable
-    outcome: str  # "pass", "not yet" or "not attempted"
+    outcome: str
+    line: str
 
 
 _records: dict[str, Record] = {}
@@ -25,23 +31,36 @@ _records: dict[str, Record] = {}
 def check(id: str, answer: Callable) -> Callable:
     """Judge an answer, say what was found, and return a function to go on with: the answer, or the reference in its place.
 
+    The reference that an earlier check of the same exercise returned is no answer: what was said then is said again.
     With LABS_STRICT=1, as when the solutions are tested, anything but a pass raises AssertionError.
     """
-    exercise = get(id)
-    seeds = CHECK_SEEDS if not exercise.needs_model else CHECK_SEEDS[:1]
-    verdict, blank = test(exercise, answer, seeds)
+    exercise, before = get(id), _records.get(id)
+    if answer is exercise.reference and before is not None and before.outcome != "pass":
+        print(before.line)
+        return answer
+    verdict, blank, printed = _judged(exercise, answer, CHECK_SEEDS)
     outcome = "pass" if verdict.passed else "not attempted" if blank else "not yet"
-    _records[id] = Record(answer, outcome)
     if verdict.passed:
         line = f"{id} {exercise.name}: {verdict.message}"
     elif blank:
         line = f"{id} {exercise.name}: not attempted, going on with the reference"
     else:
         line = f"{id} {exercise.name}: not yet. {verdict.message}\n    Going on with the reference."
+    _records[id] = Record(answer, outcome, line)
     if not verdict.passed and os.environ.get("LABS_STRICT") == "1":
         raise AssertionError(line)
+    if printed:
+        print(f"{exercise.name} printed:\n{printed.rstrip()}")
     print(line)
     return answer if verdict.passed else exercise.reference
+
+
+def _judged(exercise: Exercise, answer: Callable, seeds: range) -> tuple[Verdict, bool, str]:
+    """The verdict, whether the answer is the untouched stub, and what it printed the first time."""
+    if is_reference(exercise, answer):
+        return wrong("it is labsupport's own version. Write it out: the point is to have built it"), False, ""
+    verdict, tried = test(exercise, answer, seeds if not exercise.needs_model else seeds[:1])
+    return verdict, tried[0].status == "blank", tried[0].printed
 
 
 def score(id: str) -> float:
@@ -49,8 +68,7 @@ def score(id: str) -> float:
     exercise = get(id)
     if id not in _records:
         return 0.0
-    seeds = SCORE_SEEDS if not exercise.needs_model else SCORE_SEEDS[:1]
-    verdict, _ = test(exercise, _records[id].answer, seeds)
+    verdict, *_ = _judged(exercise, _records[id].answer, SCORE_SEEDS)
     return float(exercise.points) if verdict.passed else 0.0
 
 
@@ -79,3 +97,40 @@ def revisit(prediction: float | str | None, measured: float | str, what: str) ->
 
 def _text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}"
+
+
+OURS = {"check": check, "score": score, "tally": tally, "revisit": revisit}
+_CALLS = re.compile(r"^(?:\w+ = )?(check|score|tally|revisit)\(", re.MULTILINE)
+
+
+class KeepNames:
+    """A notebook's cells call `check`, `score`, `tally` and `revisit` by name, and a learner may have used one for a number.
+
+    Before a cell that calls one of them at the beginning of a line, the name means ours again; after the cell, it is the learner's.
+    """
+
+    def __init__(self, names: dict) -> None:
+        self.names, self.borrowed = names, {}
+
+    def before(self, info) -> None:
+        for name in set(_CALLS.findall(info.raw_cell or "")):
+            if self.names.get(name, OURS[name]) is not OURS[name]:
+                self.borrowed[name] = self.names[name]
+                self.names[name] = OURS[name]
+
+    def after(self, result) -> None:
+        for name, value in self.borrowed.items():
+            if self.names.get(name) is OURS[name]:
+                self.names[name] = value
+        self.borrowed = {}
+
+
+def keep_names() -> None:
+    """Have Jupyter's kernel, where this runs in one, keep the course's four names working (see KeepNames)."""
+    import sys
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        keeper = KeepNames(shell.user_ns)
+        shell.events.register("pre_run_cell", keeper.before)
+        shell.events.register("post_run_cell", keeper.after)

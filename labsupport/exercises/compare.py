@@ -1,0 +1,111 @@
+"""Outputs set beside each other: how far apart they are, where they first differ, and with how many digits that shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+Limit = float | torch.Tensor  # the same for all entries, or one for each
+
+
+def leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Every tensor, number and text in outputs that may hold lists and dicts, as (output's name, path to it, value)."""
+    for name, value in outputs.items():
+        yield from ((name, path, leaf) for path, leaf in _inside(name, value))
+
+
+def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _inside(f"{path}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _inside(f"{path}[{index}]", part)
+    else:
+        yield path, value
+
+
+def _gap(have: Any, want: Any) -> torch.Tensor:
+    """|have - want|, float64: 0 where both are the same infinity or NaN, infinite where one is NaN or texts differ."""
+    if isinstance(want, str):
+        return torch.tensor(0.0 if have == want else math.inf, dtype=torch.float64)
+    a, b = (v.double() if isinstance(v, torch.Tensor) else torch.tensor(float(v), dtype=torch.float64) for v in (have, want))
+    same = (a == b) | (a.isnan() & b.isnan())
+    return (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
+
+
+def _limit(limits: Limit | Mapping[str, Limit], name: str) -> Limit:
+    return limits[name] if isinstance(limits, Mapping) else limits
+
+
+def same_form(have: Mapping[str, Any], want: Mapping[str, Any]) -> bool:
+    """Whether both hold the same leaves, tensors of the same shapes."""
+
+    def form(outputs: Mapping[str, Any]) -> list[tuple]:
+        found = []
+        for _, path, leaf in leaves(outputs):
+            found.append((path, leaf.shape if isinstance(leaf, torch.Tensor) else isinstance(leaf, str)))
+        return found
+
+    return form(have) == form(want)
+
+
+def difference(
+    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
+) -> tuple[float, float, bool]:
+    """The largest gap, the limit where it lies, and whether every entry is within its limit. Infinity where the forms differ.
+
+    limits: how far apart entries may lie, for all outputs or by output's name; a number, or a tensor that fits the output.
+    """
+    if not same_form(have, want):
+        return math.inf, 0.0, False
+    worst, limit_there, within = 0.0, 0.0, True
+    for (name, _, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
+        gap = _gap(a, b)
+        limit = torch.as_tensor(_limit(limits, name), dtype=torch.float64).expand_as(gap)
+        within = within and bool((gap <= limit).all())
+        if gap.numel() and gap.max() >= worst:
+            worst, limit_there = gap.max().item(), limit.flatten()[gap.argmax()].item()
+    return worst, limit_there, within
+
+
+def first_difference(
+    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
+) -> tuple[str, Any, Any]:
+    """The first entry that is further off than its limit: where, what stands there, and what is wanted. The forms are the same.
+
+    Raises ValueError where nothing differs.
+    """
+    for (name, path, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
+        gap = _gap(a, b)
+        beyond = gap > torch.as_tensor(_limit(limits, name), dtype=torch.float64)
+        if beyond.any():
+            if not isinstance(b, torch.Tensor) or b.ndim == 0:
+                return path, *(v.item() if isinstance(v, torch.Tensor) else v for v in (a, b))
+            place = tuple(beyond.nonzero()[0].tolist())
+            return f"{path}{list(place)}", a[place].item(), b[place].item()
+    raise ValueError("have and want differ nowhere")
+
+
+def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:
+    """Both as text, with as many digits as it takes to tell them apart."""
+    if isinstance(have, str) or isinstance(want, str):
+        return repr(have), repr(want)
+    texts = (str(have), str(want))
+    for count in range(digits, 18):
+        texts = (f"{have:.{count}g}", f"{want:.{count}g}")
+        if texts[0] != texts[1] or have == want:
+            break
+    return texts
+
+
+def got_and_wanted(have: Any, want: Any) -> str:
+    """ "got 3, wanted 4", with as many digits as it takes to tell them apart."""
+    return "got {}, wanted {}".format(*shown(have, want))
+
+
+def largest_difference(have: torch.Tensor, want: torch.Tensor) -> float:
+    return (have.double() - want.double()).abs().max().item()
