@@ -1,5 +1,11 @@
 """What a learner sees: check, score, tally, revisit, and answers that misbehave."""
 
+import functools
+import subprocess
+import sys
+import types
+import warnings
+
 import pytest
 import torch
 
@@ -162,6 +168,79 @@ def test_tally_counts(capsys):
 def test_revisit(arguments, said, capsys):
     revisit(*arguments)
     assert capsys.readouterr().out.strip() == said
+
+
+@pytest.mark.parametrize("answer", [blank, returns_nothing, EXERCISE.mutants[0].answer], ids=["blank", "nothing", "wrong"])
+def test_a_check_cell_that_runs_twice_does_not_judge_its_own_stand_in(answer, capsys):
+    kept = check("2.2", answer)
+    first = capsys.readouterr().out
+    assert check("2.2", kept) is EXERCISE.reference
+    assert capsys.readouterr().out == first
+    assert score("2.2") == 0.0
+    tally(2)
+    assert "1 of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [grid.scale_and_zero_point, types.FunctionType(grid.scale_and_zero_point.__code__, vars(grid), "mine"), borrows,
+     functools.partial(grid.scale_and_zero_point)],
+    ids=["itself", "its code", "called", "partial"],
+)  # fmt: skip
+def test_the_reference_under_any_name_is_borrowed(answer, capsys):
+    check("2.2", answer)
+    assert "labsupport's own version" in capsys.readouterr().out
+    assert score("2.2") == 0.0
+
+
+def test_what_an_answer_prints_stays_out_of_standard_error_and_is_cut(capsys):
+    def talkative(weight, bits):
+        print("begins", file=sys.stderr)
+        warnings.warn("careful", stacklevel=1)
+        print("x" * 100_000)
+        return right_answer(weight, bits)
+
+    assert check("2.2", talkative) is talkative
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "scale_and_zero_point printed:\nbegins" in out
+    assert "careful" in out
+    assert len(out) < 2_000
+    assert score("2.2") == EXERCISE.points
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_answer_that_exits_is_not_yet_right(capsys):
+    check("2.2", lambda weight, bits: sys.exit("bye"))
+    assert "not yet. it raised SystemExit: bye" in capsys.readouterr().out
+
+
+NOTEBOOK = """
+from labsupport.exercises import check, revisit, score, tally
+#---
+score, check = 0.93, "mine"
+#---
+def stubborn_row():
+    raise NotImplementedError
+#---
+stubborn_row = check("2.7", stubborn_row)
+score("2.7")
+#---
+print(score, check)
+"""
+
+
+def test_names_that_a_learner_reuses_do_no_harm():
+    """In a kernel: a cell that calls check or score means the course's, and the learner's own values are there again after it."""
+    code = (
+        "import sys\nfrom IPython.core.interactiveshell import InteractiveShell\nshell = InteractiveShell.instance()\n"
+        f"cells = {NOTEBOOK.split('#---')!r}\n"
+        "for cell in cells:\n    result = shell.run_cell(cell)\n    result.raise_error()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2.7 stubborn_row: not attempted, going on with the reference" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == "0.93 mine"
 
 
 def test_seeds_must_not_be_empty():

@@ -172,6 +172,7 @@ def _listening() -> Iterator[io.StringIO]:
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard), warnings.catch_warnings():
         warnings.simplefilter("default")
+        warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}", file=heard)
         yield heard
 
 
