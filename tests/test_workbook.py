@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -232,7 +233,7 @@ def test_a_failed_write_leaves_the_copy_as_it_was(book: Path, source: Path, monk
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(workbook.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         workbook.lay_out(book, source)
     assert mine(book).read_bytes() == before

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from pathlib import Path
 
 from labsupport.course.build import BuildError, read, setup, sources, write
+from labsupport.model import files
 
 BEGIN, END = "<!-- badges -->", "<!-- /badges -->"
 BRANCH = "main"
@@ -62,9 +62,7 @@ def write_badges(root: Path) -> list[str]:
             changed[path] = notebook
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    part = readme.with_name(".README.md.part")
-    part.write_text(f"{before}{BEGIN}\n{badge_block(address, notebooks)}{END}{after}", encoding="utf-8")
-    os.replace(part, readme)
+    files.write_text(readme, f"{before}{BEGIN}\n{badge_block(address, notebooks)}{END}{after}")
     write(changed)
 
     lines = [f"badges of {len(notebooks)} notebooks point to {address}"]

@@ -7,9 +7,9 @@ whether they belong together and whether the outputs are of this source.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -17,6 +17,7 @@ from nbformat import NotebookNode
 
 from labsupport import PACKAGE
 from labsupport.course.execute import VOLATILE, BuildError, essence, execute, output_faults, source_sha256
+from labsupport.model import files
 
 # The set-up cell of every notebook. `labs badges` puts COLAB before it once the repository has a public address.
 SETUP = """\
@@ -79,17 +80,10 @@ def read(path: Path) -> NotebookNode:
 
 
 def write(notebooks: dict[Path, NotebookNode]) -> None:
-    """Write notebooks, all or none: temporary files first, then renames."""
-    temporary = {path: path.with_name(f".{path.name}.part") for path in notebooks}
-    try:
-        for path, notebook in notebooks.items():
-            nbformat.validate(notebook)
-            nbformat.write(notebook, temporary[path])
-        for path in notebooks:
-            os.replace(temporary[path], path)
-    finally:
-        for part in temporary.values():
-            part.unlink(missing_ok=True)
+    """Write notebooks, all or none."""
+    for notebook in notebooks.values():
+        nbformat.validate(notebook)
+    files.replace_all({path: partial(nbformat.write, notebook) for path, notebook in notebooks.items()})
 
 
 def student_form(source: NotebookNode, name: str = "notebook") -> NotebookNode:

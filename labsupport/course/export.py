@@ -8,9 +8,7 @@ tokenizer settings are written here, with both spellings.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import nn
 
 from labsupport.course.train import END_OF_TEXT, Recipe
 from labsupport.model.evaluate import evaluate
+from labsupport.model.files import replaced_directory, save_tensors
 from labsupport.model.text import load_text
 
 
@@ -69,15 +68,11 @@ def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], dir
     progress: what labsupport.course.train returned. A directory that exists is replaced when the new one is complete.
     Raises ValueError where a weight does not fit float16.
     """
-    from safetensors.torch import save_file
-
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     if any(not t.isfinite().all() for t in tensors.values()):
         raise ValueError("model has a weight that float16 cannot hold")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    with replaced_directory(directory) as temporary:
+        save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
         shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
         files = {
             "config.json": _config(model),
@@ -87,20 +82,8 @@ def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], dir
         }
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=1) + "\n")
-        temporary.chmod(0o755)  # mkdtemp and safetensors make things for their owner alone
-        (temporary / "model.safetensors").chmod(0o644)
         (temporary / "loss.png").write_bytes(_loss_curve(progress).png())
         (temporary / "README.md").write_text(_card(temporary, progress), "utf-8")
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}-old")
-            os.replace(directory, old)
-            os.replace(temporary, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
 
 
 def _loss_curve(progress: dict[str, Any]):

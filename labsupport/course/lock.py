@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import tomllib
@@ -19,6 +18,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from labsupport.model import files
 
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX = "sys_platform == 'linux'"  # the one marker that the lock knows: on what has no wheels for other systems
@@ -94,10 +95,8 @@ def write(pyproject: Path, lock: Path) -> int:
         f"# pyproject.toml: sha256 {digest(lists)}",
         f"# frozen with Python {platform.python_version()}",
     ]
-    new = lock.with_suffix(".new")
     pins = (f"{name}=={version}" + f" ; {LINUX}" * (name in only_linux) for name, version in sorted(packages.items()))
-    new.write_text("\n".join([*header, *pins]) + "\n")
-    os.replace(new, lock)
+    files.write_text(lock, "\n".join([*header, *pins]) + "\n")
     return len(packages)
 
 

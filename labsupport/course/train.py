@@ -11,7 +11,6 @@ The learning rate rises for `warmup` steps, stays, and falls linearly to zero ov
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from labsupport.model import text
+from labsupport.model import files, text
 
 STATE, PROGRESS, TOKENIZER = "state.safetensors", "progress.json", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -106,22 +105,12 @@ def batch_at(ids: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     return torch.stack([ids[s : s + recipe.context + 1] for s in starts.tolist()])
 
 
-def _write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
 def _save_state(path: Path, model, optimizer, step: int) -> None:
-    from safetensors.torch import save_file
-
     tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
+    files.save_tensors(path, tensors, {"step": str(step)})
 
 
 def _load_state(path: Path, model, optimizer) -> int:
@@ -214,5 +203,5 @@ def train(
             now = time.perf_counter()
             progress["seconds"], began = progress["seconds"] + now - began, now
             _save_state(directory / STATE, model, optimizer, step + 1)
-            _write_json(directory / PROGRESS, progress)
+            files.write_text(directory / PROGRESS, json.dumps(progress, indent=1))
     return model.eval(), fast, progress

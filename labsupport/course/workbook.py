@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from labsupport import PACKAGE
+from labsupport.model import files
 
 BACKUPS = "backups"
 
@@ -78,12 +78,7 @@ def read(path: Path) -> NotebookNode:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        nbformat.write(notebook, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.replace(path, lambda temporary: nbformat.write(notebook, temporary))
 
 
 def source_hash(notebook: NotebookNode) -> str:
@@ -161,9 +156,7 @@ def back_up(path: Path) -> Path:
     while target.exists():
         count += 1
         target = folder / f"{stem}-{count}.ipynb"
-    temporary = target.with_suffix(".new")
-    shutil.copy2(path, temporary)
-    os.replace(temporary, target)
+    files.replace(target, lambda temporary: shutil.copy2(path, temporary))
     return target
 
 

@@ -6,8 +6,6 @@ All on this machine, in one run.
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +18,10 @@ import psutil
 import torch
 
 from labsupport import kernels
-from labsupport.evidence import machine, timing
+from labsupport.evidence import machine, measurements, timing
 from labsupport.evidence.machine import median_seconds
 from labsupport.evidence.timing import Product
-from labsupport.model import models, peers
+from labsupport.model import files, models, peers
 from labsupport.quant import grid, int8, nf4, rtn
 
 # [out_features, in_features]: attention and MLP of models of 7B and 70B.
@@ -167,25 +165,15 @@ def about(command: str, here: machine.Machine, budget: float) -> dict[str, objec
 
 
 def write(path: Path, about: dict[str, object], rows: Sequence[Product]) -> None:
-    """A line for each row, so that a change can be read. The file appears whole or not at all."""
-    lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """The file appears whole or not at all. Raises OSError."""
+    measurements.write(path, about, [asdict(row) for row in rows])
 
 
 def check_writable(path: Path) -> None:
     """Before minutes of measuring: raise OSError where no file can be written at `path`."""
     if path.is_dir():
         raise IsADirectoryError(f"--out is {path}, a directory: wanted a JSON file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    temporary.unlink()
+    files.check_writable(path)
 
 
 def load(name: str) -> tuple[dict[str, object], list[Product]]:
@@ -195,5 +183,5 @@ def load(name: str) -> tuple[dict[str, object], list[Product]]:
 
 def read(path: Path) -> tuple[dict[str, object], list[Product]]:
     """What `write` wrote."""
-    found = json.loads(path.read_text("utf-8"))
-    return found["about"], [Product(**row) for row in found["rows"]]
+    about, rows = measurements.read(path)
+    return about, [Product(**row) for row in rows]

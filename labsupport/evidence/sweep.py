@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from labsupport.evidence import measurements
 from labsupport.model import models
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
@@ -193,8 +192,7 @@ def load(name: str) -> Measurements:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
         raise FileNotFoundError(f"no measurements {name!r}; there are {known}")
-    content = json.loads(path.read_text())
-    return Measurements(content["about"], content["rows"])
+    return Measurements(*measurements.read(path))
 
 
 def model_digest(model: nn.Module) -> str:
@@ -203,14 +201,6 @@ def model_digest(model: nn.Module) -> str:
     for layer in models.linears(model).values():
         digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    temporary.write_text(f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n')
-    os.replace(temporary, path)
 
 
 def run(
@@ -244,11 +234,10 @@ def run(
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     if path.exists():
-        before = json.loads(path.read_text())
-        other = [key for key in IDENTITY if before["about"].get(key) != about[key]]
+        about_before, rows = measurements.read(path)
+        other = [key for key in IDENTITY if about_before.get(key) != about[key]]
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
-        rows = before["rows"]
     settings = list(SWEEPS[name](model))
     for number, setting in enumerate(settings):
         if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
@@ -258,7 +247,7 @@ def run(
                 rows.append(_measure_cache(model, stream, length, windows, baseline, setting, calibration))
             else:
                 rows.append(_measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting))
-            _write(path, about, rows)
+            measurements.write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from interop.cases import AwqRun, Setting, exact_hessian
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from labsupport.model import files
 from labsupport.quant import grid
 
 FOLDER = Path(__file__).resolve().parent / "golden"
@@ -95,11 +94,8 @@ class Model:
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, object]) -> None:
     """Metadata that is not a string is written as JSON. The file appears whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, text)
-    temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-    os.replace(temporary, path)
+    files.save_tensors(path, tensors, text)
 
 
 def write_gptq(layers: dict[str, Layer], about: dict[str, object]) -> None:
