@@ -8,6 +8,7 @@ import torch
 
 from labsupport.exercises import attempts, registry
 from labsupport.exercises.attempts import attempt, run
+from labsupport.exercises.form import Exercise
 from labsupport.exercises.judging import INTERNAL, assess
 
 EXERCISES = registry.all_exercises()
@@ -100,6 +101,17 @@ def test_no_judge_raises_over_odd_outputs(exercise):
             assert INTERNAL not in verdict.message, f"{place} {name}: {verdict.message}"
             if name in NEVER:
                 assert not verdict.passed, f"{place} {name}: NaN or infinity passes"
+
+
+def test_a_whole_number_keeps_its_value_on_the_way_to_a_small_dtype():
+    """Codes of which uint8 would cut off what is wrong: 256 too high is no right answer."""
+    codes = torch.tensor([[3, 7]], dtype=torch.uint8)
+    exercise = Exercise(
+        id="0.0", name="codes", title="", minutes=1, difficulty=1, points=1, returns=("codes",),
+        inputs=lambda seed: {}, reference=lambda: codes,
+    )  # fmt: skip
+    for wrong in (codes.long() + 256, codes.double() + 256, codes.long() - 256):
+        assert not assess(exercise, {}, attempt(exercise, lambda wrong=wrong: wrong, {})).passed
 
 
 def attempt_with(outputs):

@@ -11,7 +11,8 @@ an output itself (a negative scale, codes that are no whole numbers). What is ne
     )
 
 Before a sentence is looked for, kinds, shapes, dtypes and non-finite numbers have been settled (judging.py): `given`, `got` and
-`want` are dicts by name; `got` has the kinds, shapes and dtypes of `want`, and no NaN where `want` has none.
+`want` are dicts by name; `got` has the kinds, shapes and dtypes of `want` (but int64 for all whole numbers, so that they keep their
+value), and no NaN where `want` has none.
 """
 
 from __future__ import annotations

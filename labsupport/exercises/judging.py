@@ -86,8 +86,11 @@ def _settled_tensor(name: str, have: torch.Tensor, want: torch.Tensor, exercise:
         raise _Refused(f"{name} holds {value:.6g}, wanted whole numbers")
     if output in exercise.free and have.is_floating_point() == want.is_floating_point():
         return have
-    # Integers keep their value: int64 where integers are wanted, and a float64 holds what a float32 would round.
-    return have.to(torch.float64 if want.is_floating_point() and have.dtype == torch.float64 else want.dtype)
+    if want.dtype == torch.bool:
+        return have.bool()
+    if not want.is_floating_point():
+        return have.to(torch.int64)  # 271 stays 271: in uint8 it would be 15, and right
+    return have.to(torch.float64 if have.dtype == torch.float64 else want.dtype)  # a float64 holds what a float32 would round
 
 
 def _found(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) -> tuple[Verdict | None, Outputs]:
