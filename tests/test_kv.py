@@ -230,7 +230,7 @@ def test_one_pass_gives_the_logits_of_a_decode_step_by_step(scheme):
 def test_one_pass_on_the_course_model_is_the_decode(course):
     model, stream = course
     scheme = Scheme(Part(2, "channel", 32, residual=16), Part(2, "token", 32, residual=16))
-    ids = stream.ids[stream.windows(96, 2)[:, None] + torch.arange(96)]
+    ids = stream.ids[stream.positions(96, 2)]
     stepwise = QuantizedCache(model, scheme)
     with torch.no_grad():
         logits = torch.cat([model(ids[:, t : t + 1], past_key_values=stepwise).logits for t in range(95)], dim=1)

@@ -84,7 +84,7 @@ def test_blocks_and_linears(course):
 def test_planted_outliers_leave_the_float_function_unchanged(course, small):
     model = course[0]
     planted = models.plant_outliers(model)
-    index = small.windows(128, 4)[:, None] + torch.arange(128)
+    index = small.positions(128, 4)
     with torch.no_grad():
         before, after = model(small.ids[index]).logits, planted(small.ids[index]).logits
     # Each norm's output and each column is scaled and unscaled once in float32: relative 2**-23 a product, grown over 6 blocks.

@@ -57,6 +57,10 @@ def test_windows_follow_each_other_or_spread(tokenizer):
     assert (some.diff() >= 64).all()
     assert set(some.tolist()) <= set(starts.tolist())
     assert torch.equal(stream.windows(64, 10**6), starts)
+    positions = stream.positions(64, 3)
+    assert positions.shape == (3, 64)
+    assert torch.equal(positions[:, 0], some)
+    assert (positions.diff(dim=1) == 1).all()
 
 
 def test_text_shorter_than_a_window(tokenizer):

@@ -27,8 +27,7 @@ def evaluate_streamed(
 
     at_block: called when a block's weights are there, before it is run: it may change them.
     """
-    starts = stream.windows(length, windows)
-    ids = stream.ids[starts[:, None] + torch.arange(length)]
+    ids = stream.ids[stream.positions(length, windows)]
     modules = models.blocks(model)
     last: list[torch.Tensor] = []
     for block in calibrate.blocks(model, ids, evaluate.BATCH, weights):

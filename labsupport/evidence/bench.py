@@ -6,6 +6,7 @@ All on this machine, in one run.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

@@ -68,11 +68,9 @@ def _batches(stream: TokenStream, length: int, count: int | None, progress: bool
     """Windows and the document of each token, both [batch, length]."""
     if length < 2:
         raise ValueError(f"length is {length}, wanted at least 2 tokens: one to read and one to predict")
-    starts = stream.windows(length, count)
-    offsets = torch.arange(length)
-    for some in tqdm(starts.split(BATCH), desc="evaluating", leave=False, disable=not progress):
-        index = some[:, None] + offsets
-        yield stream.ids[index], stream.document[index]
+    batches = stream.positions(length, count).split(BATCH)
+    for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
+        yield stream.ids[positions], stream.document[positions]
 
 
 @torch.no_grad()

@@ -74,6 +74,13 @@ class TokenStream:
             raise TextError(f"count is {count}, wanted at least one window")
         return (torch.arange(count) * available // count) * length
 
+    def positions(self, length: int, count: int | None = None) -> torch.Tensor:
+        """Which tokens each of these windows holds: an index into `ids` and `document`. int64 [windows, length].
+
+        See `windows`. Raises TextError where the stream is shorter than one window.
+        """
+        return self.windows(length, count)[:, None] + torch.arange(length)
+
 
 def is_held_out(name: str, domain: str) -> bool:
     """Decided by the first byte of the SHA-256 of the document's name, so the same on every machine."""

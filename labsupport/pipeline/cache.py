@@ -199,10 +199,9 @@ def losses_by_place(
     """
     if length % bins:
         raise ValueError(f"bins is {bins}, wanted a divisor of length {length}")
-    starts, found = stream.windows(length, windows), []
+    found = []
     with reading_back(model, scheme):
-        for some in starts.split(BATCH):
-            ids = stream.ids[some[:, None] + torch.arange(length)].to(next(model.parameters()).device)
+        for ids in stream.ids[stream.positions(length, windows)].to(next(model.parameters()).device).split(BATCH):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nll = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu()
             found.append(nn.functional.pad(nll, (1, 0)).unflatten(1, (bins, -1)).sum(2))

@@ -76,12 +76,10 @@ def windows(stream: TokenStream, count: int = WINDOWS, length: int = LENGTH) -> 
 
     Raises text.TextError where the stream has fewer.
     """
-    starts = stream.windows(length, count)
-    if len(starts) < count:
-        raise TextError(
-            f"the text {stream.source!r} has {len(starts)} windows of {length} tokens, fewer than the {count} asked for"
-        )
-    return stream.ids[starts[:, None] + torch.arange(length)]
+    ids = stream.ids[stream.positions(length, count)]
+    if len(ids) < count:
+        raise TextError(f"the text {stream.source!r} has {len(ids)} windows of {length} tokens, fewer than the {count} asked for")
+    return ids
 
 
 class Resident:

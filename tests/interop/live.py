@@ -52,7 +52,7 @@ def course_inputs(windows: int = 16, length: int = 512, batch: int = 8) -> Itera
     """Every linear of the course model: name, weight, inputs over windows of the training code, float32 [batch, length, in]."""
     model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     stream = text.load_text(tokenizer, "code", "train")
-    ids = stream.ids[stream.windows(length, windows)[:, None] + torch.arange(length)]
+    ids = stream.ids[stream.positions(length, windows)]
     linears = models.linears(model)
     fed: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
     handles = [
@@ -126,7 +126,7 @@ def course_awq(windows: int, threads: int) -> Iterator[tuple[str, float, float]]
     """AutoAWQ and labsupport on the course model, 4 bits g128, same calibration text: who, perplexity on held-out code, seconds."""
     model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     heldout, train = (text.load_text(tokenizer, "code", split) for split in ("heldout", "train"))
-    ids = train.ids[train.windows(512, windows)[:, None] + torch.arange(512)]
+    ids = train.ids[train.positions(512, windows)]
     run = cases.AwqRun(128)
     yield "unquantized", perplexity(model, heldout, windows=64), 0.0
     found = peers.awq(models.course_model_dir(), ids, [run], threads)[run]

@@ -61,14 +61,13 @@ def lines(threads: int) -> Iterator[tuple[str, bool]]:
     """
     _, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     train, heldout = (text.load_text(tokenizer, "code", split) for split in ("train", "heldout"))
-    starts = heldout.windows(LENGTH + 1, WINDOWS)
     tokens = {
         "prompt": heldout.ids[:PROMPT][None].contiguous(),
-        "text": heldout.ids[starts[:, None] + torch.arange(LENGTH + 1)],
+        "text": heldout.ids[heldout.positions(LENGTH + 1, WINDOWS)],
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(folder, train.ids[train.windows(512, 16)[:, None] + torch.arange(512)])
+        write(folder, train.ids[train.positions(512, 16)])
         save_file(tokens, folder / "tokens.safetensors")
         ours = cache(lambda case: Ours(checkpoint.load(folder / case)[0], tokens))
         for loader, made in (("transformers", environment.MODERN), ("AutoGPTQ and AutoAWQ", environment.LEGACY)):
