@@ -98,6 +98,23 @@ def test_where_an_answer_failed_is_said():
     assert "(line 3 of the function)" in attempt(EXERCISE, raises, EXERCISE.inputs(0)).error
 
 
+def test_a_class_that_fails_in_a_method_is_not_said_to_return_something():
+    from transformers.cache_utils import DynamicLayer
+
+    class CacheLayer(DynamicLayer):
+        def __init__(self, quantize):
+            super().__init__()
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            return key_states + no_such_name, value_states  # noqa: F821
+
+    layer = registry.get("9.4")
+    tried = attempt(layer, CacheLayer, layer.inputs(0))
+    assert tried.status == "raised"
+    assert "NameError" in tried.error
+    assert "(line 2 of update)" in tried.error
+
+
 def test_the_same_answer_hears_the_same_twice(capsys):
     wrong = EXERCISE.mutants[0].answer
     check("2.2", wrong)

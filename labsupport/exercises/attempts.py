@@ -145,11 +145,16 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-def _failed_line(error: BaseException, answer: Callable) -> int | None:
-    """The line of the answer, counted from its first, at which it failed; None if it failed elsewhere."""
-    code = getattr(answer, "__code__", None)
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
-    return lines[-1] - code.co_firstlineno + 1 if lines else None
+def _failed_line(error: BaseException, answer: Callable) -> str | None:
+    """The line of the answer at which it failed, counted from its first, or of a method where it is a class; None elsewhere."""
+    functions = vars(answer).values() if isinstance(answer, type) else [answer]
+    codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_code.co_filename in {code.co_filename for code in codes}:
+            if isinstance(answer, type):
+                return f"line {line - frame.f_code.co_firstlineno + 1} of {frame.f_code.co_name}"
+            return f"line {line - codes[0].co_firstlineno + 1} of the function"
+    return None
 
 
 def _described(error: BaseException) -> str:
@@ -205,9 +210,8 @@ def attempt(exercise: Exercise, answer: Callable, given: dict[str, Any]) -> Atte
 
 
 def _failure(exercise: Exercise, answer: Callable, error: BaseException) -> tuple[str, str]:
-    line = _failed_line(error, answer)
-    if line is not None:
-        return "raised", f"{_described(error)} (line {line} of the function)"
+    if where := _failed_line(error, answer):
+        return "raised", f"{_described(error)} ({where})"
     if exercise.drive is not None and _inside_drive(exercise.drive, error):
         return "returned", f"what it returned cannot be used ({_described(error)})"
     return "raised", _described(error)
