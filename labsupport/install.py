@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 11)
+OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that requirements.lock can be installed on
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "labs-installed"
 LOG = "labs-install.log"
@@ -49,12 +49,12 @@ def pinned(lock: str, name: str) -> str:
     return found.group(1)
 
 
-def check_python(version: tuple[int, ...] = sys.version_info[:2], what: str = "this") -> None:
-    """Raises InstallError for a Python that the course does not run on."""
-    if tuple(version[:2]) < OLDEST:
+def check_python(version: tuple[int, ...] = sys.version_info[:2], what: str = "this", first: str = "") -> None:
+    """Raises InstallError for a Python that the course does not run on. first: what to do before choosing another Python."""
+    if not OLDEST <= tuple(version[:2]) <= NEWEST:
         raise InstallError(
-            f"{what} is Python {version[0]}.{version[1]}, the course needs 3.11 or newer: make lab PYTHON=python3.12, or "
-            "python3.12 labsupport/install.py"
+            f"{what} is Python {version[0]}.{version[1]}, the course runs on Python 3.{OLDEST[1]} to 3.{NEWEST[1]}: {first}"
+            "make lab PYTHON=python3.12, or python3.12 labsupport/install.py"
         )
 
 
@@ -77,6 +77,7 @@ def make_venv(directory: Path) -> Path:
     """The Python of the virtual environment at `directory`, which is created if missing. Raises InstallError."""
     python = venv_python(directory)
     if not directory.exists():
+        check_python()
         if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
             raise InstallError(
                 f"this Python has no venv module: on Debian or Ubuntu, sudo apt install python3.{sys.version_info[1]}-venv"
@@ -93,7 +94,7 @@ def make_venv(directory: Path) -> Path:
         version = ()
     if not version:
         raise InstallError(f"{directory} is there but holds no working Python: move it away, then run this again")
-    check_python(version, f"the environment {directory}")
+    check_python(version, f"the environment {directory}", "move it away, then ")
     return python
 
 
@@ -176,10 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     try:
-        check_python()
         if not (ROOT / "requirements.lock").is_file():
             raise InstallError(f"{ROOT} has no requirements.lock: run this from a clone of the course's repository")
         if options.here:
+            check_python()
             python, prefix = Path(sys.executable), Path(sys.prefix)
         else:
             prefix = ROOT / ".venv"

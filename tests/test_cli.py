@@ -14,9 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import nbformat
 import pytest
+import typer
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
@@ -41,10 +43,51 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 
 
 def test_every_command_is_listed_and_has_help() -> None:
-    said = labs("--help").output
-    for command in ("lab", "reset", "check", "doctor", "test", "lock", "train", "sweep", "build"):
-        assert re.search(rf"\b{command}\b", said), command
+    for listing in (labs("--help"), labs()):
+        assert listing.exit_code == 0
+        for command in typer.main.get_command(app).commands:
+            assert re.search(rf"\b{command}\b", listing.output), command
+    for command in typer.main.get_command(app).commands:
         assert labs(command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["lab", "--port", "80000"], "labs lab: Invalid value for '--port': "),
+        (["lab", "--port", "0"], "labs lab: Invalid value for '--port': "),
+        (["lab", "--port", "http"], "labs lab: Invalid value for '--port': "),
+        (["train", "--seed", "-1"], "labs train: Invalid value for '--seed': "),
+        (["train", "--tokens", "0"], "labs train: Invalid value for '--tokens': "),
+        (["sweep", "--windows", "0"], "labs sweep: Invalid value for '--windows': "),
+        (["bench", "--budget", "nan"], "labs bench: Invalid value for '--budget': "),
+        (["bench", "--budget", "inf"], "labs bench: Invalid value for '--budget': "),
+        (["bench", "--threads", "-2"], "labs bench: Invalid value for '--threads': "),
+        (["reset"], "labs reset: Missing argument 'NN'"),
+        (["no-such-command"], "labs: No such command 'no-such-command'"),
+        (["check", "2", "--no-such-option"], "labs check: No such option: --no-such-option"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_is_refused_in_one_line(arguments: list[str], wanted: str) -> None:
+    done = labs(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(wanted)
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_number_that_a_command_takes_has_a_limit() -> None:
+    """`labs quantize` has its own, which depend on the model and the method: tests/test_checkpoint_refused.py."""
+    found = []
+    for group in app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            for name, hint in get_type_hints(command.callback, include_extras=True).items():
+                kind, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+                if command.callback.__name__ != "quantize" and {int, float} & {kind, *get_args(kind)}:
+                    found.append((f"{command.callback.__name__} --{name}", about[0].min))
+    assert len(found) >= 7
+    assert [option for option, least in found if least is None] == []
 
 
 @pytest.fixture

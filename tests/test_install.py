@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from labsupport import install
+from labsupport.course import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,7 +117,7 @@ def test_an_installation_that_failed_leaves_no_stamp(clone: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("printed", "wanted"),
     [
         ("WARNING: x\nERROR: Could not find a version that satisfies the requirement torch", "pip found no package index"),
         ("ERROR: No space left on device", "pip failed: ERROR: No space left on device"),
@@ -123,20 +125,45 @@ def test_an_installation_that_failed_leaves_no_stamp(clone: Path, monkeypatch: p
     ],
 )
 def test_what_pip_failed_at_becomes_one_line_and_the_rest_is_in_the_log(
-    clone: Path, tmp_path: Path, said: str, wanted: str
+    clone: Path, tmp_path: Path, printed: str, wanted: str
 ) -> None:
-    python, log = script(tmp_path / "python", f"cat <<'END'\n{said}\nEND\nexit 1"), tmp_path / "log"
+    python, log = script(tmp_path / "python", f"cat <<'END'\n{printed}\nEND\nexit 1"), tmp_path / "log"
     with pytest.raises(install.InstallError) as caught:
         install.pip(python, log, "x")
     assert str(caught.value).startswith(wanted)
     assert "\n" not in str(caught.value)
-    assert log.read_text().strip() == said
+    assert log.read_text().strip() == printed
 
 
-def test_an_old_python_is_refused_in_one_line() -> None:
-    install.check_python((3, 11))
-    with pytest.raises(install.InstallError, match=r"^this is Python 3\.10, the course needs 3\.11 or newer: make lab PYTHON=\S+"):
-        install.check_python((3, 10))
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
+def test_the_pythons_of_the_lock_are_taken(version: tuple[int, int]) -> None:
+    install.check_python(version)
+    assert f"3.{version[1]}" in lock.PYTHONS
+    assert len(lock.PYTHONS) == 3
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 10), (3, 14), (4, 0)])
+@pytest.mark.parametrize("arguments", [[], ["--here"]], ids=["venv", "here"])
+def test_another_python_is_refused_in_one_line_before_pip_is_asked(
+    version: tuple[int, int], arguments: list[str], clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(install.check_python, "__defaults__", (version, *install.check_python.__defaults__[1:]))
+    assert install.main(arguments) == 1
+    assert calls == []
+    wanted = (
+        rf"labs: this is Python {version[0]}\.{version[1]}, the course runs on Python 3\.11 to 3\.13: make lab PYTHON=\S+, or .*\n"
+    )
+    assert re.fullmatch(wanted, capsys.readouterr().err)
+
+
+def test_an_environment_of_a_supported_python_is_used_whatever_python_runs_this(
+    clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install.check_python, "__defaults__", ((3, 14), *install.check_python.__defaults__[1:]))
+    script(install.venv_python(clone / ".venv"), "echo 3 12")
+    assert install.main([]) == 0
+    assert len(calls) == 3
 
 
 def test_a_python_without_venv_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +179,14 @@ def test_an_environment_that_is_there_is_used_and_not_removed(tmp_path: Path) ->
     assert (tmp_path / ".venv" / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("says", "wanted"), [("exit 1", "holds no working Python"), ("echo 3 9", "is Python 3.9")])
+@pytest.mark.parametrize(
+    ("says", "wanted"),
+    [
+        ("exit 1", "holds no working Python"),
+        ("echo 3 9", r"is Python 3\.9, .*: move it away, then make lab"),
+        ("echo 3 14", r"is Python 3\.14, "),
+    ],
+)
 def test_an_environment_that_cannot_be_used_is_named_and_not_removed(tmp_path: Path, says: str, wanted: str) -> None:
     script(install.venv_python(tmp_path / ".venv"), says)
     with pytest.raises(install.InstallError, match=wanted):
@@ -177,7 +211,8 @@ def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:
 
 FROM_A_WHEEL = """
 import os, pathlib, labsupport
-from labsupport import models, workbook
+from labsupport import models
+from labsupport.course import workbook
 here = pathlib.Path(os.environ["WHEEL"]).resolve() / "labsupport"
 assert pathlib.Path(labsupport.__file__).resolve().is_relative_to(here), labsupport.__file__
 model = models.course_model_dir()

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from labsupport.cli import build, checkpoint, env, lab, model
 
-app = typer.Typer(
-    help="Quantization from First Principles: the course's commands.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.29 from its own copy of click
+
+
+class Commands(TyperGroup):
+    """The commands. An option or argument that is refused is one line on standard error, like every other mistake."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            # In standalone mode typer answers a wrong option with five lines and a box.
+            code = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "labs"})
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "labs"
+            message = " ".join(error.format_message().split()).removesuffix(".")
+            typer.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
+            sys.exit(error.exit_code)
+        sys.exit(code or 0)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 for group in (lab, env, model, checkpoint, build):
     app.add_typer(group.app)
+
+
+@app.callback(invoke_without_command=True)
+def labs(context: typer.Context) -> None:
+    """Quantization from First Principles: the course's commands."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

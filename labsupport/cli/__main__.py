@@ -2,4 +2,4 @@
 
 from labsupport.cli import app
 
-app(prog_name="labs")
+app()

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from labsupport.cli.messages import fail
+
 app = typer.Typer()
 
 
@@ -29,8 +31,7 @@ def build(
         chosen = forms.sources(root, numbers)
         orphans = forms.orphans(root) if not numbers else []
     except forms.BuildError as error:
-        err.print(f"labs build: {error}", markup=False)
-        raise typer.Exit(1) from None
+        fail("build", error)
 
     faults = []
     if check:
@@ -65,7 +66,6 @@ def badges() -> None:
     try:
         lines = write_badges(find_root())
     except BuildError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"labs badges: {error}", markup=False)
-        raise typer.Exit(1) from None
+        fail("badges", error)
     for line in lines:
         Console(highlight=False, soft_wrap=True).print(line, markup=False)

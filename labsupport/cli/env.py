@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from labsupport import PACKAGE
+from labsupport.cli.messages import fail
 
 app = typer.Typer()
 
@@ -15,10 +16,7 @@ def repository(command: str) -> Path:
     """The clone that this package lives in. Exits with one line where it is installed as a wheel."""
     root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file():
-        typer.echo(
-            f"labs {command}: this labsupport is not in a clone of the course's repository: git clone it, then make", err=True
-        )
-        raise typer.Exit(1)
+        fail(command, "this labsupport is not in a clone of the course's repository: git clone it, then make")
     return root
 
 
@@ -29,7 +27,7 @@ def doctor() -> None:
 
     problems = 0
     for finding in findings():
-        typer.echo(f"{finding.what:13} {finding.said}")
+        typer.echo(f"{finding.what:13} {finding.found}")
         if finding.todo:
             problems += 1
             typer.echo(f"{'':13} to do: {finding.todo}")
@@ -55,6 +53,5 @@ def lock() -> None:
     try:
         count = locks.write(root / "pyproject.toml", root / "requirements.lock")
     except (locks.LockError, OSError) as error:
-        typer.echo(f"labs lock: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail("lock", error)
     typer.echo(f"requirements.lock: {count} packages")

@@ -6,20 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from labsupport import PACKAGE
+from labsupport.cli.messages import fail
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
 Folder = Annotated[Path | None, typer.Option("--dir", help="The workbook; by default the one in the repository.")]
-
-
-def fail(command: str, error: object) -> NoReturn:
-    typer.echo(f"labs {command}: {error}", err=True)
-    raise typer.Exit(1)
 
 
 def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | None = None) -> list[str]:
@@ -45,7 +41,7 @@ def jupyter_environment() -> dict[str, str]:
 @app.command()
 def lab(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser on it.")] = True,
-    port: Annotated[int | None, typer.Option(help="The first port to try.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first port to try.")] = None,
     folder: Folder = None,
 ) -> None:
     """Lay out your working copies of the notebooks and open JupyterLab on them."""
@@ -110,7 +106,7 @@ def check(number: Chapter, folder: Folder = None) -> None:
             )
         except RuntimeError as error:  # nbclient's word for a kernel that died
             fail("check", f"the kernel died while running {mine.name}, perhaps for lack of memory ({error})")
-    for line in (*outcome.said, *outcome.errors):
+    for line in (*outcome.checks, *outcome.errors):
         typer.echo(line)
     if outcome.tally:
         typer.echo("\n" + outcome.tally)

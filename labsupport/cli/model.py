@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
+from labsupport.cli.messages import fail
+
 app = typer.Typer()
-
-
-def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"labs: {error}", err=True)
-    return typer.Exit(1)
 
 
 @app.command()
@@ -24,7 +21,7 @@ def train(
     ] = 24_000_000,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
     compile: Annotated[bool, typer.Option(help="Compile the training step; needs a C++ compiler, about a third faster.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of every batch.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights and of every batch.")] = 0,
 ) -> None:
     """Train the course model, or go on with a run that was stopped, and write it as a model directory with its card."""
     from tqdm import tqdm
@@ -33,16 +30,16 @@ def train(
     from labsupport.course import train as training
 
     recipe = training.Recipe(tokens=tokens, seed=seed)
-    with tqdm(total=recipe.steps, unit="step") as bar:
+    try:
+        with tqdm(total=recipe.steps, unit="step") as bar:
 
-        def on_step(step: int, loss: float) -> None:
-            bar.update(step + 1 - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}")
+            def on_step(step: int, loss: float) -> None:
+                bar.update(step + 1 - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}")
 
-        try:
             model, _, progress = training.train(run, recipe, device, compile, on_step=on_step)
-        except ValueError as error:
-            raise _fail(error) from error
+    except (ValueError, OSError) as error:
+        fail("train", error)
     typer.echo(f"evaluating and writing {out}")
     export.export(model.cpu(), run / training.TOKENIZER, progress, out)
 
@@ -78,10 +75,10 @@ def sweep(
             def calibration(domain: str, samples: int) -> torch.Tensor:
                 return calibrate.windows(text.load_text(tokenizer, domain, "train"), samples)
 
-            path, said = out or sweeps.path_of(name), "course-model" if own else chosen
-            sweeps.run(name, loaded, stream, path, said, windows, calibration=calibration, on_row=on_row)
-    except ValueError as error:
-        raise _fail(error) from error
+            path, label = out or sweeps.path_of(name), "course-model" if own else chosen
+            sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row)
+    except (ValueError, OSError) as error:
+        fail("sweep", error)
     typer.echo(f"wrote {path}")
 
 
@@ -89,7 +86,7 @@ def sweep(
 def bench(
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the weight, out_features; default 4096.")] = None,
     columns: Annotated[int | None, typer.Option(min=128, help="Columns, in_features; groups of 128; default 4096.")] = None,
-    budget: Annotated[float, typer.Option(min=0.01, help="Seconds for each piece of work.")] = 1.0,
+    budget: Annotated[float, typer.Option(min=0.01, max=3600, help="Seconds for each piece of work.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default PyTorch's own choice.")] = None,
     only: Annotated[str | None, typer.Option(help="quantizers or products; default both.")] = None,
     out: Annotated[
@@ -103,7 +100,7 @@ def bench(
     import torch
 
     if only not in (None, "quantizers", "products"):
-        raise _fail(ValueError(f"--only is {only!r}, wanted quantizers or products"))
+        fail("bench", f"--only is {only!r}, wanted quantizers or products")
     if threads:
         torch.set_num_threads(threads)
     own = (rows or 4096, columns or 4096) if rows or columns else None
@@ -113,7 +110,7 @@ def bench(
         if only != "quantizers":
             _bench_products(own, budget, threads, out)
     except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        fail("bench", error)
 
 
 def _table(*names: str):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from labsupport.install import NEWEST, OLDEST
+
 GIB = 2**30
 MEMORY_WANTED = 1.5 * GIB  # what the largest notebook takes
 DISK_WANTED = 0.5 * GIB
@@ -23,7 +25,7 @@ class Finding:
     """One line about one thing. todo: what to do about it; empty when all is well."""
 
     what: str
-    said: str
+    found: str
     todo: str = ""
 
 
@@ -33,7 +35,7 @@ def findings() -> Iterator[Finding]:
     yield Finding(
         "python",
         f"{platform.python_version()} at {sys.executable}",
-        "" if (3, 11) <= version <= (3, 13) else "the course is tested with 3.11 to 3.13: make lab PYTHON=python3.12",
+        "" if OLDEST <= version <= NEWEST else f"the course runs on 3.{OLDEST[1]} to 3.{NEWEST[1]}: make lab PYTHON=python3.12",
     )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that the course does not use
     for name in LIBRARIES:

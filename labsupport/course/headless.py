@@ -29,11 +29,11 @@ print({mark!r} + _json.dumps({{_id: _record.outcome for _id, _record in _session
 class Outcome:
     """How the exercises of one notebook stand.
 
-    said: what the checks printed, in order. tally: the closing table. errors: a line for each cell that raised.
+    checks: what each check printed, in order. tally: the closing table. errors: a line for each cell that raised.
     outcomes: exercise id to "pass", "not yet" or "not attempted".
     """
 
-    said: tuple[str, ...]
+    checks: tuple[str, ...]
     tally: str
     outcomes: dict[str, str]
     errors: tuple[str, ...]

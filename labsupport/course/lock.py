@@ -19,9 +19,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from labsupport.install import NEWEST, OLDEST
 from labsupport.model import files
 
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = tuple(f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1))
 LINUX = "sys_platform == 'linux'"  # the one marker that the lock knows: on what has no wheels for other systems
 PIN = re.compile(rf"([^=\s]+)==([^\s;]+)(?: ; {re.escape(LINUX)})?")
 
@@ -116,19 +117,19 @@ def read(lock: Path) -> tuple[str, dict[str, str]]:
 
 def faults(lists: dict[str, list[str]], recorded: str, pins: dict[str, str]) -> list[str]:
     """Where a lock, as `read` gives it, is not what pyproject.toml and this environment would give. Empty when all is well."""
-    said = [] if recorded == digest(lists) else ["pyproject.toml's dependencies have changed since: `labs lock` freezes them anew"]
+    found = [] if recorded == digest(lists) else ["pyproject.toml's dependencies have changed since: `labs lock` freezes them anew"]
     roots = [Requirement(line) for each in lists.values() for line in each]
     for root in roots:
         pin = pins.get(canonicalize_name(root.name))
         if pin is None or not root.specifier.contains(pin, prereleases=True):
-            said.append(f"pyproject.toml asks for {root}, the lock has {pin}")
+            found.append(f"pyproject.toml asks for {root}, the lock has {pin}")
     for name, pin in pins.items():
         try:
             installed = Version(importlib.metadata.version(name)).public
         except importlib.metadata.PackageNotFoundError:
             installed = "nothing"
         if installed != pin:
-            said.append(f"the lock has {name}=={pin}, the environment {installed}")
+            found.append(f"the lock has {name}=={pin}, the environment {installed}")
     wanted = closure(roots)
-    said += [f"{name} is needed, and the lock lacks it" for name in sorted(wanted.keys() - pins.keys())]
-    return said + [f"{name} is in the lock, and nothing needs it" for name in sorted(pins.keys() - wanted.keys())]
+    found += [f"{name} is needed, and the lock lacks it" for name in sorted(wanted.keys() - pins.keys())]
+    return found + [f"{name} is in the lock, and nothing needs it" for name in sorted(pins.keys() - wanted.keys())]

@@ -139,11 +139,16 @@ def train(
     """Run or resume the recipe in `directory`; returns (model, tokenizer, progress) when all steps are done.
 
     Matrix products run in bfloat16 with float32 weights. `on_step(step, loss)` is called after each step.
-    Raises ValueError where `directory` holds a run of another recipe (more `tokens` is the one change allowed).
+    Raises ValueError for a device that cannot be used here, and where `directory` holds a run of another recipe (more `tokens` is
+    the one change allowed).
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ValueError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
     directory.mkdir(parents=True, exist_ok=True)
     documents = training_documents()
     if not (directory / TOKENIZER).exists():

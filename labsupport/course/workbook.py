@@ -124,7 +124,7 @@ def _stale(notebook: NotebookNode, source: NotebookNode) -> bool:
 
 def lay_out(workbook: Path, source: Path | None = None) -> list[str]:
     """Make the copies that are missing, update those nobody has worked in, and return a line for each that needs a decision."""
-    said = []
+    lines = []
     for number, path in chapters(source).items():
         original, mine = read(path), workbook / path.name
         if not mine.exists():
@@ -133,18 +133,18 @@ def lay_out(workbook: Path, source: Path | None = None) -> list[str]:
         try:
             notebook = read(mine)
         except WorkbookError as error:
-            said.append(f"{error}; left as it is. `labs reset {number:02d}` keeps it in {BACKUPS}/ and lays out a fresh copy")
+            lines.append(f"{error}; left as it is. `labs reset {number:02d}` keeps it in {BACKUPS}/ and lays out a fresh copy")
             continue
         if not _stale(notebook, original):
             continue
         if notebook.metadata.get("labs", {}).get("source_sha256") == source_hash(notebook):
             write(learner_copy(original), mine)
         else:
-            said.append(
+            lines.append(
                 f"{mine.name} has changed in the course and you have worked in your copy, so it is left as it is. "
                 f"`labs reset {number:02d} --keep-answers` brings it up to date with your answers in it"
             )
-    return said
+    return lines
 
 
 def back_up(path: Path) -> Path:
@@ -172,15 +172,15 @@ def carry_over(old: NotebookNode, fresh: NotebookNode) -> tuple[int, list[str]]:
     for key, cell in answers(old):
         if _short_hash(cell.source) != blanks.get(key):
             filled.setdefault(key, []).append(cell.source)
-    said = []
+    unplaced = []
     for key, texts in filled.items():
         if key not in places:
-            said.append(f"{key} is no longer in this notebook: your text for it is in the backup")
+            unplaced.append(f"{key} is no longer in this notebook: your text for it is in the backup")
             continue
         places[key].source = texts[-1]
         if len(texts) > 1:
-            said.append(f"{key} had {len(texts)} cells: the last was carried over, the others are in the backup")
-    return sum(key in places for key in filled), said
+            unplaced.append(f"{key} had {len(texts)} cells: the last was carried over, the others are in the backup")
+    return sum(key in places for key in filled), unplaced
 
 
 def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path | None = None) -> list[str]:
@@ -199,7 +199,7 @@ def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path 
             raise WorkbookError(f"{error}, so no answers can be taken from it; nothing was changed. {hint}") from None
     backup = back_up(mine)
     write(fresh, mine)
-    said = [f"{mine.name}: a fresh copy; the old one is {BACKUPS}/{backup.name}"]
+    lines = [f"{mine.name}: a fresh copy; the old one is {BACKUPS}/{backup.name}"]
     if keep_answers:
-        said.append(f"{carried} answers and predictions were carried over")
-    return said + unplaced
+        lines.append(f"{carried} answers and predictions were carried over")
+    return lines + unplaced

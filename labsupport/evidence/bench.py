@@ -90,7 +90,7 @@ def _made_up(rows: int, columns: int, device: str) -> grid.UniformTensor:
     """A 4-bit weight of chance codes in groups of 128, as large as it need be without ever having been float."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, generator=generator)
-    zeros = torch.full((rows * columns // 256,), 0x88, dtype=torch.uint8)
+    zeros = torch.full(((rows * columns // 128 + 1) // 2,), 0x88, dtype=torch.uint8)
     scale = (0.002 * (1 + torch.rand(rows, columns // 128, generator=generator))).half()
     return grid.UniformTensor(codes.to(device), scale.to(device), zeros.to(device), 4, 128, (rows, columns))
 
