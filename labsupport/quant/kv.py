@@ -105,14 +105,19 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a Hugging Face config.
+        """From a Hugging Face config; of a model that also sees or hears, from that of its language model.
 
         Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) keeps, for all heads together, one rotated key and
         one latent vector, out of which keys and values are made when they are read: here the key, and the value.
         """
+        if text_config := getattr(config, "get_text_config", None):
+            config = text_config()
         if latent := getattr(config, "kv_lora_rank", None):
             return cls(config.num_hidden_layers, 1, config.qk_rope_head_dim, latent)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or config.num_attention_heads
+        # Falcon's and BigCode's switch: one key and one value for all heads, whatever num_kv_heads says (modeling_falcon.py).
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            heads = 1
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(config.num_hidden_layers, heads, width, width)
 
