@@ -497,6 +497,7 @@ def test_other_clear_refusals():
         QuantizedLayer(kv.FLOAT).crop(-1)
     model = tiny()
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask[0, 0, :, 0] = False  # as for a sequence whose first token is padding
     call = (torch.zeros(1, 4, 32, dtype=torch.float64), (torch.ones(1, 4, 16), torch.zeros(1, 4, 16)), mask)
     with cache.reading_back(model, kv.FLOAT), pytest.raises(ValueError, match="attention_mask is given"):
         models.blocks(model)[0].self_attn(*call)
