@@ -19,7 +19,9 @@ from labsupport.exercises.session import CHECK_SEEDS
 
 EXERCISES = registry.all_exercises()
 # Changes after which a reference is still right, by exercise: a part of "line -> changed line", and why.
-STILL_RIGHT: dict[str, dict[str, str]] = {}
+STILL_RIGHT: dict[str, dict[str, str]] = {
+    "2.7": {"torch.linspace(": "any small values do", "torch.tensor([-": "any large value does"},
+}
 
 
 class Change(ast.NodeTransformer):

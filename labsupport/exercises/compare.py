@@ -58,7 +58,8 @@ def difference(
 ) -> tuple[float, float, bool]:
     """The largest gap, the limit where it lies, and whether every entry is within its limit. Infinity where the forms differ.
 
-    limits: how far apart entries may lie, for all outputs or by output's name; a number, or a tensor that fits the output.
+    limits: how far apart entries may lie, for all outputs or by output's name; a number, or a tensor that fits the output. An entry
+    whose limit is infinite is not compared.
     """
     if not same_form(have, want):
         return math.inf, 0.0, False
@@ -66,6 +67,7 @@ def difference(
     for (name, _, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
         gap = _gap(a, b)
         limit = torch.as_tensor(_limit(limits, name), dtype=torch.float64).expand_as(gap)
+        gap = gap.masked_fill(limit.isinf(), 0.0)
         within = within and bool((gap <= limit).all())
         if gap.numel() and gap.max() >= worst:
             worst, limit_there = gap.max().item(), limit.flatten()[gap.argmax()].item()
