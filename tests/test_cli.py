@@ -127,7 +127,7 @@ def test_check_on_a_damaged_notebook_is_one_line(lessons: Path, tmp_path: Path) 
 BLANK = "def answer(*a):\n    raise NotImplementedError"
 ANSWERS = {
     "blank": (BLANK, 0, "not attempted"),
-    "right": ("from labsupport.exercises.registry import get\nanswer = get({id!r}).reference", 0, "pass"),
+    "right": ("import torch\n{solution}\nanswer = {name}", 0, "pass"),
     "wrong": ("def answer(*a):\n    return None", 1, "not yet"),
     "raises": (f"{BLANK}\nundefined", 1, "NameError: name 'undefined' is not defined"),
 }
@@ -140,9 +140,12 @@ def test_check_runs_the_learners_notebook_and_counts_only_wrong_answers_against_
     from labsupport.exercises.registry import exercises_of
 
     monkeypatch.setenv("LABS_STRICT", "1")  # a setting for testing solutions, which must not reach the learner's kernel
-    id = exercises_of(2)[0].id
+    exercise = exercises_of(2)[0]
+    solved = nbformat.read(ROOT / "notebooks" / "solutions" / "02_rounding.ipynb", as_version=4)
+    solution = dict(workbook.answers(solved))[f"answer-{exercise.id.replace('.', '-')}"].source
     source, code, words = ANSWERS[kind]
-    cells = ["from labsupport.exercises import check", source.format(id=id), f"answer = check({id!r}, answer)"]
+    answer = source.format(solution=solution, name=exercise.name)
+    cells = ["from labsupport.exercises import check", answer, f"answer = check({exercise.id!r}, answer)"]
     mine = tmp_path / "book" / "02_rounding.ipynb"
     workbook.write(new_notebook(cells=[new_code_cell(c) for c in cells]), mine)
     before = mine.read_bytes()
