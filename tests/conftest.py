@@ -1,10 +1,15 @@
-"""What every test may rely on: no setting of the user's reaches it, nothing is downloaded, property tests repeat themselves."""
+"""What every test may rely on: no setting of the user's reaches it, nothing is downloaded, property tests repeat themselves.
+
+Every test and what it starts keep to one thread, so that workers can run beside each other and no result depends on the cores.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, by the processes that tests start as well
 
 import pytest
 import torch
@@ -17,6 +22,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 # Deadlines are off: a busy machine is not a wrong answer.
 settings.register_profile("labs", deadline=None, derandomize=True)
 settings.load_profile("labs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For workers beside each other (`pytest -n 2 --dist loadgroup`): what a module makes once, one worker makes.
+
+    Tests of a module with such a fixture stay together; all others are dealt out one by one.
+    """
+    making = {item.path for item in items for made in item._fixtureinfo.name2fixturedefs.values() if made[-1].scope == "module"}
+    for item in items:
+        if item.path in making:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from labsupport.cli import build as cli
 from labsupport.course import build as forms
 from labsupport.course.badges import write_badges
-from labsupport.course.execute import WIDGET_TEXT, LooksAgain
+from labsupport.course.execute import WIDGET_TEXT
+from labsupport.course.kernels import LooksAgain
 
 TOOLS = """\
 import os

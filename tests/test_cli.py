@@ -1,4 +1,4 @@
-"""The commands: what a learner types, and `labs test` itself."""
+"""The commands: what a learner types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.cli.lab import jupyter_command
-from labsupport.course import doctor, suite, workbook
+from labsupport.course import doctor, workbook
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"
@@ -227,49 +227,3 @@ def test_doctor_says_what_to_do_about_each_problem_and_exits_1(tmp_path: Path, m
     assert "to do: LABS_MODEL names it: correct or unset it" in done.output
     assert "to do: close other programs" in done.output
     assert done.output.rstrip().endswith("2 problems")
-
-
-def part(name: str, says: str, code: int = 0) -> suite.Part:
-    return suite.Part(name, (sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"), {})
-
-
-def run_parts(monkeypatch: pytest.MonkeyPatch, *parts: suite.Part) -> tuple[int, list[str]]:
-    monkeypatch.setattr(suite, "parts", lambda root: ([], list(parts)))
-    shown: list[str] = []
-    return suite.run_all(ROOT, shown.append), "\n".join(shown).splitlines()
-
-
-def test_the_suite_ends_with_one_closing_line_over_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    code, lines = run_parts(
-        monkeypatch, part("a", "....\n4 passed, 1 warning in 1.0s"), part("b", "..\n=== 2 passed in 63.1s (0:01:03) ===")
-    )
-    assert code == 0
-    assert re.fullmatch(r"=+ 6 passed, 1 warnings in [\d.]+s =+", lines[-1])
-
-
-@pytest.mark.parametrize(
-    ("says", "wanted"),
-    [
-        ("FAILED tests/x.py::y - no\n1 failed, 3 passed in 1.0s", "FAILED tests/x.py::y - no"),
-        ("ERROR tests/x.py\n1 error in 1.0s", "ERROR tests/x.py"),
-        ("segmentation fault", "FAILED bad (exit code 1)"),
-    ],
-)
-def test_any_part_that_fails_fails_the_suite_and_is_named_at_its_end(
-    says: str, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, lines = run_parts(monkeypatch, part("good", "4 passed in 1.0s"), part("bad", says, 1))
-    assert code == 1
-    assert lines[-2] == wanted
-    assert re.search(r"1 (failed|error)", lines[-1])
-
-
-def test_the_suite_runs_lint_tests_and_every_notebook_in_both_forms() -> None:
-    quick, long = suite.parts(ROOT)
-    commands = [" ".join(p.command) for p in (*quick, *long)]
-    assert any("ruff check" in c for c in commands)
-    assert any("ruff format --check" in c for c in commands)
-    for path in (*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "solutions").glob("*.ipynb")):
-        (here,) = (p for p in long if str(path.relative_to(ROOT)) in p.command)
-        assert "--nbval-lax" in here.command
-        assert (here.env.get("LABS_STRICT") == "1") == (path.parent.name == "solutions")

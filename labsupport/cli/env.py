@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -37,11 +38,22 @@ def doctor() -> None:
 
 
 @app.command()
-def test() -> None:
+def test(
+    numbers: Annotated[list[str] | None, typer.Argument(metavar="NN", help="Only these notebooks, in both forms.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out slow tests, and notebooks that have not changed.")] = False,
+) -> None:
     """Prove everything: lint, unit and property tests, every notebook in both forms."""
-    from labsupport.course.suite import run_all
+    from labsupport.course import suite
+    from labsupport.course.build import BuildError
 
-    raise typer.Exit(run_all(repository("test"), lambda text: print(text, flush=True)))
+    try:
+        code = suite.run_all(repository("test"), lambda text: print(text, end="", flush=True), numbers, quick)
+    except BuildError as error:
+        fail("test", error)
+    except KeyboardInterrupt:
+        typer.echo("labs test: stopped", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
 @app.command()

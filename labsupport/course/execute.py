@@ -6,28 +6,20 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from queue import Empty
 from typing import Any
 
-from ipykernel.kernelspec import get_kernel_dict
-from jupyter_client.asynchronous import AsyncKernelClient
-from jupyter_client.channels import AsyncZMQSocketChannel
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from traitlets import Type
 
 from labsupport import PACKAGE
+from labsupport.course.kernels import ThisInterpreter
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_TEXT = "The control appears here when the cell is run. The figure below shows where it starts."
 CELL_SECONDS = 600
-LOOK_AGAIN = 1.0  # seconds
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 # What front ends write into a cell's metadata as it is run or looked at.
 VOLATILE = ("execution", "ExecuteTime", "collapsed", "scrolled", "trusted", "jp-MarkdownHeadingCollapsed", "outputId")
@@ -35,38 +27,6 @@ VOLATILE = ("execution", "ExecuteTime", "collapsed", "scrolled", "trusted", "jp-
 
 class BuildError(Exception):
     """A notebook cannot be built; the message names the notebook, where there is one the cell, and the reason."""
-
-
-class LooksAgain(AsyncZMQSocketChannel):
-    """A channel that does not rely on being woken.
-
-    nbclient answers an Output widget on the shell channel while it waits there for the reply to a cell. Sending consumes the
-    socket's edge-triggered event, so a reply that comes in at that moment wakes nobody, and nbclient would wait for ever.
-    """
-
-    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = LOOK_AGAIN if deadline is None else min(LOOK_AGAIN, max(0.0, deadline - time.monotonic()))
-            try:
-                return await super().get_msg(left)
-            except Empty:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise
-
-
-class Client(AsyncKernelClient):
-    shell_channel_class = Type(LooksAgain)
-
-
-class ThisInterpreter(AsyncKernelManager):
-    """A kernel of the interpreter that asks for it: a "python3" that a user installed elsewhere would otherwise come first."""
-
-    client_factory = Type(Client)
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
 
 
 def essence(cell: NotebookNode) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: 
     """
     from nbclient import NotebookClient
 
-    from labsupport.course.execute import ThisInterpreter
+    from labsupport.course.kernels import ThisInterpreter
 
     copy = deepcopy(notebook)
     copy.cells.append(nbformat.v4.new_code_cell(TALLY.format(chapter=chapter, mark=MARK)))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import nbformat
+import psutil
+
+from labsupport.course.build import read, sources, student_path
+from labsupport.course.execute import CELL_SECONDS, source_sha256
 
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
 KINDS = {"errors": "error", "warning": "warnings"}  # pytest's own plurals differ
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
+PYTHON = (sys.executable, "-m")
+MEMORY_EACH = 1.5 * 2**30  # bytes: what the largest notebook and a worker of the tests take
+Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class Part:
 
     name: str
     command: tuple[str, ...]
-    env: dict[str, str]
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,36 +57,100 @@ class Result:
             return []
         return FAILED.findall(self.output) or [f"FAILED {self.part.name} (exit code {self.code})"]
 
+    @property
+    def verdict(self) -> str:
+        counted = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if kind != "warnings")
+        return f"{self.part.name}: {'ok' if self.code == 0 else 'FAILED'}{counted and f', {counted}'} after {self.seconds:.0f} s"
 
-def parts(root: Path) -> tuple[list[Part], list[Part]]:
-    """The quick parts and the long ones of the repository at `root`."""
-    python = (sys.executable, "-m")
-    pytest = (*python, "pytest")
-    nbval = (*pytest, "--nbval-lax", "--nbval-current-env")
-    students = sorted(str(p.relative_to(root)) for p in (root / "notebooks").glob("*.ipynb"))
-    solutions = sorted(str(p.relative_to(root)) for p in (root / "notebooks" / "solutions").glob("*.ipynb"))
-    quick = [
-        Part("ruff check", (*python, "ruff", "check", "."), {}),
-        Part("ruff format", (*python, "ruff", "format", "--check", "."), {}),
+
+def lint() -> list[Part]:
+    return [
+        Part("ruff check", (*PYTHON, "ruff", "check", ".")),
+        Part("ruff format", (*PYTHON, "ruff", "format", "--check", ".")),
+        Part("imports", (str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo")),
     ]
-    # Without notebooks pytest is pointed at the empty folder and fails, as it should.
-    long = [
-        Part("tests", (*pytest, "tests"), {}),
-        Part("notebooks, as a learner gets them", (*nbval, *(students or ["notebooks"])), {}),
-        Part("notebooks, solved", (*nbval, *(solutions or ["notebooks/solutions"])), {"LABS_STRICT": "1"}),
-    ]
-    return quick, long
 
 
-def run(part: Part, root: Path) -> Result:
-    """Run one part to its end. It sees no LABS_ variable but its own, and must not need the network."""
+def tests(workers: int, quick: bool = False) -> Part:
+    """Whatever is in tests/. quick: without those that are marked slow."""
+    spread = ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
+    return Part("tests", (*PYTHON, "pytest", "tests", *spread, *(("-m", "not slow") if quick else ())))
+
+
+def notebook(root: Path, path: Path) -> Part:
+    """One form of a notebook from top to bottom. In a solved one a wrong or blank answer raises."""
+    name = path.relative_to(root).as_posix()
+    nbval = ("-p", "labsupport.course.kernels", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_SECONDS}")
+    return Part(name, (*PYTHON, "pytest", *nbval, name), {"LABS_STRICT": "1"} if path.parent.name == "solutions" else {})
+
+
+def notebooks(root: Path, numbers: list[str] | None = None) -> list[Path]:
+    """Both forms of all notebooks, or of those with these numbers. The late chapters, which take longest, come first."""
+    return [path for source in reversed(sources(root, numbers)) for path in (source, student_path(source))]
+
+
+def changed(root: Path, paths: Sequence[Path]) -> list[Path]:
+    """Those of the notebooks whose cells are not the last commit's; without git, those that were edited since they were built."""
+    known = committed if _under_git(root) else executed
+    return [path for path in paths if source_sha256(read(path)) != known(root, path)]
+
+
+def committed(root: Path, path: Path) -> str | None:
+    """The hash of the notebook that the last commit holds at `path`, None where it holds none."""
+    show = ("git", "show", f"HEAD:{path.relative_to(root).as_posix()}")
+    done = subprocess.run(show, cwd=root, capture_output=True, encoding="utf-8")
+    return None if done.returncode else source_sha256(nbformat.reads(done.stdout, as_version=4))
+
+
+def executed(root: Path, path: Path) -> str | None:
+    """The hash of what was executed when the outputs in `path` were stored, None where that never happened."""
+    return read(path).metadata.get("labs", {}).get("executed_source_sha256")
+
+
+def _under_git(root: Path) -> bool:
+    try:
+        return subprocess.run(("git", "rev-parse", "HEAD"), cwd=root, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def workers() -> int:
+    """How many processes run beside each other: one a core that this process may use, as long as there is memory for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(psutil.virtual_memory().available / MEMORY_EACH)))
+
+
+def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:
+    """Run one part to its end and `write` what it prints as it comes.
+
+    It sees no LABS_ variable but its own, must not need the network, and keeps to one thread: others run beside it.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | part.env
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | part.env
     start = time.monotonic()
-    done = subprocess.run(
-        part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-    )
-    return Result(part, done.returncode, done.stdout, time.monotonic() - start)
+    decoder, output = codecs.getincrementaldecoder("utf-8")("replace"), []
+    with subprocess.Popen(part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while chunk := process.stdout.read1():
+            output.append(decoder.decode(chunk))
+            write(output[-1])
+    return Result(part, process.returncode, "".join(output), time.monotonic() - start)
+
+
+def run_beside(parts: Sequence[Part], root: Path, count: int, write: Write) -> list[Result]:
+    """Run parts, `count` at a time. A line for each as it ends, and all that it printed where it failed."""
+    results = []
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for done in as_completed([pool.submit(run, part, root) for part in parts]):
+                result = done.result()
+                results.append(result)
+                write(f"[{len(results):2}/{len(parts)}] {result.verdict}\n")
+                if result.code:
+                    write(f"{result.output.strip()}\n")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
 
 
 def closing_line(results: list[Result], seconds: float) -> str:
@@ -87,27 +162,27 @@ def closing_line(results: list[Result], seconds: float) -> str:
     return f" {text} in {seconds:.2f}s ".center(80, "=")
 
 
-def run_all(root: Path, show: Callable[[str], None]) -> int:
-    """Run everything, `show` each part's output as it ends and what failed at the end. The exit code.
+def run_all(root: Path, write: Write, numbers: list[str] | None = None, quick: bool = False) -> int:
+    """Run everything, or only the notebooks with these numbers, and `write` what happens meanwhile. The exit code.
 
-    One part after the other: two at once would share the cores that each of them measures with.
+    quick: tests that are not marked slow, and notebooks only where their cells have changed since the last commit.
+    At the end stand what failed and one line that counts it all.
     """
-    start = time.monotonic()
-    quick, long = parts(root)
-    results = []
-
-    def finished(result: Result) -> None:
-        results.append(result)
-        verdict = "ok" if result.code == 0 else "FAILED"
-        show(f"--- {result.part.name}: {verdict} after {result.seconds:.0f} s\n{result.output.strip()}\n")
-
-    for part in quick:
-        finished(run(part, root))
-    show(f"--- running {', '.join(p.name for p in long)}: some minutes\n")
-    for part in long:
-        finished(run(part, root))
+    start, results, count = time.monotonic(), [], workers()
+    paths = notebooks(root, numbers)
+    if quick:
+        paths = changed(root, paths)
+    if not numbers:
+        for part in lint():
+            results.append(run(part, root))
+            write(f"--- {results[-1].verdict}\n{results[-1].output.strip() if results[-1].code else ''}".rstrip() + "\n")
+        write(f"--- tests, {count} at a time\n")
+        results.append(run(tests(count, quick), root, write))
+        write(f"--- {results[-1].verdict}\n")
+    write(f"--- {len(paths)} notebooks, {count} at a time{' (those that changed)' * quick}\n")
+    results += run_beside([notebook(root, path) for path in paths], root, count, write)
     failures = [line for r in results for line in r.failures]
     for line in failures:
-        show(line)
-    show(closing_line(results, time.monotonic() - start))
+        write(f"{line}\n")
+    write(f"{closing_line(results, time.monotonic() - start)}\n")
     return 1 if failures else 0
