@@ -172,9 +172,64 @@ def clip_row_by_row(weight, bits, factors):
     return torch.tensor(best)
 
 
+def groups_in_a_loop(weight, bits, group_size):
+    """float64, group by group; codes in uint8."""
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    scale, zero_point = (torch.zeros(len(weight), weight.shape[1] // group_size, dtype=torch.float64) for _ in range(2))
+    for row in range(len(weight)):
+        for group in range(scale.shape[1]):
+            columns = slice(group * group_size, (group + 1) * group_size)
+            values = weight[row, columns].double()
+            low, high = min(values.min().item(), 0), max(values.max().item(), 0)
+            step = (high - low) / (2**bits - 1) or 1.0
+            scale[row, group], zero_point[row, group] = step, round(-low / step)
+            codes[row, columns] = ((values / step).round() + round(-low / step)).clamp(0, 2**bits - 1).to(torch.uint8)
+    return codes, scale, zero_point
+
+
+def bits_counted_up(out_features, in_features, bits, group_size, symmetric):
+    groups = out_features * in_features // group_size
+    zero_points = 0 if symmetric else groups * bits
+    return (out_features * in_features * bits + 16 * groups + zero_points) / (out_features * in_features)
+
+
+def orders_by_hand(row, group_size):
+    """Large weights together; and two of them, of either sign, for each group, in int32."""
+    small, up, down = ((row.abs() < 2).nonzero(), (row >= 2).nonzero(), (row <= -2).nonzero())
+    useless = torch.cat([up, down, small.reshape(len(up), -1)], 1).flatten()
+    return torch.cat([up, small, down]).flatten().int(), useless.int()
+
+
+def interval_from_sorted(loss, other_loss, tokens, draws):
+    """No quantile function: entries of the sorted ratios of perplexities."""
+    ratios = []
+    for draw in draws.tolist():
+        before, after = (math.exp(sum(t[i].item() for i in draw) / sum(tokens[i].item() for i in draw)) for t in (loss, other_loss))
+        ratios.append(after / before)
+    ratios.sort()
+    return ratios[round(0.025 * len(ratios))] - 1, ratios[round(0.975 * len(ratios)) - 1] - 1
+
+
+def layers_sorted(error, nbytes):
+    rate = ((error[:, 0] - error[:, 1]).double() / (nbytes[:, 1] - nbytes[:, 0])).tolist()
+    return torch.tensor(sorted(range(len(rate)), key=lambda layer: -rate[layer]))
+
+
+def spend_at_one_price(error, nbytes, budget):
+    """Each layer's best choice at a price for a byte, the lowest price that the budget allows."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        price = (low + high) / 2
+        choice = (error.double() + price * nbytes).argmin(1)
+        low, high = (low, price) if nbytes.gather(1, choice[:, None]).sum() <= budget else (price, high)
+    return (error.double() + high * nbytes).argmin(1)
+
+
 ANSWERS = [
     ("2.1", symmetric_from_both_ends), ("2.2", grid_with_ties_up), ("2.3", codes_in_a_loop), ("2.4", dequantized_by_products),
     ("2.5", grid_that_stores_constants_exactly), ("2.6", sqnr_of_means), ("2.8", clip_row_by_row),
+    ("3.1", groups_in_a_loop), ("3.2", bits_counted_up), ("3.3", orders_by_hand), ("3.4", interval_from_sorted),
+    ("3.5", layers_sorted), ("3.6", spend_at_one_price),
     ("9.2", keys_from_the_range), ("9.3", push_block_by_block), ("9.5", plant_in_a_loop), ("9.6", interaction_in_float32),
     ("10.3", three_bit_by_bit), ("10.4", zeros_in_a_loop), ("10.5", layer_multiplied_out), ("10.6", awq_scattered),
     ("10.7", diagnosed_otherwise), ("11.2", tiled_row_by_row), ("11.3", dialect_multiplied_out), ("11.4", kernel_of_columns),
