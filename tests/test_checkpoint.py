@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from labsupport import checkpoint, quantize_model
-from labsupport.checkpoint import CheckpointError, layouts, parts, weights, writing
+from labsupport.checkpoint import CheckpointError, layouts, parts, weights
 from labsupport.checkpoint.measure import evaluate_streamed
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.cli import app
-from labsupport.model import evaluate, models, text
+from labsupport.model import evaluate, files, models, text
 from labsupport.pipeline import calibrate
 from labsupport.quant import gptq, packing, rtn
 
@@ -223,18 +223,18 @@ class Stop(BaseException):
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not(source, words, tmp_path, method, monkeypatch):
     whole = run(source, tmp_path / "whole", method, words)
-    written, real = [], writing.replace
+    written, real = [], files.replace
 
-    def stopping(path, write):
+    def stopping(path, *more, **named):
         if path.name == "block-001.json":
             raise Stop  # its tensors are written, its report is not
-        real(path, write)
+        real(path, *more, **named)
 
-    monkeypatch.setattr(writing, "replace", stopping)
+    monkeypatch.setattr(files, "replace", stopping)
     with pytest.raises(Stop):
         run(source, tmp_path / "out", method, words)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(writing, "replace", lambda path, write: (written.append(path.name), real(path, write)))
+    monkeypatch.setattr(files, "replace", lambda path, *more, **named: (written.append(path.name), real(path, *more, **named)))
     out = run(source, tmp_path / "out", method, words)
     assert not any("block-000" in name for name in written)
     assert "block-001.json" in written
@@ -267,35 +267,27 @@ def test_two_runs_do_not_write_to_one_directory(source, tmp_path):
 
 @pytest.mark.parametrize("at", ["model-00002-of-00004.safetensors", "block-000.json", "model.safetensors.index.json", "README.md"])
 def test_a_full_disk_is_said_and_nothing_half_written(source, words, tmp_path, monkeypatch, at):
-    real = writing.replace
+    real = files.replace
+    kept = at != "block-000.json"  # before it nothing is finished
 
-    def full(path, write):
+    def full(path, write, *more, **named):
         def writing(temporary):
             write(temporary)
             if path.name == at:
                 temporary.write_bytes(temporary.read_bytes()[:7])
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        real(path, writing)
+        real(path, writing, *more, **named)
 
-    monkeypatch.setattr(writing, "replace", full)
-    with pytest.raises(CheckpointError, match=f"the disk is full: {at} could not be written"):
+    monkeypatch.setattr(files, "replace", full)
+    hint = "; finished blocks are kept" if kept else "$"
+    with pytest.raises(CheckpointError, match=f"the disk is full: {at} could not be written. Make room and run again{hint}"):
         run(source, tmp_path / "out", "rtn", words)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.tmp"))
-    assert (tmp_path / "out.partial").exists() == (at != "block-000.json")  # what is finished is kept; nothing is not
-    monkeypatch.setattr(writing, "replace", real)
+    assert (tmp_path / "out.partial").exists() == kept
+    monkeypatch.setattr(files, "replace", real)
     checkpoint.load(run(source, tmp_path / "out", "rtn", words))
-
-
-def test_safetensors_own_word_for_a_full_disk_is_understood(tmp_path):
-    from safetensors import SafetensorError
-
-    with (
-        pytest.raises(CheckpointError, match="the disk is full: a could not be written"),
-        writing.told(tmp_path / "a"),
-    ):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def shards(directory):
@@ -412,11 +404,11 @@ def test_a_bad_source_is_refused_before_anything_is_written(copy, words, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "magic"}, "method is 'magic', wanted one of rtn, awq, gptq, nf4"),
+        ({"method": "magic"}, "method is 'magic', wanted one of rtn, nf4, gptq, awq"),
         ({"bits": 5}, "bits is 5, the gptq layout has 2, 3, 4, 8"),
         ({"method": "awq", "bits": 3}, "bits is 3, the awq layout has 4"),
-        ({"method": "nf4", "bits": 3}, "nf4 has 4 bits and blocks of 32"),
-        ({"method": "nf4", "group_size": 96}, "nf4 has 4 bits and blocks of 32"),
+        ({"method": "nf4", "bits": 3}, "bits is 3, nf4 has 4"),
+        ({"method": "nf4", "group_size": 96}, "group_size is 96, nf4 has blocks of 32, 64"),
         ({"method": "nf4", "symmetric": True}, "symmetric is given, but nf4 has no such choice"),
         ({"method": "awq", "act_order": True}, "act_order is given, but awq has no such choice"),
         ({"method": "nf4", "layout": "awq"}, "format is 'awq', nf4 is stored as bitsandbytes"),

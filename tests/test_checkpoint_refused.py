@@ -20,10 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from labsupport import checkpoint
-from labsupport.checkpoint import CheckpointError, parts, writing
+from labsupport.checkpoint import CheckpointError, parts
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
-from labsupport.model import models
+from labsupport.model import files, models
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -351,22 +351,22 @@ def test_a_disk_that_really_takes_no_more(source, words, tmp_path):
 
 
 def stopping(monkeypatch, at, error):
-    real = writing.replace
+    real = files.replace
 
-    def replace(path, write):
+    def replace(path, *more, **named):
         if path.name == at:
             raise error
-        real(path, write)
+        real(path, *more, **named)
 
-    monkeypatch.setattr(writing, "replace", replace)
-    return lambda: monkeypatch.setattr(writing, "replace", real)
+    monkeypatch.setattr(files, "replace", replace)
+    return lambda: monkeypatch.setattr(files, "replace", real)
 
 
 def test_a_key_that_was_pressed(source, words, tmp_path, monkeypatch):
     mend = stopping(monkeypatch, "block-001.json", KeyboardInterrupt())
     done = command(source, tmp_path / "out", words)
     assert done.exit_code == 130
-    assert done.stderr.splitlines()[-1] == "labs quantize: stopped; the same command goes on from here"
+    assert done.stderr.splitlines()[-1] == "labs quantize: stopped. The same command continues after the last finished block"
     assert (tmp_path / "out.partial" / "run" / "block-000.json").exists()
     assert not (tmp_path / "out").exists()
     mend()
@@ -381,11 +381,11 @@ def test_memory_that_runs_out(source, words, tmp_path, monkeypatch, error):
     stopping(monkeypatch, "block-001.json", error)
     done = command(source, tmp_path / "out", words)
     assert done.exit_code == 1
-    assert "labs quantize: there is not memory enough; finished blocks are kept" in done.stderr
+    assert "labs quantize: not enough memory. Finished blocks are kept" in done.stderr
     assert (tmp_path / "out.partial" / "run" / "block-000.json").exists()
 
 
-def test_another_fault_of_ours_is_not_called_a_want_of_memory():
+def test_another_fault_of_ours_is_not_called_a_lack_of_memory():
     assert not commands._is_memory(RuntimeError("shapes differ"))
     assert commands._is_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
 
@@ -400,7 +400,7 @@ def unfinished(source, words, out, monkeypatch, at="block-002.json", **settings)
 def test_a_run_at_work_is_not_swept_away_by_another_that_restarts(source, words, tmp_path, monkeypatch):
     unfinished(source, words, tmp_path / "out", monkeypatch)
     at_work = parts.Parts(tmp_path / "out", {"a": "b"}, "gptq", ["model.layers.0"], 4, torch.float16, restart=True)
-    writing.save(at_work.shard(0), {"a": torch.zeros(1)})
+    save_file({"a": torch.zeros(1)}, at_work.shard(0))
     for restart in (False, True):
         with pytest.raises(CheckpointError, match=r"another run is writing to .*out.partial"):
             run(source, tmp_path / "out", "gptq", words, restart=restart)
@@ -421,7 +421,7 @@ def test_a_refused_run_does_not_stay_in_the_way(source, words, tmp_path, monkeyp
 def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_path, monkeypatch):
     """The directory has appeared, what the run kept is still there. Then somebody removes the directory and asks again."""
     with monkeypatch.context() as killed:
-        killed.setattr(writing, "remove", lambda folder: None)
+        killed.setattr(parts, "remove", lambda folder: None)
         run(source, tmp_path / "out", "gptq", words)
     assert (tmp_path / "out.partial" / "run" / "block-002.json").exists()
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
@@ -473,10 +473,11 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(source, tmp_path, monkeypa
     assert done[-1] == ("rename", "out")
     assert [kind for kind, _ in done[:-1]] == ["fsync", "replace"] * (len(done) // 2)
     assert [name for kind, name in done if kind == "fsync"] == [name for kind, name in done if kind == "replace"]
-    order = [name for kind, name in done if kind == "replace"]
+    # Temporary files are called .NAME.something.tmp.
+    order = [name[1:].rpartition(".")[0].rpartition(".")[0] for kind, name in done if kind == "replace"]
     for index in range(3):  # a report says that the rest is whole
-        assert order.index(f"block-00{index}.json.tmp") > order.index(f"model-0000{index + 1}-of-00004.safetensors.tmp")
-        assert order.index(f"block-00{index}.json.tmp") > order.index(f"block-00{index}.safetensors.tmp")
+        assert order.index(f"block-00{index}.json") > order.index(f"model-0000{index + 1}-of-00004.safetensors")
+        assert order.index(f"block-00{index}.json") > order.index(f"block-00{index}.safetensors")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file modes")

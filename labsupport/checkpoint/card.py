@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from labsupport.pipeline.calibrated import LayerReport
+from labsupport.pipeline.linear import LayerReport
 
 ENDINGS = {
     ".qweight": "codes", ".scales": "scales", ".qzeros": "zero-points", ".g_idx": "group of each column",

@@ -17,8 +17,6 @@ from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor
 
 LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
-DEFAULT = {"gptq": "gptq", "rtn": "gptq", "awq": "awq", "nf4": "bitsandbytes"}
-FOR = {"gptq": ("gptq", "gptq_v2"), "rtn": ("gptq", "gptq_v2", "awq"), "awq": ("awq", "gptq", "gptq_v2"), "nf4": ("bitsandbytes",)}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSION = {"gptq": 1, "gptq_v2": 2}
 

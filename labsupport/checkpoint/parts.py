@@ -1,7 +1,7 @@
 """A directory that grows block by block beside where it will stand, OUT.partial, and appears there whole or not at all.
 
 OUT.partial/model/   what OUT will hold: a file of tensors for each finished block, at the end everything else
-OUT.partial/run/     what a run that was stopped needs to go on, and nobody else: settings, and of each block its report
+OUT.partial/run/     what a run that was stopped needs to go on, and nobody else: see pipeline.finished
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from labsupport.checkpoint import layouts, writing
+from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
+from labsupport.model import files
 from labsupport.pipeline.calibrate import Block
-from labsupport.pipeline.calibrated import LayerReport
+from labsupport.pipeline.finished import FinishedBlocks
 from labsupport.quant.grid import QuantizedTensor
 
 LOCK = "lock"
-# What a run knows only by a digest, in words.
+# What run.json holds only a digest of, in words.
 DIGESTS = {"model": "model, or of other files of this one", "config": "config.json", "calibration": "calibration text"}
 
 
-class Parts:
-    """Finished blocks of one run; what calibrated.quantize_blocks calls `keep`.
+class Parts(FinishedBlocks):
+    """Finished blocks of one run as they will be stored: packed, everything else rounded to `dtype`.
 
-    identity: all that the blocks depend on, by name. names: of each block, its module's full name. Raises CheckpointError where
-    `out` exists, where another run is at work, where OUT.partial is none of ours, and where it holds a run with another identity
-    and not `restart`.
+    What is rounded is kept exactly as well, in the run's folder, for the blocks that come after. names: the full name of each
+    block's module. Raises CheckpointError where `out` exists, where another run is at work, where OUT.partial is not an unfinished
+    run, and where it holds a run with another identity and not `restart`; files.WriteError where it cannot be written.
     """
 
     def __init__(
@@ -47,115 +47,114 @@ class Parts:
         dtype: torch.dtype,
         restart: bool = False,
     ):
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        super().__init__(self.partial / "run", identity)
         self.layout, self.names, self.bits, self.dtype = layout, names, bits, dtype
-        self.model, self.run = self.folder / "model", self.folder / "run"
+        self.model = self.partial / "model"
         check_free(out)
-        with writing.told(self.folder):
-            _check_ours(self.folder)
-            self.run.mkdir(parents=True, exist_ok=True)
-            self._lock = writing.lock(self.run / LOCK)  # before anything of an older run is touched
+        with files.explained(self.partial):
+            _check_ours(self.partial)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder / LOCK)  # before anything of an older run is touched
             try:
-                self._begin({key: str(value) for key, value in identity.items()}, restart)
+                self._sweep(restart)
+                self.model.mkdir(exist_ok=True)
+                self.begin()
             except BaseException:
                 self.release()
                 raise
 
-    def _begin(self, said: dict[str, str], restart: bool) -> None:
-        about = self.run / "run.json"
-        if restart or not about.is_file():
-            if self.model.exists():
-                writing.remove(self.model)
-            for path in self.run.iterdir():
+    def _sweep(self, restart: bool) -> None:
+        """Remove what an older run left: all of it where it is of no use, otherwise half-written files."""
+        if restart or not (self.folder / "run.json").is_file():
+            remove(self.model)
+            for path in self.folder.iterdir():
                 if path.name != LOCK:
                     path.unlink()
-        self.model.mkdir(exist_ok=True)
-        if about.is_file():
-            _check_same(read_json(about), said, self.folder)
-        else:
-            writing.replace(about, lambda path: path.write_text(json.dumps(said, indent=1)))
+        for folder in (self.folder, self.model):
+            for path in folder.glob(f".*{files.SUFFIX}"):
+                path.unlink()
+
+    def check_same(self, about: Path) -> None:
+        kept = read_json(about)
+        for name in {**kept, **self.identity}:
+            before, now = kept.get(name), self.identity.get(name)
+            if before != now:
+                differs = f"of another {DIGESTS[name]}" if name in DIGESTS else f"with {name} {before}, asked for is {now}"
+                raise CheckpointError(
+                    f"{self.partial} holds an unfinished run {differs}: ask for that again, or start over with --restart"
+                )
 
     def shard(self, index: int) -> Path:
         """The file of a block, or of everything outside the blocks for the index after the last."""
         return self.model / f"model-{index + 1:05}-of-{len(self.names) + 1:05}.safetensors"
 
-    def _kept(self, index: int, kind: str) -> Path:
-        return self.run / f"block-{index:03}.{kind}"
+    def is_done(self, index: int) -> bool:
+        """A report alone, as a run leaves that was killed right after its last step, does not count."""
+        return super().is_done(index) and self.shard(index).exists()
 
-    def done(self) -> list[int]:
-        """The finished blocks. A report alone, as a run leaves that was killed right after its last step, is none."""
-        return [index for index in range(len(self.names)) if self._kept(index, "json").exists() and self.shard(index).exists()]
+    def any_done(self) -> bool:
+        return any(self.is_done(index) for index in range(len(self.names)))
 
-    def read(self, block: Block) -> dict[str, LayerReport] | None:
-        """Put back what a block has become, as `write` found it. None where it is not finished."""
-        if block.index not in self.done():
-            return None
-        report = self._kept(block.index, "json")
-        tensors, start = load_file(self.shard(block.index)), self.names[block.index] + "."
-        for name, layer in block.linears.items():
-            state = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}
-            layer.weight.data.copy_(layouts.read(self.layout, name, state, self.bits).dequantize())
-        # The other weights as they were, in float32: the file holds them rounded.
-        own = block.module.state_dict()
-        for name, value in load_file(self._kept(block.index, "safetensors")).items():
-            own[name.removeprefix(start)].copy_(value)
-        return {name: LayerReport(**row) for name, row in json.loads(report.read_text()).items()}
-
-    def write(self, block: Block, reports: Mapping[str, LayerReport], stored: Mapping[str, QuantizedTensor]) -> None:
-        """Keep a block. A report is written last: a block that has one is whole."""
+    def save(self, block: Block, tensors: Mapping[str, QuantizedTensor]) -> None:
         start = self.names[block.index] + "."
         others = {start + key: value.detach().cpu() for key, value in block.module.state_dict().items()}
-        others = {key: value.contiguous() for key, value in others.items() if key.removesuffix(".weight") not in stored}
-        tensors = self.rounded(others)
-        for name, tensor in stored.items():
-            tensors |= {key: value.cpu() for key, value in layouts.write(self.layout, name, tensor, self.dtype).items()}
-        writing.save(self.shard(block.index), tensors)
-        writing.save(self._kept(block.index, "safetensors"), others)
-        rows = json.dumps({name: asdict(row) for name, row in reports.items()})
-        writing.replace(self._kept(block.index, "json"), lambda path: path.write_text(rows))
+        others = {key: value for key, value in others.items() if key.removesuffix(".weight") not in tensors}
+        packed = self.rounded(others)
+        for name, tensor in tensors.items():
+            packed |= {key: value.cpu() for key, value in layouts.write(self.layout, name, tensor, self.dtype).items()}
+        self._save(self.shard(block.index), packed)
+        self._save(self.path(block.index, "safetensors"), others)
 
-    def write_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Embedding, last norm, head: whatever is in no block."""
-        writing.save(self.shard(len(self.names)), self.rounded(tensors))
+    def restore(self, block: Block) -> None:
+        packed, start = load_file(self.shard(block.index)), self.names[block.index] + "."
+        for name, layer in block.linears.items():
+            state = {key.removeprefix(name + "."): value for key, value in packed.items() if key.startswith(name + ".")}
+            layer.weight.data.copy_(layouts.read(self.layout, name, state, self.bits).dequantize())
+        # The other weights as they were, in float32: the shard holds them rounded.
+        own = block.module.state_dict()
+        for name, value in load_file(self.path(block.index, "safetensors")).items():
+            own[name.removeprefix(start)].copy_(value)
+
+    def save_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write embedding, last norm, head: whatever is in no block."""
+        self._save(self.shard(len(self.names)), self.rounded(tensors))
+
+    def _save(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        files.save_tensors(path, tensors, {"format": "pt"}, sync=True)
 
     def rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """In the dtype that they are stored in. Raises CheckpointError for what it does not hold."""
-        found = {}
+        """In the dtype that they are stored in. Raises CheckpointError for a value that it does not hold."""
+        rounded = {}
         for name, tensor in tensors.items():
-            found[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            if tensor.is_floating_point() and not found[name].isfinite().all():
+            rounded[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point() and not rounded[name].isfinite().all():
                 raise CheckpointError(
                     f"{name} holds values up to {tensor.abs().max():.3g}, which {self.dtype} does not: use bfloat16"
                 )
-        return found
+        return rounded
 
-    def reports(self) -> dict[str, LayerReport]:
-        found = {}
-        for index in self.done():
-            found |= {name: LayerReport(**row) for name, row in json.loads(self._kept(index, "json").read_text()).items()}
-        return found
-
-    def finish(self, files: Mapping[str, str], copied: Mapping[str, Path]) -> Path:
-        """Write the index and `files` (name to text), copy others, and let the directory appear. Returns it."""
-        for path in self.model.iterdir():
-            if path.suffix != ".safetensors":
-                path.unlink()
-        writing.replace(self.model / INDEX, lambda path: path.write_text(json.dumps(self._index(), indent=1)))
+    def finish(self, contents: Mapping[str, str], copied: Mapping[str, Path]) -> Path:
+        """Write the index and the files in `contents` (name to text), copy others, and let the directory appear. Returns it."""
+        with files.explained(self.model):
+            for path in self.model.iterdir():
+                if path.suffix != ".safetensors":
+                    path.unlink()
         for name, source in copied.items():
-            writing.replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path))
-        for name, content in files.items():
-            writing.replace(self.model / name, lambda path, content=content: path.write_text(content, "utf-8"))
-        with writing.told(self.out):
+            files.replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path), sync=True)
+        for name, content in {INDEX: json.dumps(self._index(), indent=1), **contents}.items():
+            files.write_text(self.model / name, content, sync=True)
+        with files.explained(self.out):
             if self.out.exists():
-                raise writing.WriteError(f"{self.out} exists by now: what was made for it is in {self.model}")
+                raise files.WriteError(self.out, f"it exists by now; what was made for it is in {self.model}")
             os.rename(self.model, self.out)
-        writing.remove(self.folder)
+        remove(self.partial)
         self.release()
         return self.out
 
     def give_up(self) -> None:
         """Leave nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
         self.release()
 
     def _index(self) -> dict[str, Any]:
@@ -176,14 +175,14 @@ class Parts:
 
 
 def check_free(out: Path) -> None:
-    """Raise CheckpointError where `out` exists, or cannot."""
-    with writing.told(out):
+    """Raise CheckpointError where `out` exists, files.WriteError where it cannot."""
+    with files.explained(out):
         if out.exists() or out.is_symlink():
             raise CheckpointError(f"{out} exists: choose another directory or remove it")
 
 
 def _check_ours(folder: Path) -> None:
-    """Raise CheckpointError for what stands where a run is kept and is none: it is not ours to remove."""
+    """Raise CheckpointError where what stands in the place of an unfinished run is not one: it is not ours to remove."""
     if not folder.exists():
         return
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
@@ -191,9 +190,27 @@ def _check_ours(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is no unfinished run of labs quantize: move it, or choose another directory")
 
 
-def _check_same(kept: Mapping[str, str], said: Mapping[str, str], folder: Path) -> None:
-    for name in {**kept, **said}:
-        was, asked = kept.get(name), said.get(name)
-        if was != asked:
-            differs = f"with {name} {was}, asked for is {asked}" if name not in DIGESTS else f"of another {DIGESTS[name]}"
-            raise CheckpointError(f"{folder} holds an unfinished run {differs}: ask for that again, or start over with --restart")
+def lock(path: Path) -> IO[str] | None:
+    """Held until it is closed or the process ends. None where the system has no such locks.
+
+    Raises CheckpointError where another run holds it.
+    """
+    path.touch()
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    stream = path.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise CheckpointError(f"another run is writing to {path.parent.parent}") from None
+    return stream
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    with files.explained(folder):
+        if folder.exists():
+            shutil.rmtree(folder)

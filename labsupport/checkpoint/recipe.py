@@ -1,90 +1,100 @@
-"""What `labs quantize` was asked for: checked against the model before anything is computed or written."""
+"""What `labs quantize` is to do: checked against the method, and against the model, before anything is computed or written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.quant import bnb_format
+from labsupport.pipeline.methods import METHODS, Method, Storage, stored_methods, stored_settings
 
-GROUP_SIZE = {"gptq": 128, "awq": 128, "rtn": 128, "nf4": bnb_format.BLOCK_SIZES[1]}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Which settings a method takes, by the names that its quantize function gives them.
-TAKES = {
-    "rtn": ("bits", "group_size", "symmetric"),
-    "awq": ("bits", "group_size", "symmetric"),
-    "gptq": ("bits", "group_size", "symmetric", "act_order", "static_groups", "damping"),
-    "nf4": ("block_size", "double_quant"),
-}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """group_size: None for the method's own, -1 for a grid for each whole row; for nf4 the size of a block.
+    """A method, which of its layouts, and every setting that it takes when it is stored.
 
-    layout: None for the method's own. dtype: of everything that is not quantized.
+    group_size: None for a grid for each whole row; for nf4 the size of a block. dtype: of everything that is not quantized.
+    choices: the settings beside bits and the group size.
     """
 
-    method: str = "gptq"
-    bits: int = 4
-    group_size: int | None = None
-    symmetric: bool = False
-    act_order: bool = False
-    static_groups: bool = False
-    damping: float = 0.01
-    double_quant: bool = True
-    layout: str | None = None
-    dtype: str = "float16"
+    method: Method
+    layout: str
+    dtype: str
+    bits: int
+    group_size: int | None
+    choices: Mapping[str, Any]
 
-    def checked(self) -> Recipe:
-        """With the method's own group size and layout filled in. Raises CheckpointError for what does not go together."""
-        if self.method not in TAKES:
-            raise CheckpointError(f"method is {self.method!r}, wanted one of {', '.join(TAKES)}")
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"dtype is {self.dtype!r}, wanted one of {', '.join(DTYPES)}")
-        full = replace(
-            self,
-            group_size=GROUP_SIZE[self.method] if self.group_size is None else self.group_size,
-            layout=layouts.DEFAULT[self.method] if self.layout is None else self.layout,
-        )
-        for name in ("symmetric", "act_order", "static_groups", "damping", "double_quant"):
-            if getattr(full, name) != getattr(Recipe, name) and name not in TAKES[full.method]:
-                raise CheckpointError(f"{name} is given, but {full.method} has no such choice")
-        if full.layout not in layouts.FOR[full.method]:
-            wanted = ", ".join(layouts.FOR[full.method])
-            raise CheckpointError(f"format is {full.layout!r}, {full.method} is stored as {wanted}")
-        if full.method == "nf4" and (full.bits != 4 or full.group_size not in bnb_format.BLOCK_SIZES):
-            sizes = ", ".join(map(str, bnb_format.BLOCK_SIZES))
-            raise CheckpointError(f"nf4 has 4 bits and blocks of {sizes}, asked for are {full.bits} and {full.group_size}")
-        if full.group_size < 1 and full.group_size != -1:
-            raise CheckpointError(f"group_size is {full.group_size}, wanted a positive whole number, or -1 for a whole row")
-        if not 0 <= full.damping < float("inf"):
-            raise CheckpointError(f"damping is {full.damping}, wanted 0 or more")
-        return full
+    @classmethod
+    def of(
+        cls,
+        method: str = "gptq",
+        bits: int = 4,
+        group_size: int | None = None,
+        layout: str | None = None,
+        dtype: str = "float16",
+        **choices: Any,
+    ) -> Recipe:
+        """group_size: None for the method's own, -1 for a grid for each whole row. layout: None for the method's own.
+
+        Raises CheckpointError for what does not go together. A choice that another method has is refused where it is not the
+        default, so that the command line can hand on all that it knows.
+        """
+        storages = stored_methods()
+        if method not in storages:
+            raise CheckpointError(f"method is {method!r}, wanted one of {', '.join(storages)}")
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
+        storage, defaults = storages[method], stored_settings()
+        for name, value in choices.items():
+            if name not in storage.settings and (name not in defaults or value != defaults[name]):
+                raise CheckpointError(f"{name} is given, but {method} has no such choice")
+        layout = storage.layouts[0] if layout is None else layout
+        if layout not in storage.layouts:
+            raise CheckpointError(f"format is {layout!r}, {method} is stored as {', '.join(storage.layouts)}")
+        size = storage.group_size if group_size is None else group_size
+        _check_grid(method, storage, bits, size)
+        chosen = {name: choices.get(name, default) for name, default in storage.settings.items()}
+        if not 0 <= chosen.get("damping", 0) < float("inf"):
+            raise CheckpointError(f"damping is {chosen['damping']}, wanted 0 or more")
+        return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen)
+
+    @property
+    def storage(self) -> Storage:
+        return stored_methods()[self.method.name]
 
     def check_model(self, linears: Mapping[str, torch.nn.Linear]) -> None:
         """Raise CheckpointError where there are no linears, and for one that the settings or the layout do not fit."""
         if not linears:
             raise CheckpointError("the blocks of the model hold no linear layers (torch.nn.Linear): there is nothing to quantize")
+        in_rows = self.storage.group_setting == "group_size"
         for name, layer in linears.items():
-            if self.method != "nf4" and self.group_size > 0 and layer.in_features % self.group_size:
+            if in_rows and self.group_size is not None and layer.in_features % self.group_size:
                 raise CheckpointError(f"group_size {self.group_size} does not divide in_features {layer.in_features} of {name}")
             layouts.check(self.layout, name, (layer.out_features, layer.in_features), self.bits)
 
     def settings(self) -> dict[str, Any]:
-        """What the method's quantize function is called with."""
-        size = None if self.group_size == -1 else self.group_size
-        values = {**vars(self), "group_size": size, "block_size": self.group_size}
-        return {name: values[name] for name in TAKES[self.method]}
+        """What goes to the method."""
+        values = {"bits": self.bits, self.storage.group_setting: self.group_size, **self.choices}
+        return {name: value for name, value in values.items() if name in self.method.settings}
 
     def about(self) -> dict[str, Any]:
-        """For the config and the card: the settings that the method has, and how it is stored."""
-        size = None if self.group_size == -1 else self.group_size
-        return {"method": self.method, "layout": self.layout, "dtype": self.dtype, "bits": self.bits, "group_size": size} | {
-            name: value for name, value in self.settings().items() if name not in ("bits", "group_size", "block_size")
-        }
+        """For the config and the card: all of it."""
+        about = {"method": self.method.name, "layout": self.layout, "dtype": self.dtype}
+        return about | {"bits": self.bits, "group_size": self.group_size, **self.choices}
+
+
+def _check_grid(method: str, storage: Storage, bits: int, size: int) -> None:
+    """Raise CheckpointError for bits and a group size that the method does not have."""
+    if storage.bits is not None and bits not in storage.bits:
+        raise CheckpointError(f"bits is {bits}, {method} has {', '.join(map(str, storage.bits))}")
+    if storage.group_sizes is not None and size not in storage.group_sizes:
+        wanted = ", ".join(map(str, storage.group_sizes))
+        raise CheckpointError(f"group_size is {size}, {method} has blocks of {wanted}")
+    if size < 1 and size != -1:
+        raise CheckpointError(f"group_size is {size}, wanted a positive whole number, or -1 for a whole row")

@@ -23,17 +23,27 @@ from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.texts import Texts, read_texts
 from labsupport.checkpoint.tokenizers import COPIED, copied_files
 from labsupport.checkpoint.weights import CheckpointError, find, read_json
-from labsupport.checkpoint.writing import WriteError
 from labsupport.model import models
+from labsupport.model.files import WriteError
 from labsupport.model.text import TextError, TokenStream
-from labsupport.pipeline import calibrate, calibrated
+from labsupport.pipeline import calibrate
 from labsupport.pipeline.calibrate import Block
-from labsupport.pipeline.calibrated import LayerReport
-from labsupport.pipeline.quantize import CALIBRATED, quantize_linear
+from labsupport.pipeline.driver import quantize_blocks
+from labsupport.pipeline.linear import LayerReport
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Inside, what cannot be written is a CheckpointError, like everything else that is wrong."""
+    try:
+        yield
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
+
+
+@_in_one_line()
 def quantize(
     source: str | Path,
     out: str | Path,
@@ -50,13 +60,13 @@ def quantize(
 ) -> Path:
     """Quantize the model in a directory, or of a hub id, block by block, and write what AutoGPTQ, AutoAWQ or bitsandbytes would.
 
-    settings: the fields of Recipe. The codes are those of quantize_model with the same settings. A run that was stopped goes on
+    settings: what Recipe.of takes. The codes are those of quantize_model with the same settings. A run that was stopped goes on
     after its last finished block, if it is asked for the same; restart: forget it. Returns `out`.
     Raises CheckpointError, or TextError, in one line; `out` is then not there.
     """
-    recipe, out, asked = Recipe(method=method, **settings).checked(), Path(out), str(source)
+    recipe, out, model_name = Recipe.of(method, **settings), Path(out), str(source)
     check_free(out)
-    source = find(asked, COPIED)
+    source = find(model_name, COPIED)
     if out.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{out} is inside the model's directory {source}: choose another")
     config = read_json(source / "config.json")
@@ -65,21 +75,21 @@ def quantize(
     skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     recipe.check_model(models.linears(skeleton.model))
     texts = Texts(calibration, samples, length, windows)
-    fed, held_out = read_texts(skeleton, source, texts, recipe.method in CALIBRATED)
+    ids, held_out = read_texts(skeleton, source, texts, recipe.method.needs_text)
 
     identity = {**recipe.about(), "model": skeleton.weights.digest(), "config": _digest(config), "version": __version__}
-    if fed is not None:
-        identity |= {"calibration": _digest(fed.tolist())}
+    if ids is not None:
+        identity |= {"calibration": _digest(ids.tolist())}
     names = [skeleton.name(block) for block in skeleton.blocks]
     parts = Parts(out, identity, recipe.layout, names, recipe.bits, DTYPES[recipe.dtype], restart)
     with _tidied(parts):
-        reports = _quantize_blocks(skeleton, recipe, fed, parts, progress)
-        parts.write_outside(skeleton.read(skeleton.outer))
+        reports = _quantize_blocks(skeleton, recipe, ids, parts, progress)
+        parts.save_outside(skeleton.read(skeleton.outer))
         measured = _measure(skeleton, parts, texts, held_out, progress)
         weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
         # A hub id is a name; the directory of its snapshot is called by a digest.
-        name = source.resolve().name if Path(asked).is_dir() else asked
-        facts = card.Facts(name, recipe.about(), weights, reports, vars(texts) if fed is not None else {}, measured)
+        name = source.resolve().name if Path(model_name).is_dir() else model_name
+        facts = card.Facts(name, recipe.about(), weights, reports, vars(texts) if ids is not None else {}, measured)
         return _finish(parts, source, config, facts)
 
 
@@ -98,24 +108,11 @@ def _digest(content: Any) -> str:
 
 
 def _quantize_blocks(
-    skeleton: Skeleton, recipe: Recipe, fed: torch.Tensor | None, parts: Parts, progress: bool
+    skeleton: Skeleton, recipe: Recipe, ids: torch.Tensor | None, parts: Parts, progress: bool
 ) -> dict[str, LayerReport]:
     model, settings = skeleton.model, recipe.settings()
-    with tqdm(total=len(models.linears(model)), desc=recipe.method, unit="layer", disable=not progress) as bar:
-        if fed is not None:
-            return calibrated.quantize_blocks(
-                model, recipe.method, fed, lambda name: settings, parts, lambda name: bar.update(), weights=skeleton
-            )
-        for block in calibrate.bare_blocks(model, skeleton):
-            if block.index not in parts.done():
-                made: dict[str, QuantizedTensor] = {}
-                reports = {}
-                for name, layer in block.linears.items():
-                    with calibrated.naming(name):
-                        reports[name] = quantize_linear(model, recipe.method, name, layer, settings, made)
-                parts.write(block, reports, made)
-            bar.update(len(block.linears))
-    return parts.reports()
+    with tqdm(total=len(models.linears(model)), desc=recipe.method.name, unit="layer", disable=not progress) as bar:
+        return quantize_blocks(model, recipe.method, lambda name: settings, ids, parts, lambda name: bar.update(), skeleton)
 
 
 def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream | None, progress: bool) -> dict[str, Any]:
@@ -144,14 +141,17 @@ def _tidied(parts: Parts) -> Iterator[None]:
         yield
     except SafetensorError as error:  # ours: the model's are open by now
         parts.give_up()
-        raise CheckpointError(f"a file in {parts.folder} was damaged, and the run is dropped: run again ({error})") from error
+        raise CheckpointError(f"a file in {parts.partial} was damaged, and the run is dropped: run again ({error})") from error
     except BaseException as error:
         # What is wrong with the model or the settings will be wrong again. A full disk and a key that was pressed will not.
-        again = isinstance(error, WriteError) or not isinstance(error, ValueError)
-        if again and parts.done():
+        keep = not isinstance(error, ValueError) and parts.any_done()
+        if keep:
             parts.release()
         else:
             parts.give_up()
+        if isinstance(error, WriteError) and error.disk_full:
+            hint = "Make room and run again" + ("; finished blocks are kept" if keep else "")
+            raise CheckpointError(f"{error}. {hint}") from error
         if isinstance(error, ValueError) and not isinstance(error, CheckpointError | TextError):
             raise CheckpointError(str(error)) from error
         raise
@@ -171,6 +171,7 @@ def _finish(parts: Parts, source: Path | None, config: Mapping[str, Any], facts:
     return parts.finish(files, copied_files(source) if source else {})
 
 
+@_in_one_line()
 @torch.no_grad()
 def save(
     model: nn.Module,
@@ -205,7 +206,7 @@ def save(
         for block in calibrate.bare_blocks(model):
             parts.write(block, {}, {name: stored[name] for name in block.linears})
         inside = tuple(name + "." for name in blocks)
-        parts.write_outside({name: p.detach().cpu() for name, p in model.named_parameters() if not name.startswith(inside)})
+        parts.save_outside({name: p.detach().cpu() for name, p in model.named_parameters() if not name.startswith(inside)})
         config = read_json(Path(source) / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
         facts = card.Facts(
             Path(source).resolve().name if source else "", settings, sum(t.shape[0] * t.shape[1] for t in stored.values())

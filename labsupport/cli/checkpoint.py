@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from labsupport.pipeline.methods import METHODS, stored_layouts, stored_methods, stored_settings
+
 app = typer.Typer()
 M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
@@ -22,40 +24,71 @@ def _return_memory() -> None:
 
 def _is_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch says so in a RuntimeError like any other."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
+
+
+def _taking(setting: str) -> str:
+    """The methods that have a setting, by name."""
+    return ", ".join(name for name, storage in stored_methods().items() if setting in storage.settings)
+
+
+def _sizes() -> str:
+    """Each method with its own default of --group-size."""
+    return ", ".join(f"{name} {storage.group_size}" for name, storage in stored_methods().items())
+
+
+TEXT_METHODS = ", ".join(name for name in stored_methods() if METHODS[name].needs_text)
+DEFAULTS = stored_settings()
 
 
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A model directory (config.json, safetensors), or a hub id.")],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist.")],
-    method: Annotated[str, typer.Option(help="gptq, awq, nf4 or rtn.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; awq and nf4 have 4.")] = 4,
+    method: Annotated[str, typer.Option(help=f"{', '.join(stored_methods())}.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; the formats awq and bitsandbytes have 4 alone.")] = 4,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale; -1 for a row. By default 128; nf4: the block, 64.")
+        int | None,
+        typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Defaults: {_sizes()}."),
     ] = None,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric/--asymmetric", help="Grids with the zero-point in the middle: what vLLM takes of GPTQ.")
-    ] = False,
-    act_order: Annotated[bool, typer.Option("--act-order", help="gptq: the columns with the largest inputs first.")] = False,
-    static_groups: Annotated[bool, typer.Option("--static-groups", help="gptq: groups stay neighbors under --act-order.")] = False,
-    damping: Annotated[float, typer.Option(help="gptq: share of the Hessian's mean diagonal that is added to it.")] = 0.01,
-    double_quant: Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="nf4: magnitudes in 8 bits.")] = True,
-    calibration: Annotated[str, typer.Option(help="gptq, awq: a text file, a directory, code, prose, or a dataset.")] = "code",
+        bool,
+        typer.Option(
+            "--symmetric/--asymmetric", help="Whether the zero-point is in the middle of every grid, as vLLM asks of GPTQ."
+        ),
+    ] = DEFAULTS["symmetric"],
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help=f"{_taking('act_order')}: the columns with the largest inputs first.")
+    ] = DEFAULTS["act_order"],
+    static_groups: Annotated[
+        bool, typer.Option("--static-groups", help=f"{_taking('static_groups')}: groups stay neighbors under --act-order.")
+    ] = DEFAULTS["static_groups"],
+    damping: Annotated[
+        float, typer.Option(help=f"{_taking('damping')}: share of the Hessian's mean diagonal that is added to it.")
+    ] = DEFAULTS["damping"],
+    double_quant: Annotated[
+        bool,
+        typer.Option(
+            "--double-quant/--no-double-quant", help=f"{_taking('double_quant')}: store the blocks' magnitudes in 8 bits."
+        ),
+    ] = DEFAULTS["double_quant"],
+    calibration: Annotated[
+        str, typer.Option(help=f"{TEXT_METHODS}: a text file, a directory, code, prose, or a dataset.")
+    ] = "code",
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=0, help="Windows that perplexity is measured on; 0: do not measure.")] = 32,
+    windows: Annotated[int, typer.Option(min=0, help="Windows that perplexity is measured on; 0 to leave it out.")] = 32,
     layout: Annotated[
-        str | None, typer.Option("--format", help="gptq, gptq_v2, awq, bitsandbytes; default the method's own.")
+        str | None, typer.Option("--format", help=f"{', '.join(stored_layouts())}; by default the method's own.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of what is not quantized: float16 or bfloat16.")] = "float16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; by default a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="The dtype of what is not quantized: float16 or bfloat16.")] = "float16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an unfinished run for the same directory.")] = False,
 ) -> None:
-    """Quantize a model block by block, with no more than one in memory, and write what AutoGPTQ, AutoAWQ or bitsandbytes would.
+    """Quantize a model block by block and write it as AutoGPTQ, AutoAWQ or bitsandbytes would, with one block in memory at a time.
 
-    A run that was stopped goes on after its last finished block.
+    A run that was stopped continues after its last finished block.
     """
     from labsupport import checkpoint
 
@@ -72,10 +105,10 @@ def quantize(
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        typer.echo("labs quantize: there is not memory enough; finished blocks are kept. Fewer --samples take less", err=True)
+        typer.echo("labs quantize: not enough memory. Finished blocks are kept; fewer --samples need less memory", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("labs quantize: stopped; the same command goes on from here", err=True)
+        typer.echo("labs quantize: stopped. The same command continues after the last finished block", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"wrote {out}; its card is {out / 'README.md'}")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from labsupport.cli.messages import fail
+from labsupport.evidence.settings import SPLITS, SWEEPS
 
 app = typer.Typer()
 
@@ -46,7 +47,7 @@ def train(
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(help="Which sweep: rtn, layers, int8, nf4, gptq, awq, kv.")] = "rtn",
+    name: Annotated[str, typer.Argument(help=f"Which sweep: {', '.join(SWEEPS)}.")] = "rtn",
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
@@ -65,7 +66,7 @@ def sweep(
         if out is None and not own:
             raise ValueError("--out is needed for a model other than the course model, whose rows are in data/measurements/")
         loaded, tokenizer = models.load_model(chosen)
-        stream = text.load_text(tokenizer, split=sweeps.SPLITS.get(name, "heldout"))
+        stream = text.load_text(tokenizer, split=SPLITS.get(name, "heldout"))
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:

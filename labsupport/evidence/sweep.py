@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import torch
 from torch import nn
 
 from labsupport.evidence import measurements
+from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
+from labsupport.evidence.settings import SWEEPS
 from labsupport.model import models
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
+from labsupport.pipeline.methods import METHODS
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 
-GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
 # What a row says beside its setting.
 MEASURED = (
     "bits_per_weight",
@@ -41,117 +43,8 @@ MEASURED = (
 )
 # What must agree for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
-
-
-def _rtn(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for group_size in GROUP_SIZES:
-        for bits in range(8, 1, -1):
-            yield {"bits": bits, "group_size": group_size, "symmetric": False}
-        for bits in (4, 3, 2):
-            yield {"bits": bits, "group_size": group_size, "symmetric": True}
-
-
-# What a budget can be spent on, from coarse to fine.
-CHOICES = ((2, "row"), (2, 32), (3, "row"), (3, 128), (3, 64), (3, 32), (3, 16), (4, "row"), (4, 128))
-
-
-def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """One linear at a time, the others as they are."""
-    for bits, group_size in CHOICES:
-        for layer, module in models.linears(model).items():
-            if group_size == "row" or module.in_features % group_size == 0:
-                yield {"layer": layer, "bits": bits, "group_size": group_size, "symmetric": False}
-
-
-# The model as trained, and with outliers planted: factors on a few channels of what every norm gives.
-PLANTED = (None, 8, 40)
-
-
-def _int8(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for planted in PLANTED:
-        for granularity in ("row", "tensor"):
-            yield {"planted": planted, "method": "int8-weights", "granularity": granularity}
-            yield {"planted": planted, "method": "int8", "granularity": granularity, "threshold": 0.0}
-        for threshold in (3.0, 6.0, 12.0, 24.0, 48.0):
-            yield {"planted": planted, "method": "int8", "granularity": "row", "threshold": threshold}
-        yield {"planted": planted, "method": "int8", "granularity": "row", "threshold": 6.0, "paper": True}
-        yield {"planted": planted, "method": "int8", "granularity": "tensor", "threshold": 6.0}
-
-
-def _nf4(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for planted in PLANTED[:2]:
-        for codebook in ("nf4", "fp4", "int4"):
-            for block_size in (32, 64, 128, 256):
-                for absmax in ("float32", "float16", "double"):
-                    yield {"planted": planted, "method": "nf4", "codebook": codebook, "block_size": block_size, "absmax": absmax}
-        for symmetric in (False, True):
-            for group_size in (64, 128):
-                yield {"planted": planted, "method": "rtn", "bits": 4, "group_size": group_size, "symmetric": symmetric}
-
-
-def _gptq(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for planted in PLANTED[:2]:
-        for bits in (4, 3, 2):
-            setting = {"planted": planted, "bits": bits, "group_size": 128}
-            yield setting | {"method": "rtn"}
-            yield setting | {"method": "gptq", "samples": 64}
-            yield setting | {"method": "gptq", "samples": 64, "act_order": True, "static_groups": True}
-        for bits in (4, 3):
-            yield {"planted": planted, "bits": bits, "group_size": 32, "method": "gptq", "samples": 64}
-    trained = {"planted": None, "bits": 3, "group_size": 128, "method": "gptq"}
-    for samples in (2, 8, 32):
-        yield trained | {"samples": samples}
-    yield trained | {"samples": 64, "text": "prose"}
-    yield trained | {"samples": 64, "mse": True}
-    yield trained | {"samples": 64, "group_size": 32, "stale_grids": True}
-
-
-def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for planted in PLANTED[:2]:
-        for bits in (4, 3):
-            setting = {"planted": planted, "bits": bits, "group_size": 128}
-            yield setting | {"method": "rtn"}
-            yield setting | {"method": "gptq", "samples": 64}
-            for own in ({}, {"clip": False}, {"base": "gptq"}, {"rule": "autoawq"}):
-                yield setting | {"method": "awq", "samples": 64} | own
-        yield {"planted": planted, "bits": 4, "group_size": 32, "method": "awq", "samples": 64}
-
-
-def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Weights and cache together, keys alone, values alone, both; groups of 32. Where no residual is given, tokens wait for a block
-    of 32, by token as by channel, so that the same ones are in float."""
-    float_ = {"planted": None, "weights": None, "keys": 16, "values": 16}
-    kivi = {"key_axis": "channel", "value_axis": "token"}
-    fp8 = {"keys": "fp8", "values": "fp8"}
-    caches = [fp8, *({"keys": bits, "values": bits, "residual": 32} | kivi for bits in (4, 2))]
-    for weights in (None, "rtn4", "awq4", "rtn3"):
-        for setting in ({}, *caches):
-            yield float_ | {"weights": weights} | setting
-    for bits in (4, 3, 2):
-        for axis in ("channel", "token"):
-            for before_rope in (None, True):
-                yield float_ | {"keys": bits, "key_axis": axis, "before_rope": before_rope}
-            yield float_ | {"planted": "keys", "keys": bits, "key_axis": axis, "before_rope": None}
-            yield float_ | {"values": bits, "value_axis": axis}
-        yield float_ | {"planted": "keys", "keys": bits, "key_axis": "channel", "before_rope": True}
-    for setting in caches:
-        yield float_ | {"planted": "keys"} | setting
-    for planted in (None, "keys"):
-        yield float_ | {"planted": planted} | caches[-1] | {"key_axis": "token"}
-    yield float_ | caches[1] | {"keys": 8, "values": 8}
-    for residual in (0, 128):
-        yield float_ | caches[-1] | {"residual": residual}
-    for setting in ({}, *caches):
-        yield float_ | setting | {"bins": 4}
-
-
-SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
-    "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
-}  # fmt: skip
 # What gives the calibration text of a row: token ids, int64 [samples, length], from the domain's training text.
 Calibration = Callable[[str, int], torch.Tensor]
-# What is chosen by a sweep's rows is judged on held-out text, so they come from other text.
-SPLITS = {"layers": "train"}
 
 
 @dataclass(frozen=True)
@@ -304,7 +197,7 @@ def _measure_cache(model, stream, length, windows, baseline, setting, calibratio
 
     if weights := setting["weights"]:
         method, bits = weights[:-1], int(weights[-1])
-        given = {} if method == "rtn" else {"calibration": calibration("code", 64)}
+        given = {"calibration": calibration("code", 64)} if METHODS[method].needs_text else {}
         model = quantize_model(model, method, bits=bits, group_size=128, **given)[0]
     if setting["planted"]:
         model = models.plant_key_outliers(model)

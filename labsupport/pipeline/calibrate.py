@@ -213,7 +213,7 @@ def bare_blocks(model: nn.Module, weights: Resident | None = None) -> Iterator[B
     weights, linears = weights or Resident(), models.linears(model)
     for index, module in enumerate(models.blocks(model)):
         inside = set(module.modules())
-        own = {name: layer for name, layer in linears.items() if layer in inside}
+        own = {name: linears.pop(name) for name, layer in list(linears.items()) if layer in inside}  # a shared one only once
         with weights.block(index):
             yield Block(index, module, own, [], [])
 

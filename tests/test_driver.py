@@ -9,8 +9,12 @@ import torch
 
 from labsupport import quantize_model
 from labsupport.evidence import sweep
-from labsupport.model import evaluate, models, text
-from labsupport.pipeline import calibrate, calibrated, fold
+from labsupport.model import evaluate, files, models, text
+from labsupport.pipeline import calibrate, fold
+from labsupport.pipeline.driver import quantize_blocks
+from labsupport.pipeline.finished import FinishedBlocks, digest
+from labsupport.pipeline.linear import LayerReport, lost_share
+from labsupport.pipeline.methods import METHODS
 from labsupport.quant import awq, gptq, rtn
 
 SETTINGS = {"bits": 3, "group_size": 16}
@@ -130,11 +134,12 @@ def test_a_run_that_was_stopped_goes_on(tiny, ids, tmp_path, method, monkeypatch
             raise Stop
 
     model = models.duplicate(tiny)
+    finished = FinishedBlocks(tmp_path / "run", {"identity": digest(model, method, ids, lambda name: SETTINGS)})
     with pytest.raises(Stop):
-        calibrated.quantize_blocks(model, method, ids, lambda name: SETTINGS, tmp_path / "run", stop)
+        quantize_blocks(model, METHODS[method], lambda name: SETTINGS, ids, finished, on_linear=stop)
     (tmp_path / "run" / "block-002.json").unlink()  # as if it had been stopped before the third was whole
-    monkeypatch.setattr(calibrated, "_replace", lambda path, write: writes.append(path.name) or real(path, write))
-    writes, real = [], lambda path, write: write(path)
+    writes, real = [], files.replace
+    monkeypatch.setattr(files, "replace", lambda path, *more, **named: writes.append(path.name) or real(path, *more, **named))
     resumed, again = quantize_model(tiny, method, calibration=ids, keep=tmp_path / "run", **SETTINGS)
     assert same(whole, resumed)
     assert writes == ["block-002.safetensors", "block-002.json"]
@@ -224,10 +229,10 @@ def test_awq_is_below_round_to_nearest_with_outlier_channels():
 
 def test_a_report_without_text_is_about_the_weight():
     weight, values = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.0]])
-    assert calibrated.lost_share(weight, values) == 1 / 25
-    assert calibrated.lost_share(weight, values, torch.diag(torch.tensor([1.0, 0.0]))) == 0
-    assert calibrated.lost_share(torch.zeros(1, 2), values) == 0
-    assert json.loads(json.dumps(calibrated.LayerReport(1, 2.0, 3.0, 4.0).__dict__))["nbytes"] == 1
+    assert lost_share(weight, values) == 1 / 25
+    assert lost_share(weight, values, torch.diag(torch.tensor([1.0, 0.0]))) == 0
+    assert lost_share(torch.zeros(1, 2), values) == 0
+    assert json.loads(json.dumps(LayerReport(1, 2.0, 3.0, 4.0).__dict__))["nbytes"] == 1
 
 
 @pytest.mark.parametrize("planted", [None, 8])
