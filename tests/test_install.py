@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from labsupport import install
+from labsupport import __version__, install
 from labsupport.course import lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,7 +238,9 @@ def test_installed_as_a_wheel_it_finds_its_model_and_its_notebooks(tmp_path: Pat
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert not [name for name in names if "/solutions/" in name or "/." in name]
-    assert {name.split("/")[0] for name in names} == {"labsupport", "labsupport-0.1.0.dist-info"}  # nothing else in site-packages
+    about = f"labsupport-{__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"labsupport", about}  # nothing else in site-packages
+    assert f"{about}/licenses/LICENSE" in names
     (tmp_path / "elsewhere").mkdir()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"PYTHONPATH": str(tmp_path / "site"), "WHEEL": str(tmp_path / "site")}

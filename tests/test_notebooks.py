@@ -24,7 +24,7 @@ from labsupport.exercises import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = forms.sources(ROOT)
-CELLS, WORDS, MEDIAN_LINES, MOST_LINES, SETUP_LINES = (40, 80), 2500, 8, 40, 6
+CELLS, WORDS, MEDIAN_LINES, MOST_LINES, SETUP_LINES = (40, 110), 4000, 8, 40, 6
 MACHINE_PATH = re.compile(r"(?<![\w./:-])/(root|home|work|tmp|Users|mnt|var/folders)/|\b[A-Z]:\\+Users|site-packages")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|TBD|XXX|lorem ipsum)\b", re.IGNORECASE)
@@ -376,8 +376,8 @@ BROKEN = [
     (pictures_have_alternative_text, edit("title", source="![](https://jupyter.org/a.png)")),
     (pictures_have_alternative_text, edit("title", source='<img src="https://jupyter.org/a.png">')),
     (is_of_a_readable_size, lambda lab: lab.notebook.cells.__delitem__(slice(-5, None))),
-    (is_of_a_readable_size, lambda lab: lab.notebook.cells.extend([new_markdown_cell("x")] * 50)),
-    (is_of_a_readable_size, edit("title", source="word " * 2501)),
+    (is_of_a_readable_size, lambda lab: lab.notebook.cells.extend([new_markdown_cell("x")] * 80)),
+    (is_of_a_readable_size, edit("title", source="word " * 4001)),
     (is_of_a_readable_size, edit("use", source=LONG)),
     (is_of_a_readable_size, lambda lab: [cell.update(source="x = 1\n" * 9) for cell in lab.code]),
     (opens_with_the_set_up_cell, edit("setup", source="import torch")),

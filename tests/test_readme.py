@@ -1,23 +1,30 @@
-"""README.md promises nothing that is not there: commands, files, chapters, the map."""
+"""README.md and CONTRIBUTING.md promise nothing that is not there: commands, files, chapters, the map. One version, one licence."""
 
 from __future__ import annotations
 
+import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import test_notebooks
+import test_structure
 import typer
+import yaml
 
+import labsupport
 from labsupport.cli import app
-from labsupport.course import build
+from labsupport.course import build, lock
 from labsupport.course.badges import BEGIN, END
 from labsupport.exercises import registry
 from labsupport.figures import course
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 # Folders that a command makes.
-MADE = {"workbook/", "workbook/backups", ".venv", ".venv/bin/labs", ".venv/bin/activate", "source/lab02/"}
+MADE = {"workbook/", "workbook/backups", ".venv", ".venv/bin", ".venv/bin/labs", ".venv/bin/activate", "source/lab02/"}
 CHAPTERS = {number: name for row in course.LANES.values() for number, name, _ in row}
 REAL = {int(path.name[:2]): path.stem[3:] for path in build.sources(ROOT)}
 
@@ -40,19 +47,60 @@ def test_every_command_is_named_and_exists():
     assert set(re.findall(r"`labs (\w+)", README)) == exist
 
 
-def test_options_exist():
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_options_exist(text):
     commands = typer.main.get_command(app).commands
-    used = re.findall(r"`labs (\w+)[^`]* (--[\w-]+)`", README)
+    used = re.findall(r"`labs (\w+)[^`]* (--[\w-]+)`", text)
     assert used
     for command, option in used:
         assert any(option in parameter.opts for parameter in commands[command].params), f"labs {command} {option}"
 
 
-def test_named_files_exist():
-    linked = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
-    quoted = [p for p in re.findall(r"`([\w./-]+)`", README) if "/" in p or p.endswith((".yml", ".lock", ".toml"))]
-    for name in {*linked, *quoted} - MADE:
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_named_files_exist(text):
+    linked = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
+    quoted = [p for p in re.findall(r"`([\w./-]+)`", text) if "/" in p or p.endswith((".yml", ".lock", ".toml", ".md", ".cff"))]
+    run = re.findall(r"(?:pytest|nbval-current-env) ((?:[\w/]+\.(?:py|ipynb) ?)+)", text)
+    assert run
+    for name in {*linked, *quoted, *" ".join(run).split()} - MADE:
+        if not re.search(r"NN|NAME|CHAPTER", name):
+            assert (ROOT / name).exists(), name
+
+
+def test_every_folder_of_the_package_has_a_line():
+    tree = re.search(r"^labsupport/ .*?^data/", CONTRIBUTING, re.DOTALL | re.MULTILINE)[0]
+    listed = re.findall(r"^  ([\w./]+) ", tree, re.MULTILINE)
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "labsupport").iterdir()} - {
+        "__init__.py",
+        "__pycache__/",
+        "jupyter/",
+    }
+    assert set(listed) == there
+
+
+def test_the_sizes_it_names_are_those_that_are_kept():
+    assert f"at most {test_structure.LINES_AT_MOST} lines, a chapter of exercises {test_structure.CHAPTER_AT_MOST}" in CONTRIBUTING
+    (least, most), words = test_notebooks.CELLS, test_notebooks.WORDS
+    assert f"{least} to {most} cells and at most {words:,} words" in CONTRIBUTING
+    assert f"at most {test_notebooks.MEDIAN_LINES} lines, and none has more than {test_notebooks.MOST_LINES}" in CONTRIBUTING
+
+
+def test_one_version_and_one_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert citation["version"] == labsupport.__version__
+    assert f"## {labsupport.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert project["license"] == " AND ".join(citation["license"])
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
+    assert (ROOT / "LICENSE").read_text("utf-8").startswith("MIT License\n")
+
+
+def test_github_runs_what_ci_runs_on_every_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8"))
+    job = workflow["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python-version"] == list(lock.PYTHONS)
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_anchors_exist():
