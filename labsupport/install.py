@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"labs: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nlabs: stopped; run the same command again to go on", file=sys.stderr)
+        print("\nlabs: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 

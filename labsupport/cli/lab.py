@@ -62,7 +62,7 @@ def lab(
     sys.stdout.flush()
     command, env = jupyter_command(folder, first, browser, port), jupyter_environment()
     if os.name == "posix":
-        os.execve(command[0], command, env)  # so that whoever stops this process stops JupyterLab
+        os.execve(command[0], command, env)  # stopping this process then stops JupyterLab
     raise typer.Exit(subprocess.call(command, env=env))
 
 
@@ -104,7 +104,7 @@ def check(number: Chapter, folder: Folder = None) -> None:
             outcome = check_notebook(
                 notebook, int(path.name[:2]), mine.parent, lambda index: progress.update(task, completed=index)
             )
-        except RuntimeError as error:  # nbclient's word for a kernel that died
+        except RuntimeError as error:  # nbclient raises it when a kernel dies
             fail("check", f"the kernel died while running {mine.name}, perhaps for lack of memory ({error})")
     for line in (*outcome.checks, *outcome.errors):
         typer.echo(line)

@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Where the finished model directory goes.")] = Path("data/course-model"),
-    run: Annotated[Path, typer.Option(help="Where the run keeps its state; a stopped run goes on from it.")] = Path("runs/course"),
+    run: Annotated[Path, typer.Option(help="Where the run keeps its state, to continue after a stop.")] = Path("runs/course"),
     tokens: Annotated[
         int, typer.Option(min=8192, help="Tokens to train on; more than before continues a finished run.")
     ] = 24_000_000,
@@ -24,7 +24,7 @@ def train(
     compile: Annotated[bool, typer.Option(help="Compile the training step; needs a C++ compiler, about a third faster.")] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights and of every batch.")] = 0,
 ) -> None:
-    """Train the course model, or go on with a run that was stopped, and write it as a model directory with its card."""
+    """Train the course model, or continue a run that was stopped, and write it as a model directory with its card."""
     from tqdm import tqdm
 
     from labsupport.course import export
@@ -52,7 +52,7 @@ def sweep(
     model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
 ) -> None:
-    """Measure a method at many settings and keep the rows; a stopped sweep goes on where it was."""
+    """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
     import torch
     from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def bench(
         Path | None, typer.Option(help="JSON file; default data/measurements/DEVICE.json, for the usual shapes.")
     ] = None,
 ) -> None:
-    """Time quantizers and products with 4-bit weights here: against copying, 16 bits and bitsandbytes in the same run.
+    """Time quantizers and 4-bit products on this machine, next to copying memory, 16-bit products and bitsandbytes.
 
     Products are measured at the shapes of real models, unless rows or columns are given, and kept in a file.
     """

@@ -1,7 +1,7 @@
 """The two forms of a notebook: `notebooks/solutions/NN_name.ipynb` is written by hand, `notebooks/NN_name.ipynb` is made from it.
 
-Both are executed and carry their outputs and a hash of what was executed, so that a check without running anything can say
-whether they belong together and whether the outputs are of this source.
+Both are executed, and both store their outputs and a hash of what was executed. So a check that runs nothing can tell whether the
+two belong together and whether the outputs are those of the source.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def setup(repository: str = "") -> str:
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The folder that holds pyproject.toml and notebooks/solutions: `start` (default: here) or above, else around this package."""
+    """The folder with pyproject.toml and notebooks/solutions: `start` (the current one), one above it, or the package's."""
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents, PACKAGE.parent):
         if (folder / "pyproject.toml").is_file() and (folder / "notebooks" / "solutions").is_dir():
@@ -103,7 +103,7 @@ def student_form(source: NotebookNode, name: str = "notebook") -> NotebookNode:
     steps = (CheckCellMetadata(), LockCells(), ClearSolutions(code_stub={"python": STUB}), ClearOutput())
     try:
         for step in (*steps, ClearHiddenTests(), CheckCellMetadata()):
-            step.log.disabled = True  # it says at length what the exception says in a line
+            step.log.disabled = True  # the exception says the same in one line
             notebook, _ = step.preprocess(notebook, {})
     except Exception as error:
         raise BuildError(f"{name}: nbgrader refuses it: {error}") from error

@@ -1,8 +1,8 @@
 """Write the course model as a plain LlamaForCausalLM directory that old and new transformers read alike, with its card.
 
-Weights are stored in float16. A directory that transformers 5 writes by itself breaks 4.51: it names a tokenizer class that 4.51
-refuses, and gives rope theta in a place where 4.51 does not look, which then falls back silently. So config and
-tokenizer settings are written here, with both spellings.
+Weights are stored in float16. transformers 4.51 cannot use a directory as transformers 5 writes it: the tokenizer class is one that
+4.51 refuses, and rope theta stands where 4.51 does not look, so that it silently takes the default. Therefore config and tokenizer
+settings are written here, with both spellings.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _tokenizer_config(context: int) -> dict[str, Any]:
 def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], directory: Path) -> None:
     """Write weights, config, tokenizer, card, recipe and loss curve to `directory`, all or nothing.
 
-    progress: what labsupport.course.train returned. A directory that exists is replaced when the new one is complete.
+    progress: what labsupport.course.train.train returned. An existing directory is replaced when the new one is complete.
     Raises ValueError where a weight does not fit float16.
     """
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
@@ -158,13 +158,13 @@ seconds. It is not useful for anything else, and nothing it writes should be run
 
 The standard library's source without its own tests and without character-set tables ("code"), and the language
 reference in `pydoc_data.topics` ("prose"), {data_line}
-Documents are held out by a hash of their names; see `labsupport/text.py`. Both are part of Python and come under the
+Documents are held out by a hash of their names; see `labsupport/model/text.py`. Both are part of Python and come under the
 Python Software Foundation License.
 
 ## Recipe
 
 {recipe_line}
-`labs train` does it again, and goes on from a finished run when given more tokens. Every setting and the losses are in
+`labs train` does it again, and continues a finished run when given more tokens. Every setting and the losses are in
 `training.json`.
 
 ![Training loss against tokens seen](loss.png)

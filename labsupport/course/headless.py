@@ -1,4 +1,4 @@
-"""Run a learner's notebook without a browser and read off how the exercises went: `labs check`."""
+"""Run a learner's notebook without a browser and find out which exercises pass: `labs check`."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _text(cell: NotebookNode) -> str:
 def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: Callable[[int], None] | None = None) -> Outcome:
     """Execute a copy of `notebook` in a clean kernel started in `folder`. The notebook's file is neither read nor written.
 
-    on_cell(index) is called as each cell starts; there is one more cell than the notebook has. Cells that raise are reported and
-    the rest goes on, as with Run All in a browser that is told to.
+    on_cell(index) is called as each cell starts; there is one more cell than the notebook has. A cell that raises is reported,
+    and the cells after it still run.
     """
     from nbclient import NotebookClient
 

@@ -1,7 +1,7 @@
 """Train the course model: a small Llama on the standard library's source and the language reference.
 
-One file a run directory: `state.safetensors` (weights and optimizer), `progress.json` (settings, losses). A run that was
-stopped goes on where it was; a finished run goes on when it is given more tokens. Everything random comes from `seed` and the
+A run has a directory with `state.safetensors` (weights and optimizer) and `progress.json` (settings, losses). A run that was
+stopped continues where it was; a finished run continues when it is given more tokens. Everything random comes from `seed` and the
 step number, so a resumed run sees the same batches as an uninterrupted one.
 
 The learning rate rises for `warmup` steps, stays, and falls linearly to zero over the last quarter

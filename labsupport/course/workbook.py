@@ -1,7 +1,7 @@
 """The learner's working copies of the notebooks: laid out, kept, brought up to date, reset.
 
-A copy remembers in `metadata.labs` the hash of the notebook it was made from. So an update is noticed, a copy that nobody has
-worked in is told from one that somebody has, and nothing a learner wrote is ever overwritten without a backup.
+A copy keeps in `metadata.labs` the hash of the notebook that it was made from. This shows whether the notebook has been updated
+since and whether the learner has worked in the copy. Nothing that a learner wrote is overwritten without a backup.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 
 def source_hash(notebook: NotebookNode) -> str:
-    """SHA-256 over ids, types and sources of the cells: what running a notebook leaves alone and editing it changes."""
+    """SHA-256 over ids, types and sources of the cells. Editing a notebook changes it, running the notebook does not."""
     cells = [[c.get("id"), c.cell_type, c.source] for c in notebook.cells]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
@@ -92,7 +92,7 @@ def is_prediction(cell: NotebookNode) -> bool:
 
 
 def answers(notebook: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
-    """The cells that a learner fills in, each with a key that outlives an update: grade_id, or a prediction's cell id."""
+    """The cells that a learner fills in, each with a key that an update keeps: its grade_id, or the cell id of a prediction."""
     for cell in notebook.cells:
         about = cell.metadata.get("nbgrader", {})
         if about.get("solution") and about.get("grade_id"):
@@ -106,7 +106,7 @@ def _short_hash(text: str) -> str:
 
 
 def learner_copy(source: NotebookNode) -> NotebookNode:
-    """A copy to work in: nothing shown from the first prediction on, since it would be answered there."""
+    """A copy to work in. It has no outputs from the first prediction on: they would give the answer away."""
     copy = deepcopy(source)
     hidden = False
     for cell in copy.cells:
@@ -161,10 +161,10 @@ def back_up(path: Path) -> Path:
 
 
 def carry_over(old: NotebookNode, fresh: NotebookNode) -> tuple[int, list[str]]:
-    """Put the answers and predictions of `old` into `fresh`: how many, and a line for each text that found no place there.
+    """Put the answers and predictions of `old` into `fresh`. Returns how many, and a line for each text that has no place there.
 
-    A cell that was never filled in is not carried: its stub may have changed. Of several cells for one answer (a cell that was
-    copied takes its name along) the last filled one counts, as it does when the notebook is run.
+    A cell that was never filled in is left out, since its stub may have changed. Where several cells hold one answer (a copied cell
+    keeps the name of its original) the last one counts, as it does when the notebook is run.
     """
     blanks = old.metadata.get("labs", {}).get("blanks", {})
     places = dict(answers(fresh))
