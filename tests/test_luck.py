@@ -29,6 +29,14 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
         "(extra < left)": "the budget need not be used up",
         "(saved > -1)": "what gains nothing is bought last", "(saved >= 0)": "what gains nothing is bought last",
     },
+    "4.3": {"if not threshold": "this refuses thresholds below 0, which nobody asks for"},
+    "4.5": {"_two_columns(": "any column far above all thresholds, and any between two of them"},
+    "4.6": {
+        "torch.randn(2": "any noise of size 1 does",
+        "(together - apart)": "any tolerance between float32's rounding and int8's",
+        "apart, together = ": "one of two that are compared",
+        "together, apart = (layer(a) +": "the same",
+    },
 }  # fmt: skip
 
 

@@ -225,7 +225,51 @@ def spend_at_one_price(error, nbytes, budget):
     return (error.double() + high * nbytes).argmin(1)
 
 
+def rows_in_float64(matrix):
+    matrix = matrix.double()
+    absmax = matrix.abs().amax(1)
+    step = torch.where(absmax == 0, 1.0, absmax / 127)
+    return (matrix / step[:, None]).round().to(torch.int8), absmax
+
+
+def product_of_values(codes, absmax, weight_codes, weight_absmax):
+    """The output from dequantized values, in float32; the sums of codes in int64."""
+    values, weight = codes * (absmax / 127)[:, None], weight_codes * (weight_absmax / 127)[:, None]
+    return codes.long() @ weight_codes.long().t(), values @ weight.t()
+
+
+def columns_in_a_loop(activations, threshold):
+    return torch.tensor([i for i, column in enumerate(activations.t()) if column.abs().max() >= threshold], dtype=torch.int32)
+
+
+def mixed_in_a_loop(activations, weight_codes, weight_absmax, threshold):
+    """Token by token in float64: codes are divided, not multiplied, and each product is of values."""
+    outliers = (activations.abs() >= threshold).any(0)
+    weight = weight_codes.double() * weight_absmax.double()[:, None] / 127
+    output = torch.empty(len(activations), len(weight))
+    for token, row in enumerate(activations.double()):
+        step = row[row.abs() < threshold].abs().max() / 127
+        values = torch.where(outliers, row, (row / step).round() * step)
+        output[token] = (weight @ values).float()
+    return output
+
+
+def batches_in_a_later_column(bulk):
+    indifferent, sensitive = bulk.clone(), bulk.clone()
+    indifferent[:, -1] *= -1e4
+    sensitive[3:, 5] = -11.5
+    return indifferent, sensitive
+
+
+def linear_in_one_call(layer, in_features):
+    a, b = 2 * torch.randn(2, 5, in_features) / 3
+    first, second, both, none = layer(torch.cat([a, b, a + b, 0 * a])).double().chunk(4)
+    return ((both + none - first - second).norm() < 1e-5 * both.norm()).item()
+
+
 ANSWERS = [
+    ("4.1", rows_in_float64), ("4.2", product_of_values), ("4.3", columns_in_a_loop), ("4.4", mixed_in_a_loop),
+    ("4.5", batches_in_a_later_column), ("4.6", linear_in_one_call),
     ("2.1", symmetric_from_both_ends), ("2.2", grid_with_ties_up), ("2.3", codes_in_a_loop), ("2.4", dequantized_by_products),
     ("2.5", grid_that_stores_constants_exactly), ("2.6", sqnr_of_means), ("2.8", clip_row_by_row),
     ("3.1", groups_in_a_loop), ("3.2", bits_counted_up), ("3.3", orders_by_hand), ("3.4", interval_from_sorted),

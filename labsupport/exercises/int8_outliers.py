@@ -7,12 +7,18 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.compare import got_and_wanted, shown
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, cases, generator, right
 from labsupport.quant import int8, rtn
 from labsupport.quant.int8 import PER_PRODUCT, Int8Tensor
 
 # bitsandbytes multiplies by 6.200124e-05 where 1 / 127**2 is 6.2000124e-05, 1.8e-5 apart; float32 adds less than 1e-6 to that.
 CONSTANT = 2.2e-5
+
+
+def _far_from_ties(steps: torch.Tensor) -> bool:
+    """Whether each of these rounds to one number only, in whatever order float32 computes it."""
+    return bool(((steps - steps.floor() - 0.5).abs() > 1e-3).all())
 
 
 # 4.1 ------------------------------------------------------------------------------------------------------------------
@@ -21,14 +27,18 @@ ROWS = ["values half way between two codes", "mixed signs", "largest value negat
 
 
 def row_inputs(seed: int) -> dict:
-    """More columns than rows. The first row's magnitude is 127, so its halves are exact ties, whichever way one divides."""
+    """More columns than rows. The first row's magnitude is 127, so its halves are exact ties, whichever way one divides: even and
+    odd, above and below 0. In the other rows nothing is near a tie."""
     g = generator(seed)
-    ties = torch.randint(-126, 126, (9,), generator=g) + 0.5
-    ties[int(torch.randint(9, (1,), generator=g))] = 127.0
-    mixed, leaning, tiny = torch.randn(3, 9, generator=g)
-    mixed[2] = mixed.abs().max() + 0.3
-    leaning[4] = -leaning.abs().max() - 0.7
-    return {"matrix": torch.stack([ties, mixed, leaning, 1e-3 * tiny, torch.zeros(9)])}
+    ties = 2 * torch.randint(0, 62, (4,), generator=g) + torch.tensor([0.5, 1.5, 0.5, 1.5])
+    first = torch.cat([ties * torch.tensor([1, 1, -1, -1]), torch.randint(-126, 127, (4,), generator=g), torch.tensor([127.0])])
+    while True:
+        mixed, leaning, tiny = torch.randn(3, 9, generator=g)
+        mixed[2] = mixed.abs().max() + 0.3
+        leaning[4] = -leaning.abs().max() - 0.7
+        rest = torch.stack([mixed, leaning, 1e-3 * tiny])
+        if _far_from_ties(rest * (127 / rest.abs().amax(1, keepdim=True))):
+            return {"matrix": torch.stack([first[torch.randperm(9, generator=g)], *rest, torch.zeros(9)])}
 
 
 def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,86 +47,63 @@ def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.codes, quantized.absmax
 
 
-def _codes(matrix, absmax=None, top=127.0, rounded=torch.round):
-    """The right answer, or one with another magnitude, largest code or rounding."""
+def _rows(matrix, absmax=None, top=127.0, rounded=torch.round, stored=None, code_of_nan=0):
+    """The right answer, or one with another magnitude to divide by or to store, another largest code or rounding."""
     absmax = matrix.abs().amax(1) if absmax is None else absmax
-    ratio = (matrix * (top / absmax.view(-1, 1))).nan_to_num(0.0, 0.0, 0.0)
-    return rounded(ratio).int().to(torch.int8), absmax
+    codes = rounded((matrix * (top / absmax.view(-1, 1))).nan_to_num(code_of_nan, 0.0, 0.0))
+    return codes.int().to(torch.int8), absmax if stored is None else stored  # codes out of range wrap around
 
 
-CODE_MISTAKES: dict[str, Callable] = {
-    "the largest value gets code 128, which int8 does not hold: it wraps around to -128. The codes go from -127 to 127": (
-        lambda m: _codes(m, top=128.0)
-    ),
-    "the fraction is cut off: a cast to int8 does not round": lambda m: _codes(m, rounded=torch.trunc),
-    "half-way values go up. torch.round takes the even neighbor, and so does bitsandbytes": (
-        lambda m: _codes(m, rounded=lambda x: torch.floor(x + 0.5))
-    ),
-    "half-way values go away from zero. torch.round takes the even neighbor, and so does bitsandbytes": (
-        lambda m: _codes(m, rounded=lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5))
-    ),
-}
-
-
-def judge_rows(given: dict, got: dict, want: dict) -> Verdict:
-    matrix, codes, absmax = given["matrix"], got["codes"], got["absmax"]
-    if isinstance(absmax, torch.Tensor):
-        if absmax.numel() == matrix.shape[1]:
-            return wrong("there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1")
-        if absmax.numel() == 1:
-            return wrong("there is one magnitude for the whole matrix. Vector-wise means one for each row")
-        if absmax.shape == (len(matrix), 1):
-            return wrong("absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end")
-    if fault := shape_fault({"codes": codes, "absmax": absmax.nan_to_num() if hasattr(absmax, "nan_to_num") else absmax}, want):
-        return wrong(fault)
-    if codes.dtype != torch.int8:
-        return wrong(f"codes are {codes.dtype}, wanted torch.int8: round first, cast last")
-    if torch.allclose(absmax, want["absmax"] / 127):
-        return wrong("absmax is the distance between two codes. bitsandbytes keeps the magnitude itself, absmax, 127 times as much")
-    if not torch.equal(absmax.float(), want["absmax"]):
-        if torch.equal(absmax[:4].float(), matrix[:4].amax(1)):
-            return wrong("largest value negative: absmax follows the largest value, not the largest magnitude. max() for abs()?")
-        row = int((absmax.float() != want["absmax"]).nonzero()[0])
-        said = f"{ROWS[row]}: absmax is {absmax[row].item():.4g}, wanted {want['absmax'][row].item():.4g}"
-        return wrong(said + ". Guard the division, not the magnitude: it is 0 here" * (row == 4))
-    # Dividing by absmax / 127, not multiplying, may send what lies that close to a tie to either side. The first row is exact.
-    steps = matrix * 127 / want["absmax"].clamp(min=1e-30)[:, None]
-    tied = ((steps - steps.floor()) - 0.5).abs() < 1e-4
-    tied[0] = False
-    off = (codes.int() - want["codes"].int()).abs()
-    if ((off == 0) | (tied & (off == 1))).all():
-        return right()
-    for said, mistake in CODE_MISTAKES.items():
-        if torch.equal(codes, mistake(matrix)[0]):
-            return wrong(said)
-    row, column = (off > tied.int()).nonzero()[0].tolist()
-    if row == 4:
-        return wrong("an all-zero row: its codes are not 0. 0 times 127 / 0 is not a number, and a cast makes anything of it")
-    about = f"{matrix[row, column].item():.4g} with absmax {absmax[row].item():.4g}"
-    return wrong(f"{ROWS[row]}: {about} got code {codes[row, column].item()}, wanted {want['codes'][row, column].item()}")
-
-
-def _unguarded(matrix):
-    codes, absmax = _codes(matrix)
-    return codes.masked_fill(absmax[:, None] == 0, -128), absmax  # what a cast of NaN gives on some processors
+def _first_row_off(given, got, want):
+    if (off := (got["absmax"] != want["absmax"]).nonzero()).numel():
+        row = int(off[0])
+        return f"{ROWS[row]}: absmax[{row}]: {got_and_wanted(got['absmax'][row].item(), want['absmax'][row].item())}"
+    row, column = (got["codes"] != want["codes"]).nonzero()[0].tolist()
+    value, absmax = given["matrix"][row, column].item(), want["absmax"][row].item()
+    pair = got_and_wanted(got["codes"][row, column].item(), want["codes"][row, column].item())
+    return f"{ROWS[row]}: the code of {value:.4g} with absmax {absmax:.4g}: {pair}"
 
 
 QUANTIZE_ROWS = Exercise(
     id="4.1", name="quantize_rows", title="Vector-wise int8", minutes=8, difficulty=2, points=2,
-    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, judge=judge_rows,
-    mutants=(
-        Mutant(lambda m: _codes(m, top=128.0), "code 128"),
-        Mutant(lambda m: _codes(m, rounded=torch.trunc), "cut off"),
-        Mutant(lambda m: _codes(m, rounded=lambda x: torch.floor(x + 0.5)), "go up"),
-        Mutant(lambda m: _codes(m, rounded=lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5)), "away from zero"),
-        Mutant(lambda m: _codes(m, m.amax(1)), "not the largest magnitude"),
-        Mutant(lambda m: _codes(m, m.abs().max().view(1)), "for the whole matrix"),
-        Mutant(lambda m: (_codes(m.t())[0].t(), m.abs().amax(0)), "for each column"),
-        Mutant(lambda m: (_codes(m)[0], m.abs().amax(1) / 127), "distance between two codes"),
-        Mutant(lambda m: (_codes(m)[0].float(), m.abs().amax(1)), "wanted torch.int8"),
-        Mutant(lambda m: (_codes(m)[0], m.abs().amax(1, keepdim=True)), "drop it at the end"),
-        Mutant(lambda m: _codes(m, m.abs().amax(1).clamp(min=1e-8)), "not the magnitude"),
-        Mutant(_unguarded, "an all-zero row"),
+    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, otherwise=_first_row_off,
+    close=lambda given, want: {"codes": 0.0, "absmax": 2**-22 * want["absmax"]},  # absmax / 127 is rounded
+    faults=(
+        Fault("there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1",
+              lambda given, got, want: got["absmax"].numel() == given["matrix"].shape[1],
+              (lambda m: (_rows(m.t())[0].t(), m.abs().amax(0)),), early=True),
+        Fault("there is one magnitude for the whole matrix. Vector-wise means one for each row",
+              lambda given, got, want: got["absmax"].numel() == 1, (lambda m: _rows(m, m.abs().max().view(1)),), early=True),
+        Fault("absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end",
+              lambda given, got, want: got["absmax"].shape == (len(given["matrix"]), 1),
+              (lambda m: _rows(m, m.abs().amax(1, keepdim=True)),), early=True),
+        Fault("codes are {dtype}, wanted torch.int8: round first, cast last",
+              lambda given, got, want: got["codes"].dtype != torch.int8 and {"dtype": got["codes"].dtype},
+              (lambda m: (_rows(m)[0].float(), m.abs().amax(1)), lambda m: (_rows(m)[0].int(), m.abs().amax(1))), early=True),
+        Fault("largest value negative: absmax is the largest value of a row, not its largest magnitude. max() for abs()?",
+              lambda given, got, want: (got["absmax"] == given["matrix"].amax(1)).all(), (lambda m: _rows(m, m.amax(1)),)),
+        Fault("an all-zero row: absmax is {value}, wanted 0. Guard the division, not the magnitude",
+              lambda given, got, want: got["absmax"][4] != 0 and {"value": f"{got['absmax'][4].item():.4g}"},
+              (lambda m: _rows(m, m.abs().amax(1).clamp(min=1e-8)),)),
+        Fault("an all-zero row: its codes are not 0. Is 0 divided by 0? That is not a number, and a cast makes anything of it",
+              lambda given, got, want: got["codes"][4].any(), (lambda m: _rows(m, code_of_nan=-128.0),)),
+    ),
+    mistakes=(
+        Mistake("absmax is the distance between two codes. bitsandbytes keeps the magnitude itself, absmax, 127 times as much",
+                lambda m: _rows(m, stored=m.abs().amax(1) / 127)),
+        Mistake("the largest value gets code 128, which int8 does not hold: it wraps around to -128. The codes go from -127 to 127",
+                lambda m: _rows(m, top=128.0)),
+        Mistake("there are 128 steps to absmax, and code 128 is clamped. The codes go from -127 to 127",
+                lambda m: _rows(m, top=128.0, rounded=lambda x: x.round().clamp(-128, 127))),
+        Mistake("the fraction is cut off: a cast to int8 does not round", lambda m: _rows(m, rounded=torch.trunc)),
+        Mistake("half-way values go up. torch.round takes the even neighbor, and so does bitsandbytes",
+                lambda m: _rows(m, rounded=lambda x: torch.floor(x + 0.5))),
+        Mistake("half-way values go away from zero. torch.round takes the even neighbor, and so does bitsandbytes",
+                lambda m: _rows(m, rounded=lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5))),
+    ),
+    others=(
+        Mutant(lambda m: _rows(m, 1.01 * m.abs().amax(1)), "values half way between two codes: absmax[0]: got"),
+        Mutant(lambda m: (_rows(m)[0] // 2, m.abs().amax(1)), "with absmax 127: got"),
     ),
 )  # fmt: skip
 
@@ -125,17 +112,14 @@ QUANTIZE_ROWS = Exercise(
 
 
 def product_inputs(seed: int) -> dict:
-    """As many tokens as outputs, so that a scale on the wrong axis raises nothing. The longest sum is odd and above 2**24."""
+    """Tokens as many as outputs: a scale on the wrong axis raises nothing, but is far off. One sum is odd and above 2**24."""
     g = generator(seed)
     codes, weight_codes = (torch.randint(-127, 128, (4, 2048), generator=g, dtype=torch.int8) for _ in range(2))
     codes[1], weight_codes[2] = 127, 127
     codes[1, int(torch.randint(2048, (1,), generator=g))] = 126
-    return {
-        "codes": codes,
-        "absmax": torch.tensor([0.5, 40.0, 3.0, 0.02]) * (1 + torch.rand(4, generator=g)),
-        "weight_codes": weight_codes,
-        "weight_absmax": torch.tensor([2.0, 0.1, 0.7, 9.0]) * (1 + torch.rand(4, generator=g)),
-    }
+    absmax = torch.tensor([0.5, 40.0, 3.0, 0.02]) * (1 + torch.rand(4, generator=g))
+    weight_absmax = torch.tensor([2.0, 0.1, 0.7, 9.0]) * (1 + torch.rand(4, generator=g))
+    return {"codes": codes, "absmax": absmax, "weight_codes": weight_codes, "weight_absmax": weight_absmax}
 
 
 def int8_matmul(
@@ -146,110 +130,73 @@ def int8_matmul(
     return product, product * (absmax[:, None] * weight_absmax[None]) * PER_PRODUCT
 
 
-def _summed_in(dtype: torch.dtype) -> Callable:
-    """All products, summed in another dtype: exact, then wrapped or rounded as that dtype does."""
-    if dtype.is_floating_point:
-        return lambda a, b: a.to(dtype) @ b.to(dtype).t()
-    return lambda a, b: (a.long() @ b.long().t()).to(dtype)
+def _product_allowed(given: dict, want: dict) -> dict:
+    """The product is exact. Of the sum of all products taken positive: the constant's distance, and a rounding for each of them,
+    since values may be multiplied and summed in float32."""
+    codes, absmax, weight_codes, weight_absmax = given.values()
+    size = (codes.double().abs() @ weight_codes.double().abs().t()) * absmax[:, None] * weight_absmax / 127**2
+    return {"product": 0.0, "output": (CONSTANT + codes.shape[1] * 2**-24) * size}
 
 
-PRODUCT_MISTAKES = {
-    "the sums wrapped around: they were made in int8, which ends at 127. Convert the codes before the product": torch.int8,
-    "the sums wrapped around: they were made in int16, which ends at 32767. int32 is the least that holds them": torch.int16,
-    "the sums are rounded: float16 knows each whole number up to 2048 only, and ends at 65504": torch.float16,
-    "the sums are rounded: bfloat16 knows each whole number up to 256 only": torch.bfloat16,
-}
-SCALE_MISTAKES: dict[str, Callable] = {
-    "the two scales stand on each other's axes: row i belongs to token i, column j to output j": (
-        lambda p, a, w: p * a[None] * w[:, None] / 127**2
-    ),
-    "it is 127 times too large: both sides were multiplied by 127, so divide by it twice": lambda p, a, w: p * a[:, None] * w / 127,
-    "it is 127**2 times too large: a code stands for code * absmax / 127, on both sides": lambda p, a, w: p * a[:, None] * w,
-    "the weight's scale is missing": lambda p, a, w: p * a[:, None] / 127**2,
-    "the activations' scale is missing": lambda p, a, w: p * w / 127**2,
-    "it multiplies where it should divide: a code stands for code * absmax / 127": lambda p, a, w: p * 127**2 / (a[:, None] * w),
-    "it takes 128 steps to absmax: there are 127": lambda p, a, w: p * a[:, None] * w / 128**2,
-    "the scales are added. A product of codes stands for the product of both scales": (
-        lambda p, a, w: p * (a[:, None] + w) / 127**2
-    ),
-}  # fmt: skip
+def _product(summed=int8.matmul_int32, scaled=lambda p, a, w: p * a[:, None] * w / 127**2):
+    """The right answer, or one with another product of codes, or other scales on it."""
 
-
-def judge_product(given: dict, got: dict, want: dict) -> Verdict:
-    a, scale, b, weight_scale = given.values()
-    product, output = got["product"], got["output"]
-    finite = {k: v.nan_to_num() if isinstance(v, torch.Tensor) else v for k, v in got.items()}
-    if fault := shape_fault(finite, want):
-        return wrong("product: " + fault if "product" in fault else fault)
-    if not torch.equal(product.double(), want["product"].double()):
-        for said, dtype in PRODUCT_MISTAKES.items():
-            mistake = _summed_in(dtype)(a, b)
-            if product.dtype == dtype or torch.equal(product.double().nan_to_num(), mistake.double().nan_to_num()):
-                return wrong(said)
-        longest = int(want["product"].max())
-        if product.is_floating_point() and torch.allclose(product.double(), want["product"].double(), rtol=1e-6):
-            return wrong(
-                f"the sum {longest} came out as {product.max().item():.0f}: float32 knows each whole number up to 2**24 only. "
-                "Sum integers in an integer dtype"
-            )
-        row, column = (product.double() != want["product"].double()).nonzero()[0].tolist()
-        return wrong(
-            f"product[{row}, {column}] is {product[row, column].item():g}, wanted {want['product'][row, column].item()}: "
-            "the sum over in_features of codes times weight_codes"
-        )
-    # In units of the sum of all products taken positive. Whoever sums dequantized values in float32 rounds each of them once more.
-    allowed = CONSTANT + a.shape[1] * 2**-24
-    size = (a.double().abs() @ b.double().abs().t()).float() * scale[:, None] * weight_scale / 127**2
-    off = (output.float() - want["output"]).abs() / size
-    if (off <= allowed).all():
-        return right(off.max().item(), allowed)
-    for said, mistake in SCALE_MISTAKES.items():
-        if torch.allclose(output.float(), mistake(want["product"], scale, weight_scale).float(), rtol=2 * CONSTANT, atol=0):
-            return wrong("product is right. " + said)
-    row, column = (off > allowed).nonzero()[0].tolist()
-    said = f"product is right; output[{row}, {column}] is {output[row, column].item():.5g}"
-    return wrong(f"{said}, wanted {want['output'][row, column].item():.5g}")
-
-
-def _scaled(product: torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return product.float() * a[:, None] * w / 127**2
-
-
-def _made_in(dtype: torch.dtype) -> Callable:
     def answer(codes, absmax, weight_codes, weight_absmax):
-        product = _summed_in(dtype)(codes, weight_codes)
-        return product, _scaled(product, absmax, weight_absmax)
+        product = summed(codes, weight_codes)
+        return product, scaled(product.float(), absmax, weight_absmax)
 
     return answer
 
 
-def _scaled_by(said: str) -> Mutant:
-    mistake = next(v for k, v in SCALE_MISTAKES.items() if said in k)
+def _longest_rounded(given, got, want):
+    """Where only the sum above 2**24 is off, and a number that float32 holds stands in its place."""
+    have, exact = got["product"].double(), want["product"].double()
+    off = have != exact
+    near = (exact > 2**24) & ((have - exact).abs() <= 1e-6 * exact) & (have == have.float())
+    return off.any() and near[off].all() and {"sum": int(exact.max()), "got": int(have.max())}
 
-    def answer(codes, absmax, weight_codes, weight_absmax):
-        product = int8.matmul_int32(codes, weight_codes)
-        return product, mistake(product, absmax, weight_absmax)
 
-    return Mutant(answer, said)
+def _made_in(dtype):
+    return lambda a, b: int8.matmul_int32(a, b).to(dtype)
 
 
 INT8_MATMUL = Exercise(
     id="4.2", name="int8_matmul", title="A product in int8", minutes=8, difficulty=2, points=3,
-    returns=("product", "output"), inputs=product_inputs, reference=int8_matmul, judge=judge_product,
-    mutants=(
-        Mutant(_made_in(torch.int8), "made in int8"),
-        Mutant(_made_in(torch.int16), "made in int16"),
-        Mutant(_made_in(torch.float16), "float16"),
-        Mutant(_made_in(torch.bfloat16), "bfloat16"),
-        Mutant(_made_in(torch.float32), "2**24"),
-        Mutant(lambda a, s, b, t: _made_in(torch.int32)(b, t, a, s), "the sum over in_features"),
-        *(
-            _scaled_by(said)
-            for said in (
-                "each other's axes", "127 times too large", "127**2 times too large", "weight's scale is missing",
-                "activations' scale is missing", "128 steps", "are added",
-            )
-        ),
+    returns=("product", "output"), inputs=product_inputs, reference=int8_matmul, allowed=_product_allowed,
+    alike=lambda given, got, theirs: torch.equal(got["product"], theirs["product"])
+    and torch.allclose(got["output"].double(), theirs["output"].double(), rtol=2 * CONSTANT, atol=0),
+    faults=(
+        Fault("the sums are rounded: float16 knows each whole number up to 2048 only, and ends at 65504",
+              lambda given, got, want: got["product"].dtype == torch.float16, (_product(_made_in(torch.float16)),), early=True),
+        Fault("the sum {sum} came out as {got}: float32 knows each whole number up to 2**24 only. Sum integers in an integer dtype",
+              _longest_rounded, (_product(_made_in(torch.float32)), _product(lambda a, b: (a.float() @ b.float().t()).int()))),
+    ),
+    mistakes=(
+        Mistake("the sums wrapped around: they were made in int8, which ends at 127. Convert the codes before the product",
+                _product(_made_in(torch.int8))),
+        Mistake("the sums wrapped around: they were made in int16, which ends at 32767. int32 is the least that holds them",
+                _product(_made_in(torch.int16))),
+        Mistake("the sums are rounded: bfloat16 knows each whole number up to 256 only", _product(_made_in(torch.bfloat16))),
+        Mistake("product is turned over: its rows are outputs, wanted tokens", lambda a, s, b, t: _product()(b, t, a, s)),
+        *(Mistake("product is right. " + says, _product(scaled=scaled)) for says, scaled in (
+            ("the two scales stand on each other's axes: row i belongs to token i, column j to output j",
+             lambda p, a, w: p * a[None] * w[:, None] / 127**2),
+            ("it is 127 times too large: both sides were multiplied by 127, so divide by it twice",
+             lambda p, a, w: p * a[:, None] * w / 127),
+            ("it is 127**2 times too large: a code stands for code * absmax / 127, on both sides",
+             lambda p, a, w: p * a[:, None] * w),
+            ("the weight's scale is missing", lambda p, a, w: p * a[:, None] / 127**2),
+            ("the activations' scale is missing", lambda p, a, w: p * w / 127**2),
+            ("it multiplies where it should divide: a code stands for code * absmax / 127",
+             lambda p, a, w: p * 127**2 / (a[:, None] * w)),
+            ("it takes 128 steps to absmax: there are 127", lambda p, a, w: p * a[:, None] * w / 128**2),
+            ("the scales are added. A product of codes stands for the product of both scales",
+             lambda p, a, w: p * (a[:, None] + w) / 127**2),
+        )),
+    ),
+    others=(
+        Mutant(_product(lambda a, b: int8.matmul_int32(a, b) + 1), "product[0, 0]: got"),
+        Mutant(_product(scaled=lambda p, a, w: 1.001 * p * a[:, None] * w / 127**2), "output["),
     ),
 )  # fmt: skip
 
@@ -258,18 +205,18 @@ INT8_MATMUL = Exercise(
 
 
 def column_inputs(seed: int) -> dict:
-    """More features than tokens. One column only just reaches the threshold, one is large below zero, one twice, one nearly
-    always, one always."""
+    """More features than tokens. One column only reaches the threshold, one only just does not, one is large below zero, one twice,
+    one nearly always, one always, and one is always a little below the threshold."""
     g = generator(seed)
-    threshold = 6.0
+    threshold = (5.0, 6.0, 7.0)[seed % 3]
     activations = torch.randn(6, 10, generator=g).clamp(-3, 3)
-    places = torch.randperm(10, generator=g)
-    activations[int(torch.randint(6, (1,), generator=g)), places[0]] = threshold
-    activations[int(torch.randint(6, (1,), generator=g)), places[1]] = -9.0
-    activations[:2, places[2]] = 8.0
-    activations[:, places[3]] = 20 + torch.rand(6, generator=g)
-    activations[:5, places[4]] = 30.0
-    activations[:, places[5]] = 5.9  # large everywhere, and yet below
+    reaching, short, negative, twice, often, always, below = torch.randperm(10, generator=g)[:7].tolist()
+    tokens = torch.randint(6, (3,), generator=g)
+    activations[tokens, [reaching, short, negative]] = torch.tensor([threshold, threshold - 1e-3, -9.0])
+    activations[:2, twice] = 8.0
+    activations[:5, often] = 30.0
+    activations[:, always] = 20 + torch.rand(6, generator=g)
+    activations[:, below] = threshold - 0.1
     return {"activations": activations, "threshold": threshold}
 
 
@@ -277,90 +224,66 @@ def _where(chosen: torch.Tensor) -> torch.Tensor:
     return chosen.nonzero().view(-1)
 
 
-COLUMN_MISTAKES: dict[str, Callable] = {
-    "a column that reaches the threshold exactly is missing: an outlier is at or above it": lambda x, t: _where(
-        (x.abs() > t).any(0)
-    ),
-    "columns that are large below zero are missing: it is the magnitude that counts": lambda x, t: _where((x >= t).any(0)),
-    "only columns that are large in every token are found. One token is enough: its row would be spoiled": (
-        lambda x, t: _where((x.abs() >= t).all(0))
-    ),
-    "it compares a column's mean magnitude. One token is enough, and a mean over tokens hides it": (
-        lambda x, t: _where(x.abs().mean(0) >= t)
-    ),
-    "these are tokens, not columns: reduce over the tokens, dim 0": lambda x, t: _where((x.abs() >= t).any(1)),
-    "a column is listed once for each token in which it is large: once is enough": lambda x, t: (x.abs() >= t).nonzero()[:, 1],
-}
-
-
-def judge_columns(given: dict, got: dict, want: dict) -> Verdict:
-    x, threshold = given.values()
-    columns = got["columns"]
-    if not isinstance(columns, torch.Tensor):
-        return wrong(f"columns is a {type(columns).__name__}, wanted an int64 tensor of places")
-    if columns.dtype == torch.bool:
-        return wrong("this is a mask, True or False for each column. Wanted are the places: .nonzero(), in one axis")
-    if columns.ndim != 1:
-        return wrong(f"columns has shape {list(columns.shape)}, wanted one axis: nonzero gives a table, take its column")
-    if columns.is_floating_point():
-        return wrong("columns holds values of the activations, wanted the places of the columns")
-    if torch.equal(columns.long(), want["columns"]):
-        return right()
-    for said, mistake in COLUMN_MISTAKES.items():
-        if torch.equal(columns.long().sort().values, mistake(x, threshold).sort().values):
-            return wrong(said)
-    if torch.equal(columns.long().sort().values, want["columns"]):
-        return wrong("these are the right columns in another order, wanted ascending")
-    return wrong(f"got columns {columns.tolist()}, wanted {want['columns'].tolist()}")
-
-
-def _column_like(said: str) -> Mutant:
-    return Mutant(next(v for k, v in COLUMN_MISTAKES.items() if said in k), said)
-
-
 OUTLIER_COLUMNS = Exercise(
     id="4.3", name="outlier_columns", title="Outlier columns", minutes=4, difficulty=1, points=1,
-    returns=("columns",), inputs=column_inputs, reference=int8.outlier_columns, judge=judge_columns,
-    mutants=(
-        *(
-            _column_like(said)
-            for said in (
-                "at or above", "below zero", "in every token", "mean magnitude", "these are tokens", "once is enough",
-            )
-        ),
-        Mutant(lambda x, t: (x.abs() >= t).any(0), "a mask"),
-        Mutant(lambda x, t: (x.abs() >= t).any(0).nonzero(), "one axis"),
+    returns=("columns",), inputs=column_inputs, reference=int8.outlier_columns, free=("columns",),
+    otherwise=lambda given, got, want: f"got columns {got['columns'].tolist()}, wanted {want['columns'].tolist()}",
+    alike=lambda given, got, theirs: torch.equal(got["columns"].sort().values, theirs["columns"].sort().values),
+    faults=(
+        Fault("this is a mask, True or False for each column. Wanted are the places: .nonzero(), in one axis",
+              lambda given, got, want: got["columns"].dtype == torch.bool, (lambda x, t: (x.abs() >= t).any(0),), early=True),
+        Fault("columns has shape {shape}, wanted one axis: nonzero gives a table, take its column",
+              lambda given, got, want: got["columns"].ndim != 1 and {"shape": list(got["columns"].shape)},
+              (lambda x, t: (x.abs() >= t).any(0).nonzero(),), early=True),
+        Fault("columns is {dtype}, wanted the places of the columns, whole numbers: not the values that stand there",
+              lambda given, got, want: got["columns"].is_floating_point() and {"dtype": got["columns"].dtype},
+              (lambda x, t: x[x.abs() >= t], lambda x, t: _where((x.abs() >= t).any(0)).float()), early=True),
     ),
+    mistakes=(
+        Mistake("a column that reaches the threshold exactly is missing: an outlier is at or above it",
+                lambda x, t: _where((x.abs() > t).any(0))),
+        Mistake("columns that are large below zero are missing: it is the magnitude that counts",
+                lambda x, t: _where((x >= t).any(0))),
+        Mistake("only columns that are large in every token are found. One token is enough: its row would be spoiled",
+                lambda x, t: _where((x.abs() >= t).all(0))),
+        Mistake("it compares a column's mean magnitude. One token is enough, and a mean over tokens hides it",
+                lambda x, t: _where(x.abs().mean(0) >= t)),
+        Mistake("these are tokens, not columns: reduce over the tokens, dim 0", lambda x, t: _where((x.abs() >= t).any(1))),
+        Mistake("a column is listed once for each token in which it is large: once is enough",
+                lambda x, t: (x.abs() >= t).nonzero()[:, 1]),
+        Mistake("these are the right columns in another order, wanted ascending",
+                lambda x, t: _where((x.abs() >= t).any(0)).flip(0)),
+    ),
+    others=(Mutant(lambda x, t: _where((x.abs() >= t - 0.01).any(0)), "got columns"),),
 )  # fmt: skip
 
 
 # 4.4 ------------------------------------------------------------------------------------------------------------------
 
+TOKENS = (
+    "a token without outliers", "a token with a large value", "a token that reaches the threshold exactly",
+    "a token whose largest value stands in an outlier column",
+)  # fmt: skip
+
 
 def mixed_inputs(seed: int) -> dict:
-    """Four tokens: without an outlier, with two beyond the threshold on either side of 0, with one exactly at minus the threshold,
-    and one whose largest value stands in an outlier column. Values that float16 holds, none of them near a tie, so that neither
-    decides anything."""
+    """TOKENS; the first has a value just below the threshold, the second two beyond it on either side of 0, the third one at minus
+    the threshold. Values that float16 holds, none of them near a tie, so that neither decides anything."""
     g = generator(seed)
-    threshold = 6.0
+    threshold = (5.5, 6.0, 6.5)[seed % 3]
     weight_codes = torch.randint(-127, 128, (5, 12), generator=g, dtype=torch.int8)
-    first, second, third = torch.randperm(12, generator=g)[:3].tolist()
+    places = torch.randperm(12, generator=g)[:4]
+    planted = [[0.3, -0.2, 0.5, threshold - 2**-7], [24.0, 0.4, -11.0, 0.7], [0.2, -threshold, 0.6, -0.4], [4.5, 0.1, -0.3, 0.9]]
     rows = []
     while len(rows) < 4:
-        row = torch.randn(12, generator=g).clamp(-2, 2).half().float()
-        row[first] = (0.3, 24.0, 0.2, 4.5)[len(rows)]
-        row[second] = (-0.2, 0.4, -6.0, 0.1)[len(rows)]
-        row[third] = (0.5, -11.0, 0.6, -0.3)[len(rows)]
-        shares = [row[row.abs() < limit].abs().max() for limit in (threshold, threshold + 0.1, 3.0, 100.0)]
-        steps = torch.stack([row * 127 / share for share in shares])
-        if ((steps - steps.floor() - 0.5).abs() > 1e-3).all():
+        row = torch.randn(12, generator=g).clamp(-2, 2)
+        row[places] = torch.tensor(planted[len(rows)])
+        row = row.half().float()
+        largest = [row[row.abs() < limit].abs().max() for limit in (threshold, threshold + 0.1, 3.0, 100.0)]
+        if _far_from_ties(torch.stack([row * 127 / absmax for absmax in largest])):
             rows.append(row)
-    return {
-        "activations": torch.stack(rows),
-        "weight_codes": weight_codes,
-        "weight_absmax": 0.2 + torch.rand(5, generator=g),
-        "threshold": threshold,
-    }
+    weight_absmax = 0.2 + torch.rand(5, generator=g)
+    return {"activations": torch.stack(rows), "weight_codes": weight_codes, "weight_absmax": weight_absmax, "threshold": threshold}
 
 
 def mixed_matmul(
@@ -370,107 +293,68 @@ def mixed_matmul(
     return int8.linear(activations, Int8Tensor(weight_codes, weight_absmax), threshold=threshold)
 
 
+def _mixed_allowed(given: dict, want: dict) -> torch.Tensor:
+    """Of the sum of all products, taken positive: the constant's distance, and float32 rounding."""
+    weight = given["weight_codes"] * given["weight_absmax"][:, None] / 127
+    return CONSTANT * (given["activations"].abs() @ weight.abs().t())
+
+
 def _mixed(x, codes, absmax, threshold, *, large=None, share=None, inside=None, kept=None, outside=None):
     """The right answer, with parts that can be replaced: which values are large, what a row's magnitude is taken over, what
     is rounded, and the two factors of the floating-point product."""
-    large = (x.abs() >= threshold) if large is None else large
+    large = x.abs() >= threshold if large is None else large(x, threshold)
     columns = large.any(0)
-    share = x.masked_fill(large, 0).abs().amax(1) if share is None else share(x, large, columns)
-    inside = x.masked_fill(columns[None], 0) if inside is None else inside(x, large, columns)
+    share = x.masked_fill(large, 0).abs().amax(1) if share is None else share(x, columns)
+    inside = x.masked_fill(columns[None], 0) if inside is None else inside(x, large)
     rounded = torch.round(inside * (127 / share[:, None])).clamp(-127, 127)
     product = (rounded.double() @ codes.double().t()).float() * share[:, None] * absmax / 127**2
     kept = codes * absmax[:, None] / 127 if kept is None else kept(codes, absmax)
-    outside = x.masked_fill(~columns[None], 0) if outside is None else outside(x, large, columns)
+    outside = x.masked_fill(~columns[None], 0) if outside is None else outside(x, large)
     return product + outside @ kept.t()
 
 
-MIXED_MISTAKES: dict[str, Callable] = {
-    "the outliers still count for their row's magnitude, so the other values are rounded as coarsely as before. Take them out "
-    "first, then look for the largest": partial(_mixed, share=lambda x, large, columns: x.abs().amax(1)),
-    "this is the paper's rule, where the whole column leaves before a row's magnitude is taken. In bitsandbytes only the values "
-    "that reach the threshold leave: a small value in an outlier column still counts": partial(
-        _mixed, share=lambda x, large, columns: x.masked_fill(columns[None], 0).abs().amax(1)
-    ),
-    "small values in outlier columns are counted twice: in the int8 product, and again in the floating-point one. Their codes "
-    "must be 0": partial(_mixed, inside=lambda x, large, columns: x.masked_fill(large, 0)),
-    "the outlier columns are in both products: set their codes to 0": partial(_mixed, inside=lambda x, large, columns: x),
-    "the floating-point part is missing: the outlier columns were taken out and never put back": partial(
-        _mixed, outside=lambda x, large, columns: torch.zeros_like(x)
-    ),
-    "small values in outlier columns are lost: the floating-point product takes the whole column, not only its large values": (
-        partial(_mixed, outside=lambda x, large, columns: x.masked_fill(~large, 0))
-    ),
-    "it takes out single values, and leaves the small ones of the same columns in int8. That adds up too, but then the "
-    "floating-point part is no product of a few columns": partial(
-        _mixed, inside=lambda x, large, columns: x.masked_fill(large, 0), outside=lambda x, large, columns: x.masked_fill(~large, 0)
-    ),
-    "the floating-point part multiplies by codes. They stand for code * absmax / 127": partial(
-        _mixed, kept=lambda codes, absmax: codes.float()
-    ),
-    "the floating-point part is 127 times too large: a code stands for code * absmax / 127": partial(
-        _mixed, kept=lambda codes, absmax: codes * absmax[:, None]
-    ),
-    "the floating-point part is 127 times too small: there only the weight was multiplied by 127, so divide once": partial(
-        _mixed, kept=lambda codes, absmax: codes * absmax[:, None] / 127**2
-    ),
-    "a value that reaches the threshold exactly is left in int8: an outlier is at or above it": (
-        lambda x, codes, absmax, threshold: _mixed(x, codes, absmax, threshold, large=x.abs() > threshold)
-    ),
-    "outliers below zero are left in int8: it is the magnitude that counts": (
-        lambda x, codes, absmax, threshold: _mixed(x, codes, absmax, threshold, large=x >= threshold)
-    ),
-    "nothing is taken out: this is the product of 4.2": (
-        lambda x, codes, absmax, threshold: _mixed(x, codes, absmax, threshold, large=torch.zeros_like(x, dtype=torch.bool))
-    ),
-    "nothing is rounded: this multiplies floating-point activations by the dequantized weight": (
-        lambda x, codes, absmax, threshold: x @ (codes * absmax[:, None] / 127).t()
-    ),
-}
-
-
-def judge_mixed(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    output, expected = got["output"].float(), want["output"]
-    weight = given["weight_codes"] * given["weight_absmax"][:, None] / 127
-    # Of the sum of all products, taken positive: the constant's distance, and float32 rounding.
-    allowed = CONSTANT * (given["activations"].abs() @ weight.abs().t())
-    if ((output - expected).abs() <= allowed).all():
-        return right(largest_difference(output, expected), allowed.max().item())
-    for said, mistake in MIXED_MISTAKES.items():
-        if ((output - mistake(**_named(given))).abs() <= 2 * allowed).all():
-            return wrong(said)
-    row, column = ((output - expected).abs() > allowed).nonzero()[0].tolist()
-    about = ("a token without outliers", "a token with a large value", "a token that reaches the threshold exactly",
-             "a token whose largest value stands in an outlier column")[row]  # fmt: skip
-    return wrong(f"{about}: output[{row}, {column}] is {output[row, column]:.5g}, wanted {expected[row, column]:.5g}")
-
-
-def _named(given: dict) -> dict:
-    return {
-        "x": given["activations"],
-        "codes": given["weight_codes"],
-        "absmax": given["weight_absmax"],
-        "threshold": given["threshold"],
-    }
-
-
-def _mixed_like(said: str) -> Mutant:
-    mistake = next(v for k, v in MIXED_MISTAKES.items() if said in k)
-    return Mutant(lambda x, codes, absmax, threshold: mistake(x=x, codes=codes, absmax=absmax, threshold=threshold), said)
+def _first_token_off(given, got, want):
+    row, column = ((got["output"] - want["output"]).abs() > _mixed_allowed(given, want)).nonzero()[0].tolist()
+    pair = got_and_wanted(got["output"][row, column].item(), want["output"][row, column].item())
+    return f"{TOKENS[row]}: output[{row}, {column}]: {pair}"
 
 
 MIXED_MATMUL = Exercise(
     id="4.4", name="mixed_matmul", title="The rescue", minutes=14, difficulty=3, points=4,
-    returns=("output",), inputs=mixed_inputs, reference=mixed_matmul, judge=judge_mixed,
-    mutants=tuple(
-        _mixed_like(said)
-        for said in (
-            "still count", "paper's rule", "counted twice", "in both products", "never put back", "are lost", "takes out single",
-            "multiplies by codes", "too large", "too small", "at or above", "below zero", "nothing is taken out",
-            "nothing is rounded",
-        )
+    returns=("output",), inputs=mixed_inputs, reference=mixed_matmul, otherwise=_first_token_off,
+    allowed=_mixed_allowed, close=lambda given, want: 2 * _mixed_allowed(given, want),
+    mistakes=(
+        *(Mistake(says, partial(_mixed, **parts)) for says, parts in (
+            ("the outliers still count for their row's magnitude, so the other values are rounded as coarsely as before. Take them "
+             "out first, then look for the largest", {"share": lambda x, columns: x.abs().amax(1)}),
+            ("this is the paper's rule, where the whole column leaves before a row's magnitude is taken. In bitsandbytes only the "
+             "values that reach the threshold leave: a small value in an outlier column still counts",
+             {"share": lambda x, columns: x.masked_fill(columns[None], 0).abs().amax(1)}),
+            ("small values in outlier columns are counted twice: in the int8 product, and again in the floating-point one. Their "
+             "codes must be 0", {"inside": lambda x, large: x.masked_fill(large, 0)}),
+            ("the outlier columns are in both products: set their codes to 0", {"inside": lambda x, large: x}),
+            ("the floating-point part is missing: the outlier columns were taken out and never put back",
+             {"outside": lambda x, large: torch.zeros_like(x)}),
+            ("small values in outlier columns are lost: the floating-point product takes the whole column, not only its large "
+             "values", {"outside": lambda x, large: x.masked_fill(~large, 0)}),
+            ("it takes out single values, and leaves the small ones of the same columns in int8. That adds up too, but then the "
+             "floating-point part is no product of a few columns",
+             {"inside": lambda x, large: x.masked_fill(large, 0), "outside": lambda x, large: x.masked_fill(~large, 0)}),
+            ("the floating-point part multiplies by codes. They stand for code * absmax / 127",
+             {"kept": lambda codes, absmax: codes.float()}),
+            ("the floating-point part is 127 times too large: a code stands for code * absmax / 127",
+             {"kept": lambda codes, absmax: codes * absmax[:, None]}),
+            ("the floating-point part is 127 times too small: there only the weight was multiplied by 127, so divide once",
+             {"kept": lambda codes, absmax: codes * absmax[:, None] / 127**2}),
+            ("a value that reaches the threshold exactly is left in int8: an outlier is at or above it",
+             {"large": lambda x, t: x.abs() > t}),
+            ("outliers below zero are left in int8: it is the magnitude that counts", {"large": lambda x, t: x >= t}),
+            ("nothing is taken out: this is the product of 4.2", {"large": lambda x, t: torch.zeros_like(x, dtype=torch.bool)}),
+        )),
+        Mistake("nothing is rounded: this multiplies floating-point activations by the dequantized weight",
+                lambda x, codes, absmax, threshold: x @ (codes * absmax[:, None] / 127).t()),
     ),
+    others=(Mutant(partial(_mixed, large=lambda x, t: x.abs() >= t - 0.01), "a token without outliers: output["),),
 )  # fmt: skip
 
 
@@ -478,6 +362,7 @@ MIXED_MATMUL = Exercise(
 
 THRESHOLDS = (3.0, 6.0, 12.0)
 MOST_MOVED, LEAST_MOVED, LEAST_RESCUED = 1.05, 3.0, 5.0
+LARGEST_HALF = 65504.0  # of float16
 
 
 def batch_inputs(seed: int) -> dict:
@@ -487,53 +372,10 @@ def batch_inputs(seed: int) -> dict:
 
 def two_batches(bulk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Far above all thresholds, and between two of them."""
-    indifferent, sensitive = bulk.clone(), bulk.clone()
-    indifferent[:, 0] = 40.0
-    sensitive[:, 0] = 9.0
-    return indifferent, sensitive
+    return _two_columns(40.0, 9.0)(bulk)
 
 
-def output_error(activations: torch.Tensor, threshold: float) -> float:
-    """Output error of LLM.int8(), root mean square, with a weight that int8 holds exactly: all of it comes from the activations."""
-    codes = torch.randint(-127, 128, (24, activations.shape[1]), generator=generator(0), dtype=torch.int8)
-    weight = Int8Tensor(codes, torch.ones(24))
-    exact = activations.double() @ weight.dequantize().double().t()
-    error = int8.linear(activations.half().float(), weight, threshold=threshold) - exact
-    return error.pow(2).mean().sqrt().item()
-
-
-def judge_batches(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    bulk = given["bulk"]
-    moved, rescued = {}, {}
-    for name, batch in got.items():
-        changed = (batch != bulk).any(0).nonzero().view(-1)
-        if len(changed) != 1:
-            return wrong(f"{name} differs from bulk in {len(changed)} columns, wanted one: change a copy of bulk, in one column")
-        errors = [output_error(batch.float(), threshold) for threshold in THRESHOLDS]
-        moved[name] = max(errors) / min(errors)
-        rescued[name] = output_error(batch.float(), 0.0) / min(errors)
-    if moved["sensitive"] <= MOST_MOVED and moved["indifferent"] >= LEAST_MOVED:
-        return wrong("the two are exchanged: indifferent comes first")
-    if moved["indifferent"] > MOST_MOVED:
-        said = f"indifferent: between thresholds 3, 6 and 12 the error changes by a factor {moved['indifferent']:.2g}"
-        return wrong(said + ", wanted none. Which values would be taken out at all three?")
-    if rescued["indifferent"] < LEAST_RESCUED:
-        said = f"indifferent: taking its column out makes the error {rescued['indifferent']:.2g} times smaller"
-        return wrong(said + f", wanted at least {LEAST_RESCUED:g} times. What must one value do to the step of its row?")
-    if moved["sensitive"] < LEAST_MOVED:
-        said = f"sensitive: between thresholds 3, 6 and 12 the error changes by a factor {moved['sensitive']:.2g}"
-        column = got["sensitive"][:, (got["sensitive"] != bulk).any(0)].abs()
-        if column.max() < min(THRESHOLDS):
-            return wrong(said + ". Its column is left in at all three: no value of it reaches one of them")
-        if column.max() >= max(THRESHOLDS):
-            return wrong(said + ". Its column is taken out at all three")
-        return wrong(said + f", wanted {LEAST_MOVED:g}. Left in at one of them, it must do harm: how large, how often?")
-    return right()
-
-
-def _one_column(indifferent: float, sensitive: float, rows: int = 16) -> Callable:
+def _two_columns(indifferent: float, sensitive: float, rows: int = 16) -> Callable:
     def answer(bulk):
         first, second = bulk.clone(), bulk.clone()
         first[:, 0] = indifferent
@@ -543,18 +385,59 @@ def _one_column(indifferent: float, sensitive: float, rows: int = 16) -> Callabl
     return answer
 
 
+def output_error(activations: torch.Tensor, threshold: float) -> float:
+    """Output error of LLM.int8(), root mean square: all of it from rounding float16 activations, since int8 holds the weight."""
+    activations = activations.half().float()
+    codes = torch.randint(-127, 128, (24, activations.shape[1]), generator=generator(0), dtype=torch.int8)
+    weight = Int8Tensor(codes, torch.ones(24))
+    error = int8.linear(activations, weight, threshold=threshold) - activations.double() @ weight.dequantize().double().t()
+    return error.pow(2).mean().sqrt().item()
+
+
+def _batches_fault(given, got, want):
+    bulk = given["bulk"]
+    for name, batch in got.items():
+        if (count := int((batch != bulk).any(0).sum())) != 1:
+            return "columns", {"name": name, "count": count}
+        if (largest := batch.abs().max().item()) > LARGEST_HALF:
+            return "float16", {"name": name, "value": f"{largest:.6g}"}
+    errors = {name: [output_error(batch.float(), threshold) for threshold in THRESHOLDS] for name, batch in got.items()}
+    moved = {name: max(each) / min(each) for name, each in errors.items()}
+    if moved["sensitive"] <= MOST_MOVED and moved["indifferent"] >= LEAST_MOVED:
+        return "exchanged", {}
+    if moved["indifferent"] > MOST_MOVED:
+        return "moves", {"factor": shown(moved["indifferent"], 1.0, 3)[0]}
+    rescued = output_error(got["indifferent"].float(), 0.0) / min(errors["indifferent"])
+    if rescued < LEAST_RESCUED:
+        return "no rescue", {"factor": shown(rescued, LEAST_RESCUED, 2)[0]}
+    if moved["sensitive"] >= LEAST_MOVED:
+        return None
+    largest = got["sensitive"][:, (got["sensitive"] != bulk).any(0)].abs().max()
+    key = "left in" if largest < min(THRESHOLDS) else "taken out" if largest >= max(THRESHOLDS) else "harmless"
+    return key, {"factor": shown(moved["sensitive"], LEAST_MOVED, 2)[0]}
+
+
+SENSITIVE = "sensitive: between thresholds 3, 6 and 12 the error changes by a factor {factor}"
 TWO_BATCHES = Exercise(
     id="4.5", name="two_batches", title="When the threshold matters", minutes=10, difficulty=3, points=3,
-    returns=("indifferent", "sensitive"), inputs=batch_inputs, reference=two_batches, judge=judge_batches,
-    mutants=(
-        Mutant(_one_column(9.0, 40.0), "exchanged"),
-        Mutant(_one_column(9.0, 9.0), "at all three"),
-        Mutant(_one_column(2.0, 9.0), "step of its row"),
-        Mutant(_one_column(40.0, 2.5), "left in at all three"),
-        Mutant(_one_column(40.0, 13.0), "taken out at all three"),
-        Mutant(_one_column(40.0, 9.0, rows=1), "how often"),
-        Mutant(lambda bulk: (20 * bulk, 5 * bulk), "in one column"),
-        Mutant(lambda bulk: (bulk.clone(), bulk.clone()), "in 0 columns"),
+    returns=("indifferent", "sensitive"), inputs=batch_inputs, reference=two_batches,
+    accepts=lambda given, got, want: right(),  # what has no fault
+    faults=cases(
+        _batches_fault,
+        ("columns", "{name} differs from bulk in {count} columns, wanted one: change a copy of bulk, in one column",
+         (lambda bulk: (20 * bulk, 5 * bulk), lambda bulk: (bulk.clone(), bulk.clone()))),
+        ("float16", "{name} holds {value}. LLM.int8() takes activations in float16, which ends at 65504",
+         (_two_columns(1e5, 9.0),)),
+        ("exchanged", "the two are exchanged: indifferent comes first", (_two_columns(9.0, 40.0),)),
+        ("moves", "indifferent: between thresholds 3, 6 and 12 the error changes by a factor {factor}, wanted none. Which values "
+         "would be taken out at all three?", (_two_columns(9.0, 9.0),)),
+        ("no rescue", "indifferent: taking its column out makes the error {factor} times smaller, wanted at least 5 times. What "
+         "must one value do to the step of its row?", (_two_columns(2.0, 9.0),)),
+        ("left in", SENSITIVE + ". Its column is left in at all three: no value of it reaches one of them",
+         (_two_columns(40.0, 2.5),)),
+        ("taken out", SENSITIVE + ". Its column is taken out at all three", (_two_columns(40.0, 13.0),)),
+        ("harmless", SENSITIVE + ", wanted 3. Left in at one of them, it must do harm: how large, how often?",
+         (_two_columns(40.0, 9.0, rows=1),)),
     ),
 )  # fmt: skip
 
@@ -567,17 +450,18 @@ def layer_inputs(seed: int) -> dict:
     return {"weight": torch.randn(24, 64, generator=g), "bias": torch.randn(24, generator=g)}
 
 
-def _layers(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, tuple[Callable, bool]]:
-    """Layers to look at from outside, and whether each rounds its weight at most."""
+def _layers(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, tuple[Callable, dict | None]]:
+    """Layers to look at from outside, and how each rounds its input, for int8.quantize_activations; None if it does not."""
     four, eight, whole = rtn.quantize(weight, 4, 32).dequantize(), int8.quantize(weight), int8.quantize(weight, "tensor")
+    tensor = {"threshold": 0.0, "granularity": "tensor"}
     return {
-        "float": (lambda x: x @ weight.t(), True),
-        "float with a bias": (lambda x: x @ weight.t() + bias, True),
-        "4-bit weights": (lambda x: x @ four.t() + bias, True),
-        "int8 weights": (lambda x: x @ eight.dequantize().t(), True),
-        "int8 on both sides": (lambda x: int8.linear(x, eight, bias, threshold=0.0), False),
-        "int8 on both sides, per tensor": (lambda x: int8.linear(x, whole, threshold=0.0, granularity="tensor"), False),
-        "LLM.int8()": (lambda x: int8.linear(x, eight, bias), False),
+        "float": (lambda x: x @ weight.t(), None),
+        "float with a bias": (lambda x: x @ weight.t() + bias, None),
+        "4-bit weights": (lambda x: x @ four.t() + bias, None),
+        "int8 weights": (lambda x: x @ eight.dequantize().t(), None),
+        "int8 on both sides": (lambda x: int8.linear(x, eight, bias, threshold=0.0), {"threshold": 0.0}),
+        "int8 on both sides, per tensor": (lambda x: int8.linear(x, whole, **tensor), tensor),
+        "LLM.int8()": (lambda x: int8.linear(x, eight, bias), {"threshold": int8.THRESHOLD}),
     }
 
 
@@ -588,58 +472,57 @@ def is_weight_only(layer: Callable, in_features: int) -> bool:
     int8; of size 1, because everything above a threshold would be multiplied in floating point.
     """
     a, b = torch.randn(2, 8, in_features, generator=generator(0))
-    together, apart = layer(a + b) - layer(torch.zeros_like(a)), layer(a) + layer(b) - 2 * layer(torch.zeros_like(a))
+    zero = layer(torch.zeros_like(a))
+    together, apart = layer(a + b) - zero, layer(a) + layer(b) - 2 * zero
     return bool((together - apart).abs().max() < 1e-4 * together.abs().max())
 
 
+def _fed(batches: list[torch.Tensor], rounding: dict) -> str:
+    """What a layer that rounds so was fed: "zeros" alone, "outliers" alone, what is "exact" in int8, "multiples", or "enough"."""
+    rows = torch.cat(batches) if batches else torch.zeros(1, 1)
+    if not rows.any():
+        return "zeros"
+    rounded = [int8.quantize_activations(batch.half(), **rounding)[0] for batch in batches]
+    if not any(each.codes.any() for each in rounded):
+        return "outliers"
+    lost = [
+        (each.dequantize() - batch.half()).masked_fill(each.codes == 0, 0).abs().amax(1) / each.absmax.clamp(min=1e-30)
+        for each, batch in zip(rounded, batches, strict=True)
+    ]
+    if torch.cat(lost).max() < 1e-4:
+        return "exact"
+    rows = rows[rows.any(1)].double().unique(dim=0)[:512]
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    parallel = (rows @ rows.t()).abs() > 1 - 1e-9
+    return "multiples" if (parallel.sum(1) > 1).all() else "enough"
+
+
 def drive_layers(answer: Callable, given: dict) -> dict:
-    """The answer's word on every layer, and the least rounding that its inputs would have seen in int8."""
-    weight = given["weight"]
-    errors, found = [], {}
-    for name, (layer, _) in _layers(**given).items():
+    """The answer's word on every layer, by name; and what it had fed to those that round their input, where it says they do not."""
+    columns, found, fed = given["weight"].shape[1], {}, {}
+    for name, (layer, rounding) in _layers(**given).items():
+        batches: list[torch.Tensor] = []
 
-        def watched(x: torch.Tensor, layer: Callable = layer) -> torch.Tensor:
-            rows = x.detach().reshape(-1, weight.shape[1]).float()
-            error = (int8.quantize(rows).dequantize() - rows).abs().amax(1) / rows.abs().amax(1).clamp(min=1e-30)
-            errors.append(error.max().item())
-            return layer(rows).view(*x.shape[:-1], -1)
+        def watched(x: torch.Tensor, layer: Callable = layer, batches: list = batches) -> torch.Tensor:
+            batches.append(x.detach().reshape(-1, columns).float())
+            return layer(batches[-1]).view(*x.shape[:-1], -1)
 
-        found[name] = answer(watched, weight.shape[1])
-    return found | {"rounding": max(errors, default=0.0)}
+        found[name] = answer(watched, columns)
+        if rounding is not None:
+            fed[name] = _fed(batches, rounding) if found[name] is True else ""
+    return found | {"fed": fed}
 
 
-def judge_layers(given: dict, got: dict, want: dict) -> Verdict:
-    truth = {name: weight_only for name, (_, weight_only) in _layers(**given).items()}
-    said = {name: got[name] for name in truth}
-    if fault := shape_fault(said, truth):
-        return wrong(fault)
-    missed = [name for name in truth if said[name] != truth[name]]
+def _layers_fault(given, got, want):
+    layers = [name for name in got if name != "fed"]
+    missed = [name for name in layers if got[name] == (name in got["fed"])]
     if not missed:
-        return right()
-    if not any(said.values()):
-        return wrong(
-            "it finds no layer weight-only, not even one in plain float32. A float32 sum depends on rounding too, in the seventh "
-            "digit: allow for that"
-        )
-    if {"float with a bias", "4-bit weights"} <= set(missed) and "float" not in missed:
-        return wrong("a layer with a bias is taken for one that rounds its input: f(0) is not 0 there, take it off first")
-    if missed == ["LLM.int8()"]:
-        return wrong(
-            "LLM.int8() is taken for weight-only. Inputs this large make every column an outlier: nothing was left in int8"
-        )
-    if all(said[name] for name in missed):
-        taken = f"{missed[0]} is taken for weight-only. "
-        if got["rounding"] < 1e-4:
-            return wrong(
-                taken + "All inputs you tried are exact in int8: zeros and ones, or one value in all places, lose nothing. Which "
-                "inputs would rounding move?"
-            )
-        return wrong(
-            taken + "A row times 2, or -1, has the same codes up to their sign, so rounding does not show in f(2x) = 2 f(x). "
-            "What else does a linear function promise?"
-        )
-    name = next(name for name in missed if truth[name])
-    return wrong(f"{name} is taken for a layer that rounds its input, and it does not")
+        return None
+    if not any(got[name] for name in layers):
+        return "none", {}
+    if missed[:2] == ["float with a bias", "4-bit weights"]:
+        return "biased", {}
+    return got["fed"].get(missed[0], "rounding"), {"layer": missed[0]}
 
 
 def _by_doubling(layer, n):
@@ -654,32 +537,43 @@ def _by_one_hot(layer, n):
     return bool((layer((a + b)[None]) - layer(a[None]) - layer(b[None]) + zero).abs().max() < 1e-4)
 
 
-def _by_sums(layer, n, size=1.0, allowed=1e-4, bias=True):
-    a, b = size * torch.randn(2, 8, n, generator=generator(1))
-    zero = layer(torch.zeros_like(a)) if bias else 0
-    gap = layer(a + b) - layer(a) - layer(b) + zero
+def _by_levels(layer, n):
+    """Reads the weight off and asks whether it stands on a grid, which is another question."""
+    weight = layer(torch.eye(n)) - layer(torch.zeros(1, n))
+    return weight.unique().numel() > 0.99 * weight.numel()
+
+
+def _by_sums(layer, n, low=-1.0, high=1.0, allowed=1e-4, bias=True):
+    a, b = low + (high - low) * torch.rand(2, 8, n, generator=generator(1))
+    gap = layer(a + b) - layer(a) - layer(b) + (layer(torch.zeros_like(a)) if bias else 0)
     return bool(gap.abs().max() <= allowed * layer(a + b).abs().max())
-
-
-def _large_inputs(layer, n):
-    # In LLM.int8() the columns of large inputs all leave; per row and per tensor their rounding is left as it was.
-    a, b = 40 + 10 * torch.rand(2, 8, n, generator=generator(1))
-    gap = layer(a + b) - layer(a) - layer(b) + layer(torch.zeros_like(a))
-    return bool(gap.abs().max() <= 1e-4 * layer(a + b).abs().max())
 
 
 WEIGHT_ONLY = Exercise(
     id="4.6", name="is_weight_only", title="Weight-only, seen from outside", minutes=10, difficulty=3, points=3,
-    returns=("weight_only",), inputs=layer_inputs, reference=is_weight_only, judge=judge_layers, drive=drive_layers,
-    mutants=(
-        Mutant(_by_doubling, "same codes"),
-        Mutant(_by_one_hot, "exact in int8"),
-        Mutant(lambda layer, n: True, "exact in int8"),
-        Mutant(partial(_by_sums, allowed=0.0), "seventh digit"),
-        Mutant(partial(_by_sums, bias=False), "a bias"),
-        Mutant(_large_inputs, "nothing was left in int8"),
-        Mutant(lambda layer, n: torch.tensor(_by_sums(layer, n)), "wanted bool"),
+    returns=("weight_only",), inputs=layer_inputs, reference=is_weight_only, drive=drive_layers,
+    accepts=lambda given, got, want: right(),  # what has no fault
+    faults=cases(
+        _layers_fault,
+        ("none", "it finds no layer weight-only, not even one in plain float32. A float32 sum depends on rounding too, in the "
+         "seventh digit: allow for that", (partial(_by_sums, allowed=0.0), lambda layer, n: False)),
+        ("biased", "a layer with a bias is taken for one that rounds its input: f(0) is not 0 there, take it off first",
+         (partial(_by_sums, bias=False),)),
+        ("rounding", "{layer} is taken for a layer that rounds its input, and it does not",
+         (_by_levels,)),
+        ("zeros", "{layer} is taken for weight-only, and was fed nothing but zeros, if anything. Which inputs would rounding move?",
+         (lambda layer, n: True, lambda layer, n: layer(torch.zeros(1, n)).isfinite().all().item())),
+        # Per row and per tensor, large inputs are rounded like any others.
+        ("outliers", "{layer} is taken for weight-only. Inputs this large make every column an outlier: nothing was left in int8",
+         (partial(_by_sums, low=40.0, high=50.0),)),
+        ("exact", "{layer} is taken for weight-only. All inputs you tried are exact in int8: zeros and ones, or one value "
+         "in all places, lose nothing. Which inputs would rounding move?", (_by_one_hot,)),
+        ("multiples", "{layer} is taken for weight-only. A row times 2, or -1, has the same codes up to their sign, so rounding "
+         "does not show in f(2x) = 2 f(x). What else does a linear function promise?", (_by_doubling,)),
+        ("enough", "{layer} is taken for weight-only. Your inputs are rounded there: by how much may a linear function be off?",
+         (partial(_by_sums, allowed=0.5),)),
     ),
+    others=(Mutant(lambda layer, n: torch.tensor(_by_sums(layer, n)), "wanted True or False"),),
 )  # fmt: skip
 
 EXERCISES = (QUANTIZE_ROWS, INT8_MATMUL, OUTLIER_COLUMNS, MIXED_MATMUL, TWO_BATCHES, WEIGHT_ONLY)
