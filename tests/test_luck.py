@@ -37,6 +37,8 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
         "apart, together = ": "one of two that are compared",
         "together, apart = (layer(a) +": "the same",
     },
+    "11.4": dict.fromkeys(("other=1", "other=-1"), "rows that do not exist are not stored"),
+    "11.5": {"max(0, ": "the ceiling of a positive number is 1 at least"},
 }  # fmt: skip
 
 

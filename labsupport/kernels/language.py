@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -77,9 +78,10 @@ def _interpreted_helpers() -> Iterator[None]:
     Triton has an environment variable for it, TRITON_INTERPRET, but that has to be set before Triton is imported and then holds
     for the whole process, in which a GPU could no longer be used.
     """
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_semantic
     from triton.runtime.jit import JITFunction
 
+    options = interpreter_semantic.builder.options
     places = [JITFunction, tl, tl.core, tl.math, tl.tensor, tl.dtype]
     places += [getattr(tl.core, name) for name in ("tensor_descriptor_base",) if hasattr(tl.core, name)]
     before = [dict(vars(place)) for place in places]
@@ -94,9 +96,12 @@ def _interpreted_helpers() -> Iterator[None]:
         return found
 
     JITFunction.__call__ = call
+    # A third of the time goes into watching whole numbers for overflow, of which the interpreter says nothing without its `debug`.
+    interpreter_semantic.builder.options = replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
     try:
         yield
     finally:
+        interpreter_semantic.builder.options = options
         for place, names in zip(places, before, strict=True):
             now = dict(vars(place))
             for name in now.keys() - names.keys():
