@@ -120,6 +120,42 @@ def crossover_tried_out(read, operations, bandwidth, rate, narrow_rate):
     return float(batch)
 
 
+def stored_byte_by_byte(quantized, others, bits, group_size):
+    of_group = group_size * bits / 8 + 2 + bits / 8
+    total = quantized // group_size * of_group + 2 * others
+    return total, total / 1024 / 1024 / 1024
+
+
+def intensity_inverted(tokens, in_features, out_features, weight_bits):
+    return 2 / (weight_bits / 8 / tokens + 2 / out_features + 2 / in_features)
+
+
+def slower_of_two_rates(read, parameters, batch, bandwidth, rate):
+    return min(batch * bandwidth / read, rate / (2 * parameters))
+
+
+def crossover_from_seconds(bandwidth, rate, weight_bits):
+    return math.ceil((weight_bits / 8 / bandwidth) / (2 / rate))
+
+
+def crossover_tried_out_from_one(bandwidth, rate, weight_bits):
+    batch = 1
+    while 2 * batch * 8 * bandwidth < weight_bits * rate:
+        batch += 1
+    return float(batch)
+
+
+def limit_in_seconds(seconds, read, operations, bandwidth, rate):
+    reading, computing = read / bandwidth, operations / rate
+    if 3 * reading < seconds and 3 * computing < seconds:
+        return "overhead"
+    return "compute" if computing >= reading else "memory"
+
+
+def another_narrow_matrix():
+    return 40000.0, 24, 5000
+
+
 def symmetric_from_both_ends(weight, bits):
     """A float64 answer in which a row of zeros gets an epsilon."""
     low, high = weight.double().aminmax(dim=1, keepdim=True)
@@ -270,6 +306,8 @@ def linear_in_one_call(layer, in_features):
 ANSWERS = [
     ("4.1", rows_in_float64), ("4.2", product_of_values), ("4.3", columns_in_a_loop), ("4.4", mixed_in_a_loop),
     ("4.5", batches_in_a_later_column), ("4.6", linear_in_one_call),
+    ("1.1", stored_byte_by_byte), ("1.2", intensity_inverted), ("1.3", slower_of_two_rates), ("1.4", crossover_from_seconds),
+    ("1.4", crossover_tried_out_from_one), ("1.5", limit_in_seconds), ("1.6", another_narrow_matrix),
     ("2.1", symmetric_from_both_ends), ("2.2", grid_with_ties_up), ("2.3", codes_in_a_loop), ("2.4", dequantized_by_products),
     ("2.5", grid_that_stores_constants_exactly), ("2.6", sqnr_of_means), ("2.8", clip_row_by_row),
     ("3.1", groups_in_a_loop), ("3.2", bits_counted_up), ("3.3", orders_by_hand), ("3.4", interval_from_sorted),
