@@ -43,6 +43,10 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
     },
     "11.4": dict.fromkeys(("other=1", "other=-1"), "rows that do not exist are not stored"),
     "11.5": {"max(0, ": "the ceiling of a positive number is 1 at least"},
+    "10.7": {
+        "(reach < 13)": "any length that tells a whole range from a mixed one", "off.std()": "any limit between the kinds",
+        "off.mean().abs()": "any limit between the kinds",
+    },
 }  # fmt: skip
 
 
