@@ -230,7 +230,8 @@ UNPACK_THREE = Exercise(
         Mistake("the codes that lie in two words have the two parts exchanged: the first word holds the low bits",
                 _crossing(lambda low, high, bit: (low >> bit << bit - 29 | high & 2 ** (bit - 29) - 1) & 7)),
         Mistake("a code that lies in two words is wrong where the first of them is negative: >> copied its sign bit over the "
-                "second part. Mask the first part, too", _crossing(lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7)),
+                "second part. Mask the first part, too",
+                _crossing(lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7)),
         Mistake("ten codes a word, and two bits left over: nothing is left over in this layout, 32 codes fill 3 words",
                 _ten_a_word),
         Mistake("bit by bit: the first word taken for the lowest bits of 32 codes, and so on. A code's bits are neighbors",
