@@ -93,9 +93,11 @@ def first_difference(
 
 
 def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:
-    """Both as text, with as many digits as it takes to tell them apart."""
+    """Both as text, with as many digits as it takes to tell them apart; whole numbers with all of theirs."""
     if isinstance(have, str) or isinstance(want, str):
         return repr(have), repr(want)
+    if isinstance(have, int) and isinstance(want, int):
+        return str(have), str(want)
     texts = (str(have), str(want))
     for count in range(digits, 18):
         texts = (f"{have:.{count}g}", f"{want:.{count}g}")

@@ -32,8 +32,8 @@ def parameter_bytes(model: nn.Module) -> int:
 
 
 def parameter_inputs(seed: int) -> dict:
-    vocabulary, width = torch.randint(20, 60, (2,), generator=generator(seed)).tolist()
-    return {"model": TinyModel(vocabulary, width)}
+    width, more = torch.randint(10, 30, (2,), generator=generator(seed)).tolist()
+    return {"model": TinyModel(3 * width + more, width)}
 
 
 def _summed(of):

@@ -1,0 +1,54 @@
+"""Outputs set beside each other: what is compared, and how a difference reads."""
+
+import math
+
+import pytest
+import torch
+
+from labsupport.exercises.compare import difference, first_difference, got_and_wanted
+
+WANT = {"codes": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "name": "memory"}
+
+
+def with_codes(*values):
+    return WANT | {"codes": torch.tensor(values).view(2, 2)}
+
+
+def test_the_largest_difference_and_its_limit():
+    assert difference(with_codes(1.0, 2.5, 3.0, 4.25), WANT, {"codes": 0.5, "name": 0.0}) == (0.5, 0.5, True)
+    assert difference(with_codes(1.0, 2.5, 3.0, 4.25), WANT, {"codes": 0.4, "name": 0.0}) == (0.5, 0.4, False)
+    assert difference(WANT | {"name": "compute"}, WANT)[2] is False
+
+
+def test_an_entry_whose_limit_is_infinite_is_not_compared():
+    limits = {"codes": torch.tensor([[0.0, math.inf], [0.0, 0.0]]), "name": 0.0}
+    assert difference(with_codes(1.0, 77.0, 3.0, 4.0), WANT, limits) == (0.0, 0.0, True)
+    assert difference(with_codes(1.0, 77.0, 3.0, 5.0), WANT, limits)[2] is False
+    assert first_difference(with_codes(1.0, 77.0, 3.0, 5.0), WANT, limits) == ("codes[1, 1]", 5.0, 4.0)
+
+
+def test_other_forms_differ_and_nan_is_no_number():
+    assert difference({"codes": torch.ones(4)}, {"codes": torch.ones(2, 2)})[2] is False
+    assert difference({"codes": [1.0]}, {"codes": [1.0, 2.0]})[2] is False
+    assert difference(with_codes(1.0, math.nan, 3.0, 4.0), WANT, 1e9)[2] is False
+
+
+def test_there_is_no_first_difference_where_nothing_differs():
+    with pytest.raises(ValueError, match="differ nowhere"):
+        first_difference(WANT, WANT)
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "text"),
+    [
+        (1.5, 2.25, "got 1.5, wanted 2.25"),
+        (0.33333, 0.33334, "got 0.33333, wanted 0.33334"),
+        (1.0, 1.0 + 2**-52, "got 1, wanted 1.0000000000000002"),
+        (24545, 24544, "got 24545, wanted 24544"),
+        (2**31, 2**31 - 1, "got 2147483648, wanted 2147483647"),
+        (3.0, 4, "got 3, wanted 4"),
+        ("memory", "compute", "got 'memory', wanted 'compute'"),
+    ],
+)
+def test_got_and_wanted_never_read_the_same(have, want, text):
+    assert got_and_wanted(have, want) == text
