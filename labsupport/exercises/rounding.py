@@ -251,7 +251,7 @@ QUANTIZE = Exercise(
     ),
     mistakes=(
         Mistake("codes beyond 0 and 2**bits - 1 cannot be stored: clamp them, at the end", lambda w, s, z, b: (w / s).round() + z),
-        Mistake("it looks as if the codes were clamped before the zero-point was added: the clamp comes last",
+        Mistake("the codes are clamped before the zero-point is added: the clamp comes last",
                 lambda w, s, z, b: _clamped((w / s).round(), b) + z),
         Mistake("half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does",
                 lambda w, s, z, b: _clamped(torch.floor(w / s + 0.5) + z, b)),
