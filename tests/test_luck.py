@@ -66,7 +66,8 @@ class Change(ast.NodeTransformer):
     def visit_Constant(self, node):
         if isinstance(node.value, bool) or not isinstance(node.value, int | float):
             return node
-        moved = (node.value + 1, node.value - 1) if isinstance(node.value, int) else (node.value * 1.1, node.value * 0.9)
+        whole = isinstance(node.value, int)
+        moved = (node.value + 1, node.value - 1) if whole else (node.value * 1.1 or 0.1, node.value * 0.9 or -0.1)
         for value in moved:
             if self._turn(node):
                 return ast.copy_location(ast.Constant(value), node)

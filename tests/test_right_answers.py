@@ -1,6 +1,7 @@
 """Right answers that look otherwise than the reference are accepted: another order of operations, a loop, another dtype."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -303,7 +304,64 @@ def linear_in_one_call(layer, in_features):
     return ((both + none - first - second).norm() < 1e-5 * both.norm()).item()
 
 
+def codebook_in_float64(offset):
+    """Probabilities spaced in float64, one after the other; the largest level is the first quantile."""
+    quantile = NormalDist().inv_cdf
+    step = [(offset - 0.5) / count for count in (8, 7)]
+    levels = [-quantile(offset - i * step[1]) for i in range(7)] + [0] + [quantile(0.5 + (i + 1) * step[0]) for i in range(8)]
+    return torch.tensor(levels, dtype=torch.float64) / quantile(offset)
+
+
+def encode_by_distance(values, levels):
+    return (values[:, None] - levels).abs().argmin(1).int()
+
+
+def blocks_one_by_one(weight, levels, block_size):
+    """Each weight multiplied by a reciprocal, in float64; magnitudes of zeros kept off 0."""
+    codes, largest = [], []
+    for block in weight.flatten().double().split(block_size):
+        largest.append(max(block.abs().max().item(), 1e-38))
+        codes += [int((value * (1 / largest[-1]) - levels).abs().argmin()) for value in block]
+    codes += [7] * (len(codes) % 2)
+    return torch.tensor([16 * a + b for a, b in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8), torch.tensor(
+        largest
+    )
+
+
+def ledger_in_bits(rows, columns, block_size):
+    count = rows * columns
+    blocks = math.ceil(count / block_size)
+    codes = 4 * (count + count % 2)
+    return (codes + 32 * blocks) / count, (codes + 8 * blocks + 32 * math.ceil(blocks / 256) + 32) / count
+
+
+def nested_by_distance(absmax, code_map):
+    """float64; the offset as a number."""
+    offset = absmax.double().mean().item()
+    codes, largest, restored = [], [], []
+    for part in (absmax.double() - offset).split(256):
+        largest.append(part.abs().max())
+        codes.append((part[:, None] / largest[-1] - code_map).abs().argmin(1))
+        restored.append(code_map[codes[-1]] * largest[-1] + offset)
+    return torch.cat(codes), torch.stack(largest), offset, torch.cat(restored)
+
+
+def blocks_in_thousandths(size):
+    """In NF4's outer gaps, written down in thousandths; and around 0, in halves of them, with the largest below 0."""
+    outer = torch.linspace(0.68, 0.9, size // 2 - 1).mul(1000).round() / 1000
+    small = torch.linspace(-0.12, 0.11, size - 1).mul(2000).round() / 2000
+    return torch.cat([-outer, outer, torch.tensor([1.0, -0.99])]), torch.cat([small, torch.tensor([-1.0])])
+
+
+def lloyd_by_distance(values, levels, hold):
+    chosen = torch.nn.functional.one_hot((values[:, None] - levels).abs().argmin(1), 16).double()
+    means = (values.double() @ chosen) / chosen.sum(0)
+    return torch.where(hold | means.isnan(), levels.double(), means)
+
+
 ANSWERS = [
+    ("5.1", codebook_in_float64), ("5.2", encode_by_distance), ("5.3", blocks_one_by_one), ("5.4", ledger_in_bits),
+    ("5.5", nested_by_distance), ("5.6", blocks_in_thousandths), ("5.7", lloyd_by_distance),
     ("4.1", rows_in_float64), ("4.2", product_of_values), ("4.3", columns_in_a_loop), ("4.4", mixed_in_a_loop),
     ("4.5", batches_in_a_later_column), ("4.6", linear_in_one_call),
     ("1.1", stored_byte_by_byte), ("1.2", intensity_inverted), ("1.3", slower_of_two_rates), ("1.4", crossover_from_seconds),

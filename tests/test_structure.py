@@ -21,7 +21,6 @@ TOO_LONG = {
     "exercises/awq.py",
     "exercises/gptq_in_practice.py",
     "exercises/kv_cache.py",
-    "exercises/nf4.py",
     "exercises/packing_and_checkpoints.py",
     "quant/gptq.py",
 }

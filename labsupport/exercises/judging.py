@@ -28,6 +28,15 @@ def _kind(value: Any) -> str:
     return {int: "number", float: "number", str: "str", list: "list", dict: "dict"}[type(value)]
 
 
+def _without_axes(have: Any, want: Any) -> Any:
+    """Where a tensor without axes is wanted, a number and a tensor of one entry are as good."""
+    if not isinstance(want, torch.Tensor) or want.ndim:
+        return have
+    if isinstance(have, torch.Tensor):
+        return have.reshape(()) if have.numel() == 1 else have
+    return torch.tensor(float(have), dtype=torch.float64) if _kind(have) == "number" else have
+
+
 def _check_kind(name: str, have: Any, want: Any) -> None:
     """Raise _Refused unless `have` is of the kind of `want`, and its parts of the kinds of its parts."""
     kind, wanted = _kind(have), _kind(want)
@@ -101,6 +110,7 @@ def _found(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) ->
     try:
         if missing := [name for name in want if name not in got]:
             raise _Refused(f"there is no {missing[0]}")
+        got = {name: _without_axes(got[name], value) for name, value in want.items()}
         for name, value in want.items():
             _check_kind(name, got[name], value)
         if message := _first_fault(exercise, given, got, want, early=True):

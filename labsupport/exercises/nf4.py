@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import NormalDist
 
 import torch
+from torch.nn import functional as F
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, like, right, shape_fault, wrong
+from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, cases, generator, right
 from labsupport.quant import nf4
 
 _quantile = NormalDist().inv_cdf
 
 
 # 5.1 ------------------------------------------------------------------------------------------------------------------
+
+# A probability rounded to float32 moves by up to 2**-25, its quantile by 1 / density as much: 14 times at the outermost, by which
+# all are divided (1.85). With two roundings more it comes to 3.5e-7. Probabilities in float64 come within 1.4e-7.
+LEVELS_APART = 4e-7
 
 
 def codebook_inputs(seed: int) -> dict:
@@ -21,82 +28,57 @@ def codebook_inputs(seed: int) -> dict:
     return {"offset": nf4.OFFSET if seed % 2 == 0 else k / 1024}
 
 
-def _half(offset: float, count: int, keep_middle: bool = False) -> list[float]:
-    spaced = torch.linspace(offset, 0.5, count if keep_middle else count + 1).tolist()
-    return [_quantile(p) for p in (spaced if keep_middle else spaced[:-1])]
+def _codebook(positive=8, negative=7, middle=(0.0,), level=_quantile, divide=True):
+    """The right answer, or one with other numbers of levels, another level for a probability, or not divided."""
+
+    def answer(offset):
+        above, below = (torch.linspace(offset, 0.5, count + 1)[:-1].tolist() for count in (positive, negative))
+        levels = torch.tensor(sorted([*(-level(p) for p in below), *middle, *(level(p) for p in above)]))
+        return levels / levels.max() if divide else levels
+
+    return answer
 
 
-def _over_largest(levels: list[float]) -> torch.Tensor:
-    found = torch.tensor(sorted(levels))
-    return found / found.max()
+def _quantiles(probabilities):
+    levels = torch.tensor([_quantile(p) for p in probabilities])
+    return levels / levels.max()
 
 
-def _levels(offset: float) -> torch.Tensor:
-    """The right answer, for what mutants make of it."""
-    return _over_largest([*_half(offset, 8), 0.0, *(-x for x in _half(offset, 7))])
-
-
-def _mirrored(half: list[float]) -> torch.Tensor:
-    return _over_largest([*half, *(-x for x in half)])
-
-
-CODEBOOK_MISTAKES = {
-    "this is the popular formula, quantiles at (i + 0.5) / 16. No level is 0, and the outermost has another probability": (
-        lambda offset: _over_largest([_quantile((i + 0.5) / 16) for i in range(16)])
-    ),
-    "these are quantiles at 16 even steps from 1 - offset to offset: no level is 0. Each side has its own even steps": (
-        lambda offset: _over_largest([_quantile(p) for p in torch.linspace(1 - offset, offset, 16).tolist()])
-    ),
-    "the levels are not divided by the largest: a block is divided by its largest magnitude, so the levels must end at 1": (
-        lambda offset: _levels(offset) * _quantile(offset)
-    ),
-    "8 levels on either side, and none of them is 0": lambda offset: _mirrored(_half(offset, 8)),
-    "0 is there twice: 1/2 is an end of both halves. A code is lost": lambda offset: _mirrored(_half(offset, 8, keep_middle=True)),
-    "7 positive levels and 8 negative ones, wanted it the other way round": lambda offset: -_levels(offset).flip(0),
-    "the probabilities are there, not the quantiles: inv_cdf takes one to the other": (
-        lambda offset: _over_largest(
-            [p - 0.5 for p in torch.linspace(offset, 0.5, 9)[:-1].tolist()]
-            + [0.5 - p for p in torch.linspace(offset, 0.5, 8).tolist()]
-        )
-    ),
-}
-
-
-def judge_codebook(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    levels, wanted = got["levels"].double(), want["levels"].double()
-    # A probability rounded to float32 moves by up to 2**-25, its quantile by 1 / density as much: 14 times at the outermost, by
-    # which all are divided (1.85). With two roundings more it comes to 3.5e-7. Probabilities in float64 come within 1.4e-7.
-    allowed = 4e-7
-    off = largest_difference(levels, wanted)
-    if off <= allowed:
-        return right(off, allowed)
-    if torch.allclose(levels.sort().values, wanted, rtol=0, atol=allowed):
-        return wrong("the levels are right but do not ascend: a code is the place of its level among the sorted ones")
-    for said, mistake in CODEBOOK_MISTAKES.items():
-        if torch.allclose(levels.sort().values, mistake(given["offset"]).double(), rtol=0, atol=1e-5):
-            return wrong(said)
-    if not (levels == 0).any():
-        return wrong("no level is exactly 0")
-    place = int((levels - wanted).abs().argmax())
-    return wrong(f"level {place} is {levels[place].item():.6f}, wanted {wanted[place].item():.6f} within {allowed:.0e}")
+def _first_level_off(given, got, want):
+    if not (got["levels"] == 0).any():
+        return "no level is exactly 0"
+    place, have, wanted = first_difference(got, want, LEVELS_APART)
+    return f"{place}: {got_and_wanted(have, wanted)} within {LEVELS_APART:.0e}"
 
 
 CODEBOOK = Exercise(
     id="5.1", name="nf4_codebook", title="Sixteen levels, one of them 0", minutes=12, difficulty=2, points=3,
-    returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles, judge=judge_codebook,
-    mutants=(
-        *(
-            Mutant(like(CODEBOOK_MISTAKES, said), said)
-            for said in (
-                "popular formula", "from 1 - offset", "divided by the largest", "none of them is 0", "0 is there twice",
-                "the other way round", "not the quantiles",
-            )
-        ),
-        Mutant(lambda offset: _levels(offset)[torch.arange(16).roll(8)], "do not ascend"),
-        Mutant(lambda offset: torch.cat([_levels(offset), torch.ones(1)]), "has shape [17]"),
-        Mutant(lambda offset: _levels(offset - 0.005), "level"),
+    returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles,
+    allowed=lambda given, want: LEVELS_APART, otherwise=_first_level_off,
+    alike=lambda given, got, theirs: largest_difference(got["levels"].sort().values, theirs["levels"].sort().values) < 1e-5,
+    faults=(
+        Fault("the levels are right but do not ascend: a code is the place of its level among the sorted ones",
+              lambda given, got, want: largest_difference(got["levels"].sort().values, want["levels"]) <= LEVELS_APART
+              and (got["levels"].diff() < 0).any(),
+              (lambda offset: _codebook()(offset).roll(8), lambda offset: _codebook()(offset).flip(0))),
+    ),
+    mistakes=(
+        Mistake("this is the popular formula, quantiles at (i + 0.5) / 16. No level is 0; the outermost has another probability",
+                lambda offset: _quantiles([(i + 0.5) / 16 for i in range(16)])),
+        Mistake("these are quantiles at 16 even steps from 1 - offset to offset: no level is 0. Each side has its own even steps",
+                lambda offset: _quantiles(torch.linspace(1 - offset, offset, 16).tolist())),
+        Mistake("the levels are not divided by the largest: a block is divided by its largest magnitude, so levels end at 1",
+                _codebook(divide=False)),
+        Mistake("8 levels on either side, and none of them is 0", _codebook(negative=8, middle=())),
+        Mistake("0 is there twice: 1/2 is an end of both halves. A code is lost", _codebook(positive=7, middle=(0.0, 0.0))),
+        Mistake("7 positive levels and 8 negative ones, wanted it the other way round", _codebook(positive=7, negative=8)),
+        Mistake("the probabilities are there, not the quantiles: inv_cdf takes one to the other",
+                _codebook(level=lambda p: p - 0.5)),
+    ),
+    others=(
+        Mutant(lambda offset: torch.cat([_codebook()(offset), torch.ones(1)]), "has shape [17]"),
+        Mutant(lambda offset: _codebook()(offset - 0.005), "within 4e-07"),
+        Mutant(lambda offset: _codebook()(offset) + 1e-3, "no level is exactly 0"),
     ),
 )  # fmt: skip
 
@@ -108,69 +90,58 @@ def _bounds(levels: torch.Tensor) -> torch.Tensor:
     return (levels[:-1] + levels[1:]) / 2
 
 
+def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    return torch.bucketize(values, _bounds(levels))
+
+
 def encode_inputs(seed: int) -> dict:
-    """Values from -1 to 1, the levels and every midpoint among them. Levels are multiples of 1/64, so that ties are exact."""
+    """Values from -1 to 1; levels, midpoints and both sides of each among them. Levels are multiples of 1/64: ties are exact."""
     g = generator(seed)
     inner = (torch.randperm(127, generator=g)[:14] - 63) / 64
     levels = torch.cat([torch.tensor([-1.0, 1.0]), inner]).sort().values
-    values = torch.cat([2 * torch.rand(200, generator=g) - 1, _bounds(levels), levels])
+    bounds = _bounds(levels)
+    values = torch.cat([2 * torch.rand(200, generator=g) - 1, bounds - 2**-12, bounds, bounds + 2**-12, levels])
     return {"values": values[torch.randperm(len(values), generator=g)], "levels": levels}
 
 
 def encode(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """labsupport's codes for one block: its largest magnitude is 1, so the division changes nothing."""
-    return nf4.quantize(values[None], levels, block_size=len(values)).codes[0].long()
+    return nf4.quantize(values[None], levels, block_size=len(values)).codes.flatten().long()
 
 
-def _uniform_code(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    return torch.round((values + 1) * 7.5).long()
-
-
-ENCODE_MISTAKES = {
-    "a value between two levels gets the upper one, however near the lower is: bucketize on the levels. The borders between codes "
-    "are the midpoints": lambda v, lv: torch.bucketize(v, lv).clamp(max=15),
-    "a value between two levels gets the lower one, however near the upper is. The borders between codes are the midpoints": (
-        lambda v, lv: torch.bucketize(v, lv, right=True) - 1
-    ),
-    "these are codes of a uniform grid: the levels were not looked at": _uniform_code,
-    "the level with the smallest signed difference was taken, which is the largest level: the distance is an absolute value": (
-        lambda v, lv: (v[:, None] - lv).argmin(1)
-    ),
-    "every code is one too high: a value below the first midpoint has code 0": lambda v, lv: torch.bucketize(v, _bounds(lv)) + 1,
-}
-
-
-def judge_encode(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    values, levels, codes = given["values"], given["levels"], got["codes"]
-    if not torch.equal(codes, codes.round()):
-        return wrong("codes are whole numbers; these look like levels" if (codes.abs() <= 1).all() else "codes are whole numbers")
-    codes = codes.long()
-    if torch.equal(codes, want["codes"]):
-        return right()
-    for said, mistake in ENCODE_MISTAKES.items():
-        if torch.equal(codes, mistake(values, levels)):
-            return wrong(said)
-    place = int((codes != want["codes"]).nonzero()[0])
-    value, have, code = values[place].item(), int(codes[place]), int(want["codes"][place])
-    tied = (values[:, None] == _bounds(levels)).any(1)
-    if torch.equal(codes[~tied], want["codes"][~tied]):
-        return wrong(f"{value:.6f} lies exactly half way between two levels and got code {have}. A tie takes the lower, {code}")
-    return wrong(f"{value:.6f} got code {have}, wanted {code}, whose level {levels[code].item():.6f} is the nearest")
+def _first_value_off(given, got, want):
+    values, levels = given.values()
+    wrong = got["codes"] != want["codes"]
+    place = int(wrong.nonzero()[0])
+    value, have, code = values[place].item(), int(got["codes"][place]), int(want["codes"][place])
+    if torch.isin(values[wrong], _bounds(levels)).all():
+        return f"{value:.6f} lies exactly half way between two levels and got code {have}. A tie takes the lower, {code}"
+    return f"{value:.6f} got code {have}, wanted {code}, whose level {levels[code].item():.6f} is the nearest"
 
 
 ENCODE = Exercise(
     id="5.2", name="encode", title="The nearest of sixteen", minutes=8, difficulty=2, points=3,
-    returns=("codes",), inputs=encode_inputs, reference=encode, judge=judge_encode,
-    mutants=(
-        *(
-            Mutant(like(ENCODE_MISTAKES, said), said)
-            for said in ("gets the upper one", "gets the lower one", "uniform grid", "signed difference", "one too high")
-        ),
+    returns=("codes",), inputs=encode_inputs, reference=encode, otherwise=_first_value_off,
+    faults=(
+        Fault("codes are whole numbers; these are levels",
+              lambda given, got, want: got["codes"].is_floating_point() and not torch.equal(got["codes"], got["codes"].round())
+              and torch.isin(got["codes"].float(), given["levels"]).all(), (lambda v, lv: lv[_nearest(v, lv)],), early=True),
+    ),
+    mistakes=(
+        Mistake("a value between two levels gets the upper one, however near the lower is: bucketize on the levels. The borders "
+                "between codes are the midpoints", lambda v, lv: torch.bucketize(v, lv).clamp(max=15)),
+        Mistake("a value between two levels gets the lower one, however near the upper is. The borders between codes are the "
+                "midpoints", lambda v, lv: torch.bucketize(v, lv, right=True) - 1),
+        Mistake("these are codes of a uniform grid: the levels were not looked at",
+                lambda v, lv: torch.round((v + 1) * 7.5).long()),
+        Mistake("the level with the smallest signed difference was taken, which is the largest level: the distance is an absolute "
+                "value", lambda v, lv: (v[:, None] - lv).argmin(1)),
+        Mistake("every code is one too high: a value below the first midpoint has code 0", lambda v, lv: _nearest(v, lv) + 1),
+    ),
+    others=(
         Mutant(lambda v, lv: torch.bucketize(v, _bounds(lv), right=True), "A tie takes the lower"),
-        Mutant(lambda v, lv: lv[torch.bucketize(v, _bounds(lv))], "these look like levels"),
-        Mutant(lambda v, lv: torch.bucketize(v, _bounds(lv)).clamp(max=14), "is the nearest"),
+        Mutant(lambda v, lv: _nearest(v, lv).clamp(max=14), "is the nearest"),
+        Mutant(lambda v, lv: _nearest(v, lv) + 0.5, "wanted whole numbers"),
     ),
 )  # fmt: skip
 
@@ -179,21 +150,21 @@ ENCODE = Exercise(
 
 
 def block_inputs(seed: int) -> dict:
-    """Three rows of eleven: blocks of 8 run on into the next row, the last is short, and the number of weights is odd.
+    """Three rows of eleven in blocks of 8 or 7: they run on into the next row, the last is short, and the number of weights is odd.
 
-    One block is all zero; in one the largest magnitude is negative. No value is near the middle of two levels, so that dividing and
-    multiplying by the reciprocal give the same codes.
+    One block is all zero; in one the largest magnitude is positive, in one negative. No value is near the middle of two levels, so
+    that dividing and multiplying by the reciprocal give the same codes.
     """
-    g = generator(seed)
+    g, size = generator(seed), (8, 7)[seed % 2]
     levels = nf4.normal_quantiles()
     while True:
-        flat = torch.randn(33, generator=g) * torch.tensor([1.0, 0.1, 10.0, 3.0, 0.5]).repeat_interleave(8)[:33]
-        flat[8:16] = 0
-        flat[20] = -flat[16:24].abs().max() - 1
-        weight = flat.view(3, 11)
-        divided = flat / nf4.quantize(weight, levels, 8).absmax.repeat_interleave(8)[:33].clamp(min=1e-30)
-        if (divided[:, None] - _bounds(levels)).abs().min() > 1e-4:
-            return {"weight": weight, "levels": levels, "block_size": 8}
+        flat = torch.randn(33, generator=g) * torch.tensor([1.0, 0.1, 10.0, 3.0, 0.5]).repeat_interleave(size)[:33]
+        flat[size : 2 * size] = 0
+        flat[3] = flat[:size].abs().max() + 1
+        flat[2 * size + 4] = -flat[2 * size : 3 * size].abs().max() - 1
+        absmax = torch.stack([part.abs().max() for part in flat.split(size)]).repeat_interleave(size)[:33]
+        if ((flat / absmax.clamp(min=1e-30))[:, None] - _bounds(levels)).abs().min() > 1e-4:
+            return {"weight": flat.view(3, 11), "levels": levels, "block_size": size}
 
 
 def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,134 +173,92 @@ def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int)
     return stored.packed_codes, stored.absmax
 
 
-def _blocks(flat: torch.Tensor, levels: torch.Tensor, size: int, absmax=None, low_first=False, spare=0.0, zero_code=None):
-    """The right answer, or one with another magnitude, order of nibbles, filling, or code for a block of zeros."""
-    parts = flat.split(size)
-    absmax = absmax or (lambda part: part.abs().max())
-    largest = torch.stack([absmax(part) for part in parts])
-    divided = torch.cat([part / m if m != 0 else part for part, m in zip(parts, largest, strict=True)])
-    codes = torch.bucketize(divided, _bounds(levels)).to(torch.uint8)
-    if zero_code is not None:
-        codes[flat == 0] = zero_code
-    if len(codes) % 2:
-        codes = torch.cat([codes, torch.bucketize(torch.tensor([spare]), _bounds(levels)).to(torch.uint8)])
-    first, second = codes[0::2], codes[1::2]
-    return (second << 4 | first, largest) if low_first else (first << 4 | second, largest)
+def _largest(part):
+    return part.abs().max()
 
 
-def _restarted(weight: torch.Tensor, levels: torch.Tensor, size: int):
-    parts = [part for row in weight for part in row.split(size)]
-    divided = torch.cat([part / part.abs().max().clamp(min=1e-30) for part in parts])
-    return _blocks(divided, levels, len(divided))[0], torch.stack([part.abs().max() for part in parts])
+def _blocks(weight, levels, size, *, cut=None, largest=_largest, divide=True, zero_code=7, spare=7, store=None):
+    """The right answer, or one with other blocks, another magnitude, other codes for zeros and for the spare nibble, or stored
+    otherwise: store(codes, absmax)."""
+    parts = list(cut(weight, size) if cut else weight.reshape(-1).split(size))
+    absmax = torch.stack([largest(part) for part in parts])
+    divided = [part / m if divide and m != 0 else part for part, m in zip(parts, absmax, strict=True)]
+    codes = _nearest(torch.cat(divided), levels).masked_fill(torch.cat(parts) == 0, zero_code)
+    codes = torch.cat([codes, torch.full((len(codes) % 2,), spare)]).to(torch.uint8)
+    return store(codes, absmax) if store else (nf4.pack_nibbles(codes), absmax)
 
 
-ABSMAX_MISTAKES = {
-    "the signed maximum was taken; where the largest magnitude is negative it is too small, and codes run off the end: "
-    "abs() before max()": lambda part: part.max(),
-    "the longer side of the range was taken for its magnitude: max - min over 2 is not the largest magnitude": (
-        lambda part: (part.max() - part.min()) / 2
-    ),
-    "this is the root mean square, not the largest magnitude": lambda part: part.pow(2).mean().sqrt(),
-    "this is the mean magnitude, not the largest": lambda part: part.abs().mean(),
-}
+def _code_off(given, got, want):
+    """Where absmax is right: whether only the spare nibble or zeros are wrong, or where the first wrong code is."""
+    if largest_difference(got["absmax"], want["absmax"]) > 1e-30 or torch.equal(got["packed_codes"], want["packed_codes"].long()):
+        return None
+    flat, size = given["weight"].reshape(-1), given["block_size"]
+    codes, wanted = (nf4.unpack_nibbles(each["packed_codes"].long())[: len(flat)] for each in (got, want))
+    off = codes != wanted
+    if not off[flat != 0].any():
+        return ("zeros", {"code": int(codes[off][0])}) if off.any() else ("spare", {})
+    place = int(off.nonzero()[0])
+    return "other", {"place": place, "block": place // size, "got": int(codes[place]), "want": int(wanted[place])}
 
 
-def judge_blocks(given: dict, got: dict, want: dict) -> Verdict:
-    weight, levels, size = given.values()
-    flat, packed, absmax = weight.reshape(-1), got["packed_codes"], got["absmax"]
-    count = len(flat)
-    if isinstance(absmax, torch.Tensor):
-        if absmax.numel() == weight.shape[0] * -(-weight.shape[1] // size) != want["absmax"].numel():
-            return wrong(
-                "the blocks start anew at each row. The weight is one long vector: a block runs on into the next row where it must"
-            )
-        if absmax.numel() == count // size:
-            return wrong("the short block at the end has no absmax of its own: its weights are lost, or share another block's")
-        if absmax.numel() == 1:
-            return wrong("there is one absmax for the whole weight, wanted one for each block")
-    if isinstance(packed, torch.Tensor) and packed.numel() in (count, count + 1):
-        return wrong("there is a byte for every code: two codes share a byte, first << 4 | second")
-    if isinstance(packed, torch.Tensor) and packed.numel() * 2 > count + 1 and packed.ndim == 1:
-        return wrong(f"{packed.numel()} bytes for {count} weights: the zeros that filled up the last block are stored as well")
-    finite = {k: v.nan_to_num() if isinstance(v, torch.Tensor) else v for k, v in got.items()}
-    if fault := shape_fault(finite, want):
-        return wrong(fault)
-    if packed.dtype != torch.uint8:
-        return wrong(f"packed_codes is {packed.dtype}, wanted torch.uint8: one byte for two codes")
-    absmax, wanted = absmax.float(), want["absmax"]
-    if not absmax.isfinite().all():
-        return wrong("absmax is not a number in a block of zeros")
-    # A largest magnitude is one of the values: nothing is rounded. (1e-30: a zero may be kept off 0 to divide by it.)
-    if (absmax - wanted).abs().max() > 1e-30:
-        for said, mistake in ABSMAX_MISTAKES.items():
-            if torch.allclose(absmax, torch.stack([mistake(part) for part in flat.split(size)]), rtol=1e-5):
-                return wrong(said)
-        block = int((absmax - wanted).abs().gt(1e-30).nonzero()[0])
-        if wanted[block] == 0:
-            return wrong(f"a block of zeros stores absmax {absmax[block].item():g}, wanted 0: divide by something else, store 0")
-        return wrong(f"block {block} stores absmax {absmax[block].item():.5g}, wanted {wanted[block].item():.5g}")
-    if torch.equal(packed, want["packed_codes"]):
-        return right()
-    if torch.equal(packed, _blocks(flat, levels, size, low_first=True)[0]):
-        return wrong("absmax is right and so are the codes, but the first of two is in the low nibble, wanted it in the high one")
-    codes, right_codes = nf4.unpack_nibbles(packed)[:count], nf4.unpack_nibbles(want["packed_codes"])[:count]
-    if torch.equal(codes, right_codes):
-        return wrong("all is right but the spare nibble of the last byte: an odd number of weights is filled up with a 0, code 7")
-    zeros = flat == 0
-    if torch.equal(codes[~zeros], right_codes[~zeros]):
-        code = int(codes[zeros][0])
-        return wrong(
-            f"a block of zeros gets code {code}, wanted 7, whose level is 0. 0 / 0 is not a number, and its code is anything"
-        )
-    places = torch.bucketize(flat, _bounds(levels))
-    if torch.equal(codes, places.to(torch.uint8)):
-        return wrong("absmax is right, but the weights were not divided by it before their codes were chosen")
-    place = int((codes != right_codes).nonzero()[0])
-    return wrong(
-        f"absmax is right; weight {place} of the long vector, in block {place // size}, has code {int(codes[place])}, "
-        f"wanted {int(right_codes[place])}"
-    )
-
-
-def _padded_bytes(weight: torch.Tensor, levels: torch.Tensor, size: int):
-    flat = weight.reshape(-1)
-    full = torch.cat([flat, torch.zeros(-len(flat) % size)])
-    return _blocks(full, levels, size)
-
-
-def _undivided(weight: torch.Tensor, levels: torch.Tensor, size: int):
-    flat = weight.reshape(-1)
-    return _blocks(flat, levels, size, absmax=lambda part: torch.ones(()))[0], _blocks(flat, levels, size)[1]
-
-
-def _ones_for_zeros(weight: torch.Tensor, levels: torch.Tensor, size: int):
-    packed, absmax = _blocks(weight.reshape(-1), levels, size)
-    return packed, torch.where(absmax == 0, torch.ones_like(absmax), absmax)
-
-
-def _unpacked(weight: torch.Tensor, levels: torch.Tensor, size: int):
-    packed, absmax = _blocks(weight.reshape(-1), levels, size)
-    return nf4.unpack_nibbles(packed)[: weight.numel()], absmax
+def _first_block_off(given, got, want):
+    if found := _code_off(given, got, want):
+        where = "absmax is right; weight {place} of the long vector, in block {block}, has code {got}, wanted {want}"
+        return where.format(**found[1])
+    place, have, wanted = first_difference({"absmax": got["absmax"]}, {"absmax": want["absmax"]}, 1e-30)
+    return f"{place}, one for each block: {got_and_wanted(have, wanted)}"
 
 
 QUANTIZE_BLOCKS = Exercise(
     id="5.3", name="quantize_blocks", title="Blocks, to the byte", minutes=15, difficulty=3, points=4,
-    returns=("packed_codes", "absmax"), inputs=block_inputs, reference=quantize_blocks, judge=judge_blocks,
-    mutants=(
-        *(
-            Mutant(lambda w, lv, s, rule=rule: _blocks(w.reshape(-1), lv, s, absmax=rule), said[:30])
-            for said, rule in ABSMAX_MISTAKES.items()
-        ),
-        Mutant(_restarted, "start anew at each row"),
-        Mutant(lambda w, lv, s: _blocks(w.reshape(-1)[: w.numel() // s * s], lv, s), "short block at the end"),
-        Mutant(lambda w, lv, s: _blocks(w.reshape(-1), lv, w.numel()), "whole weight"),
-        Mutant(_unpacked, "a byte for every code"),
-        Mutant(_padded_bytes, "are stored as well"),
-        Mutant(lambda w, lv, s: _blocks(w.reshape(-1), lv, s, low_first=True), "low nibble"),
-        Mutant(lambda w, lv, s: _blocks(w.reshape(-1), lv, s, spare=-1.0), "spare nibble"),
-        Mutant(lambda w, lv, s: _blocks(w.reshape(-1), lv, s, zero_code=15), "0 / 0"),
-        Mutant(_undivided, "not divided"),
-        Mutant(_ones_for_zeros, "divide by something else"),
+    returns=("packed_codes", "absmax"), inputs=block_inputs, reference=quantize_blocks, dtypes=("packed_codes",),
+    # A largest magnitude is one of the values: nothing is rounded. A zero may be kept off 0 to divide by it.
+    allowed=lambda given, want: {"packed_codes": 0.0, "absmax": 1e-30},
+    close=lambda given, want: {"packed_codes": 0.0, "absmax": 1e-6 * want["absmax"]}, otherwise=_first_block_off,
+    faults=(
+        Fault("there are as many blocks as when they start anew at each row. The weight is one long vector: a block runs on into "
+              "the next row where it must", lambda given, got, want: got["absmax"].numel() == 3 * -(-11 // given["block_size"]),
+              (partial(_blocks, cut=lambda w, s: [part for row in w for part in row.split(s)]),), early=True),
+        Fault("the short block at the end has no absmax of its own: its weights are lost, or share another block's",
+              lambda given, got, want: got["absmax"].numel() == given["weight"].numel() // given["block_size"],
+              (partial(_blocks, cut=lambda w, s: w.reshape(-1)[: w.numel() // s * s].split(s)),), early=True),
+        Fault("there is one absmax for the whole weight, wanted one for each block",
+              lambda given, got, want: got["absmax"].numel() == 1,
+              (partial(_blocks, cut=lambda w, s: [w.reshape(-1)]),), early=True),
+        Fault("there is a byte for every code: two codes share a byte, first << 4 | second",
+              lambda given, got, want: got["packed_codes"].numel() - given["weight"].numel() in (0, 1),
+              (partial(_blocks, store=lambda codes, absmax: (codes[:-1], absmax)),), early=True),
+        Fault("{bytes} bytes for {count} weights: the zeros that fill up the last block are stored as well",
+              lambda given, got, want: got["packed_codes"].numel() == -(-want["absmax"].numel() * given["block_size"] // 2)
+              and {"bytes": got["packed_codes"].numel(), "count": given["weight"].numel()},
+              (partial(_blocks, cut=lambda w, s: F.pad(w.reshape(-1), (0, -w.numel() % s)).split(s)),), early=True),
+        Fault("a block of zeros stores absmax {value}, wanted 0: divide by something else, store 0",
+              lambda given, got, want: got["absmax"][1] > 1e-30 and {"value": f"{got['absmax'][1].item():g}"},
+              (partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes), absmax.masked_fill(absmax == 0, 1))),)),
+        *cases(_code_off,
+            ("spare", "all is right but the spare nibble of the last byte: an odd number of weights is filled up with a 0, code 7",
+             (partial(_blocks, spare=0),)),
+            ("zeros", "a block of zeros gets code {code}, wanted 7, whose level is 0. Is 0 divided by 0 there? The code of that is "
+             "anything", (partial(_blocks, zero_code=15),))),
+    ),
+    mistakes=(
+        *(Mistake(says, partial(_blocks, largest=largest)) for says, largest in (
+            ("the signed maximum was taken; where the largest magnitude is negative it is too small, and codes run off the end: "
+             "abs() before max()", torch.max),
+            ("half the range was taken for its magnitude: max - min over 2 is not the largest magnitude",
+             lambda part: (part.max() - part.min()) / 2),
+            ("this is the root mean square, not the largest magnitude", lambda part: part.pow(2).mean().sqrt()),
+            ("this is the mean magnitude, not the largest", lambda part: part.abs().mean()),
+        )),
+        Mistake("absmax is right and so are the codes, but the first of two is in the low nibble, wanted it in the high one",
+                partial(_blocks, store=lambda codes, absmax: (codes[1::2] << 4 | codes[0::2], absmax))),
+        Mistake("absmax is right, but the weights were not divided by it before their codes were chosen",
+                partial(_blocks, divide=False)),
+    ),
+    others=(
+        Mutant(partial(_blocks, largest=lambda part: 1.01 * _largest(part)), "one for each block: got"),
+        Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes.clamp(max=14)), absmax)), "code 14, wanted 15"),
+        Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes).int(), absmax)), "wanted torch.uint8"),
     ),
 )  # fmt: skip
 
@@ -339,9 +268,8 @@ QUANTIZE_BLOCKS = Exercise(
 
 def bits_inputs(seed: int) -> dict:
     """A shape that no block size divides, with an odd number of weights: every mistake gives a number of its own."""
-    g = generator(seed)
-    rows, columns = (2 * int(n) + 1 for n in torch.randint(100, 130, (2,), generator=g))
-    return {"rows": rows, "columns": columns, "block_size": (32, 64, 128)[seed % 3]}
+    rows, columns = torch.randint(100, 115, (2,), generator=generator(seed)).tolist()
+    return {"rows": 2 * rows + 1, "columns": 2 * columns + 31, "block_size": (32, 64, 128)[seed % 3]}
 
 
 def stored_bits(rows: int, columns: int, block_size: int) -> tuple[float, float]:
@@ -351,76 +279,53 @@ def stored_bits(rows: int, columns: int, block_size: int) -> tuple[float, float]
     return plain.bits_per_weight, double.bits_per_weight
 
 
-def _bits_mistakes(rows: int, columns: int, block_size: int) -> dict[str, tuple[float, float]]:
-    count = rows * columns
-    blocks = -(-count // block_size)
-    nested = -(-blocks // 256)
-    codes = -(-count // 2)
+def _ledger(absmax=lambda blocks, nested: 4 * blocks, double=lambda blocks, nested: blocks + 4 * nested + 4, by_row=False):
+    """The right answer, or one with another number of bytes for plain and for double-quantized magnitudes, from the numbers of
+    blocks and of blocks of blocks; or with blocks that start anew at each row."""
 
-    def bits(plain: float, double: float) -> tuple[float, float]:
-        return 8 * plain / count, 8 * double / count
+    def answer(rows, columns, size):
+        count = rows * columns
+        blocks = rows * -(-columns // size) if by_row else -(-count // size)
+        found = (-(-count // 2) + each(blocks, -(-blocks // 256)) for each in (absmax, double))
+        return tuple(8 * bytes_ / count for bytes_ in found)
 
-    plain, double = codes + 4 * blocks, codes + blocks + 4 * nested + 4
-    by_row = rows * -(-columns // block_size)
-    return {
-        "256 nested magnitudes share a float32, and all share an offset. Without both it comes to 4.125 in blocks of 64": (
-            bits(plain, codes + blocks)
-        ),
-        "what the nested magnitudes are divided by is missing: a float32 for every 256 of them": bits(plain, double - 4 * nested),
-        "the offset is missing: 4 bytes for the whole weight": bits(plain, double - 4),
-        "there is an offset for every 256 magnitudes here: there is one for the whole weight": (
-            bits(plain, double - 4 + 4 * nested)
-        ),
-        "with double quantization the float32 magnitudes are gone; only what replaces them is stored": (
-            bits(plain, double + 4 * blocks)
-        ),
-        "the magnitudes are float32, 32 bits each, not 16": bits(codes + 2 * blocks, double),
-        "the 16 levels are the same for a whole model and are not counted": bits(plain + 64, double + 64),
-        "the blocks start anew at each row here; they run on into the next": (
-            bits(codes + 4 * by_row, codes + by_row + 4 * -(-by_row // 256) + 4)
-        ),
-        "these are bytes for the whole weight, wanted bits for each": (float(plain), float(double)),
-    }
+    return answer
 
 
-def judge_bits(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    mine, wanted = (got["plain"], got["double"]), (want["plain"], want["double"])
-    off = max(abs(a - b) for a, b in zip(mine, wanted, strict=True))
-    if off < 1e-12:
-        return right()
-    for said, mistake in _bits_mistakes(**given).items():
-        if all(abs(a - b) < 1e-9 for a, b in zip(mine, mistake, strict=True)):
-            return wrong(said)
-    count = given["rows"] * given["columns"]
-    size = given["block_size"]
-    if all(abs(a - b) < 1e-9 for a, b in zip(mine, (4 + 32 / size, 4 + 8 / size + 32 / (256 * size) + 32 / count), strict=True)):
-        return wrong("right for sizes that divide. A short block stores a whole absmax, and an odd weight a whole byte: round up")
-    said = f"{given['rows']} x {given['columns']} in blocks of {size}"
-    for name, a, b in zip(("plain", "double"), mine, wanted, strict=True):
-        if abs(a - b) >= 1e-12:
-            return wrong(f"{said}: {name} is {a:.6f} bits, {a * count / 8:.1f} bytes, wanted {b:.6f}, {b * count / 8:.0f} bytes")
-    raise AssertionError("one of the two differs")
-
-
-def _smooth_bits(rows: int, columns: int, size: int) -> tuple[float, float]:
-    return 4 + 32 / size, 4 + 8 / size + 32 / (256 * size) + 32 / (rows * columns)
+def _first_bits_off(given, got, want):
+    name, count = "plain" if abs(got["plain"] - want["plain"]) > 1e-12 else "double", given["rows"] * given["columns"]
+    bits, nbytes = (shown(got[name] * unit, want[name] * unit, 8) for unit in (1, count / 8))
+    about = f"{given['rows']} x {given['columns']} in blocks of {given['block_size']}"
+    return f"{about}: {name} is {bits[0]} bits, {nbytes[0]} bytes, wanted {bits[1]} bits, {nbytes[1]} bytes"
 
 
 STORED_BITS = Exercise(
     id="5.4", name="stored_bits", title="The ledger, to the bit", minutes=8, difficulty=2, points=3,
-    returns=("plain", "double"), inputs=bits_inputs, reference=stored_bits, judge=judge_bits,
-    mutants=(
-        *(
-            Mutant(lambda *given, said=said: like(_bits_mistakes(*given), said), said)
-            for said in (
-                "4.125", "is missing: a float32", "offset is missing", "an offset for every 256", "are gone", "not 16", "16 levels",
-                "start anew", "these are bytes",
-            )
-        ),
-        Mutant(_smooth_bits, "round up"),
-        Mutant(lambda r, c, s: (8 * (-(-r * c // 2) + 4 * -(-r * c // s)) / (r * c), 4.0), "double is"),
+    returns=("plain", "double"), inputs=bits_inputs, reference=stored_bits, otherwise=_first_bits_off,
+    allowed=lambda given, want: 1e-12,  # a few roundings of a float64 near 4
+    close=lambda given, want: 1e-9,  # and of the number of bytes
+    mistakes=(
+        Mistake("256 nested magnitudes share a float32, and all share an offset. Without both it comes to 4.125 in blocks of 64",
+                _ledger(double=lambda blocks, nested: blocks)),
+        Mistake("what the nested magnitudes are divided by is missing: a float32 for every 256 of them",
+                _ledger(double=lambda blocks, nested: blocks + 4)),
+        Mistake("the offset is missing: 4 bytes for the whole weight", _ledger(double=lambda blocks, nested: blocks + 4 * nested)),
+        Mistake("there is an offset for every 256 magnitudes here: there is one for the whole weight",
+                _ledger(double=lambda blocks, nested: blocks + 8 * nested)),
+        Mistake("with double quantization the float32 magnitudes are gone; only what replaces them is stored",
+                _ledger(double=lambda blocks, nested: 5 * blocks + 4 * nested + 4)),
+        Mistake("the magnitudes are float32, 32 bits each, not 16", _ledger(absmax=lambda blocks, nested: 2 * blocks)),
+        Mistake("the 16 levels are the same for a whole model and are not counted",
+                _ledger(lambda blocks, nested: 4 * blocks + 64, lambda blocks, nested: blocks + 4 * nested + 4 + 64)),
+        Mistake("the blocks start anew at each row here; they run on into the next", _ledger(by_row=True)),
+        Mistake("these are bytes for the whole weight, wanted bits for each",
+                lambda rows, columns, size: tuple(bits * rows * columns / 8 for bits in _ledger()(rows, columns, size))),
+        Mistake("right for sizes that divide. A short block stores a whole absmax, and an odd weight a whole byte: round up",
+                lambda rows, columns, size: (4 + 32 / size, 4 + 8 / size + 32 / (256 * size) + 32 / (rows * columns))),
+    ),
+    others=(
+        Mutant(lambda *given: (_ledger()(*given)[0], 4.0), ": double is 4 bits"),
+        Mutant(_ledger(absmax=lambda blocks, nested: 4 * blocks - 1), ": plain is"),
     ),
 )  # fmt: skip
 
@@ -429,136 +334,95 @@ STORED_BITS = Exercise(
 
 
 def nested_inputs(seed: int) -> dict:
-    """600 magnitudes: two whole blocks of 256 and a short one, each of another spread. One is far off, below the mean's reach."""
-    g = generator(seed)
-    spread = torch.tensor([0.2, 0.05, 0.6]).repeat_interleave(256)[:600]
-    absmax = (1.5 + spread * torch.randn(600, generator=g)).clamp(min=0.01)
-    absmax[300] = 0.02
-    return {"absmax": absmax, "code_map": nf4.dynamic_map().clone()}
+    """600 magnitudes with a mean of 5: two whole blocks of 256 and a short one, each of another spread, the furthest of them below
+    the mean, most of them above it. None lies so near the middle of two entries that bitsandbytes, which looks codes up in a
+    table of 65,536 values, takes the other one."""
+    g, code_map = generator(seed), nf4.dynamic_map().clone()
+    parts = []
+    for spread, count in ((1.5, 84), (0.3, 84), (4.0, 28)):
+        size, share = 0.1 + 0.9 * torch.rand(2 * count, generator=g), 0.3 + 0.4 * torch.rand(2 * count, generator=g)
+        threes = torch.stack([-size, share * size, (1 - share) * size], 1)  # of sum 0
+        far = (threes[:, :, None] - _bounds(code_map)).abs().amin(2) > 4 * 2 / 65535
+        centered = torch.cat([threes[far.all(1)][:count].flatten(), torch.tensor([-1.0, 0.557, 0.331, 0.112])])
+        parts.append(5 + spread * centered[torch.randperm(len(centered), generator=g)])
+    return {"absmax": torch.cat(parts), "code_map": code_map}
 
 
-def double_quantize(absmax: torch.Tensor, code_map: torch.Tensor):
+def double_quantize(absmax: torch.Tensor, code_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """labsupport's nested magnitudes, taken apart: codes, largest, offset, and what is read back."""
     stored = nf4.nest(absmax)
     return stored.codes, stored.absmax, stored.offset, stored.dequantize()
 
 
-def _nested(absmax: torch.Tensor, code_map: torch.Tensor, offset=None, largest=None, add_back=True, codes_for=None):
-    """The right answer with the nearest code, or one of the ways to miss it."""
-    offset = absmax.mean() if offset is None else offset(absmax)
-    parts = (absmax - offset).split(256)
-    largest = torch.stack([(largest or (lambda p: p.abs().max()))(part) for part in parts])
-    wide = largest.repeat_interleave(256)[: len(absmax)]
-    codes = (codes_for or torch.bucketize)((absmax - offset) / wide, _bounds(code_map)).clamp(0, 255)
-    restored = code_map[codes] * wide
-    return codes.to(torch.uint8), largest, offset if offset.ndim == 0 else offset[0], restored + offset if add_back else restored
+def _nested(
+    absmax,
+    code_map,
+    *,
+    offset=torch.mean,
+    largest=lambda centered, part: centered.abs().max(),
+    codes_for=_nearest,
+    size=256,
+    scaled=1,
+    added=1,
+):
+    """The right answer with the nearest code, or one of the ways to miss it. scaled, added: 0 to leave that out on the way back."""
+    off = offset(absmax)
+    magnitudes = torch.stack([largest(part - off, part) for part in absmax.split(size)])
+    wide = magnitudes.repeat_interleave(size)[: len(absmax)]
+    codes = codes_for((absmax - off) / wide, code_map).clamp(0, 255)
+    return codes.to(torch.uint8), magnitudes, off, code_map[codes] * wide**scaled + added * off
 
 
-NESTED_MISTAKES = {
-    "the mean was not taken off before the codes were chosen: magnitudes are positive, and half of the signed map stays empty": (
-        lambda a, m: _nested(a, m, offset=lambda a: torch.zeros(()))
-    ),
-    "the smallest magnitude was taken off, not the mean: half of the signed map stays empty": (
-        lambda a, m: _nested(a, m, offset=lambda a: a.min())
-    ),
-    "the median was taken off, not the mean": lambda a, m: _nested(a, m, offset=lambda a: a.median()),
-}
+def _each_its_own(absmax, code_map):
+    codes, largest, offset, restored = zip(*(_nested(part, code_map) for part in absmax.split(256)), strict=True)
+    return torch.cat(codes), torch.cat(largest), torch.stack(offset), torch.cat(restored)
 
 
-def judge_nested(given: dict, got: dict, want: dict) -> Verdict:
-    absmax, code_map = given.values()
-    got = {k: torch.tensor(float(v)) if k == "offset" and isinstance(v, int | float) else v for k, v in got.items()}
-    if isinstance(got["offset"], torch.Tensor) and got["offset"].numel() == 3:
-        return wrong("there is an offset for every 256 magnitudes, wanted one for all")
-    if isinstance(got["largest"], torch.Tensor) and got["largest"].numel() == 1:
-        return wrong("all magnitudes share one largest, wanted one for every 256 of them")
-    got["offset"] = got["offset"].reshape(()) if getattr(got["offset"], "numel", lambda: 0)() == 1 else got["offset"]
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    codes, largest, offset, restored = (got[k].double() for k in ("codes", "largest", "offset", "restored"))
-    # A float32 sum of 600 terms, in any order, is right within 600 * 2**-24 of it.
-    slack = 600 * 2**-24 * absmax.mean().item()
-    if abs(offset - want["offset"]) > slack:
-        for said, mistake in NESTED_MISTAKES.items():
-            if abs(offset - mistake(absmax, code_map)[2]) <= slack:
-                return wrong(said)
-        return wrong(f"offset is {offset.item():.5f}, wanted the mean of all magnitudes, {want['offset'].item():.5f}")
-    if largest_difference(largest, want["largest"]) > 2 * slack:
-        signed = torch.stack([part.max() for part in (absmax - want["offset"]).split(256)])
-        if largest_difference(largest, signed) <= 2 * slack:
-            return wrong("largest is the signed maximum: the mean is off, so half of the values are negative. abs() first")
-        if largest_difference(largest, torch.stack([p.max() for p in absmax.split(256)])) <= slack:
-            return wrong("largest is that of the magnitudes as they were: the mean has to be taken off first")
-        return wrong(f"largest is {largest.tolist()}, wanted {want['largest'].tolist()}")
-    if not torch.equal(codes, codes.round()) or codes.min() < 0 or codes.max() > 255:
-        return wrong("codes holds something else than places in the map, 0 to 255")
-    wide = want["largest"].repeat_interleave(256)[: len(absmax)]
-    divided = (absmax - want["offset"]) / wide
-    # bitsandbytes looks its codes up in a table of 65,536 values, so the second nearest entry is right too where a border lies
-    # within two steps of that table: then it is at most four steps further away than the nearest.
-    distance = (divided - code_map[codes.long()]).abs() - (divided[:, None] - code_map).abs().amin(1)
-    if (distance > 4 * 2 / 65535).any():
-        uniform = torch.round(divided * 127) + 127
-        if ((codes - uniform).abs() <= 1).all():
-            return wrong("these are codes of a uniform grid of 8 bits; wanted the nearest entry of code_map, which is fine near 0")
-        if ((codes - torch.bucketize(divided, code_map).clamp(max=255)).abs() <= 0).float().mean() > 0.95:
-            return wrong("each value got the entry above it: bucketize on the entries. The borders are the midpoints, as in 5.2")
-        place = int(distance.argmax())
-        return wrong(f"magnitude {place} got code {int(codes[place])}, whose entry is not the nearest")
-    read = (code_map[codes.long()].double() * wide.double() + offset).float()
-    off, allowed = largest_difference(restored, read), 4 * slack
-    if off <= allowed:
-        return right(off, allowed)
-    if largest_difference(restored, read - offset) <= allowed:
-        return wrong("the offset was not added back: what is read back has mean 0, and magnitudes are negative")
-    if largest_difference(restored, code_map[codes.long()] + offset) <= allowed:
-        return wrong("what is read back was not multiplied by the largest of its 256")
-    place = int((restored - read).abs().argmax())
-    return wrong(
-        f"codes, largest and offset are right; {place} reads back {restored[place].item():.5f}, wanted {read[place].item():.5f}"
-    )
+def _nested_allowed(given: dict, want: dict) -> dict:
+    """A float32 sum of 600 terms, in any order, is right within 600 * 2**-24 of it; so is their mean, and what it is taken off."""
+    slack = len(given["absmax"]) * 2**-24 * want["offset"].item()
+    return {"offset": slack, "largest": 2 * slack, "codes": 0.0, "restored": 4 * slack}
 
 
-def _mean_of_each(absmax: torch.Tensor, code_map: torch.Tensor):
-    offset = torch.stack([part.mean() for part in absmax.split(256)])
-    parts = [_nested(part, code_map) for part in absmax.split(256)]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), offset, torch.cat([p[3] for p in parts])
-
-
-def _one_largest(absmax: torch.Tensor, code_map: torch.Tensor):
-    centered = absmax - absmax.mean()
-    largest = centered.abs().max()
-    codes = torch.bucketize(centered / largest, _bounds(code_map))
-    return codes.to(torch.uint8), largest[None], absmax.mean(), code_map[codes] * largest + absmax.mean()
-
-
-def _unscaled(absmax: torch.Tensor, code_map: torch.Tensor):
-    codes, largest, offset, _ = _nested(absmax, code_map)
-    return codes, largest, offset, code_map[codes.long()] + offset
-
-
-def _uniform_codes(absmax: torch.Tensor, code_map: torch.Tensor):
-    return _nested(absmax, code_map, codes_for=lambda divided, _: (torch.round(divided * 127) + 127).long())
-
-
-def _largest_before(absmax: torch.Tensor, code_map: torch.Tensor):
-    codes, _, offset, restored = _nested(absmax, code_map)
-    return codes, torch.stack([part.max() for part in absmax.split(256)]), offset, restored
+def _first_nested_off(given, got, want):
+    limits = _nested_allowed(given, want)
+    place, have, wanted = first_difference({name: got[name] for name in limits}, {name: want[name] for name in limits}, limits)
+    return f"{place}: {got_and_wanted(have, wanted)}. (Looked at in this order: {', '.join(limits)})"
 
 
 DOUBLE_QUANTIZE = Exercise(
     id="5.5", name="double_quantize", title="Magnitudes of magnitudes", minutes=12, difficulty=3, points=4,
-    returns=("codes", "largest", "offset", "restored"), inputs=nested_inputs, reference=double_quantize, judge=judge_nested,
-    mutants=(
-        *(Mutant(rule, said[:25]) for said, rule in NESTED_MISTAKES.items()),
-        Mutant(lambda a, m: _nested(a, m, add_back=False), "not added back"),
-        Mutant(lambda a, m: _nested(a, m, largest=lambda part: part.max()), "signed maximum"),
-        Mutant(_mean_of_each, "an offset for every 256"),
-        Mutant(_one_largest, "share one largest"),
-        Mutant(_largest_before, "as they were"),
-        Mutant(_uniform_codes, "uniform grid of 8 bits"),
-        Mutant(lambda a, m: _nested(a, m, codes_for=lambda d, _: torch.bucketize(d, m)), "the entry above"),
-        Mutant(_unscaled, "not multiplied"),
+    returns=("codes", "largest", "offset", "restored"), inputs=nested_inputs, reference=double_quantize,
+    allowed=_nested_allowed, otherwise=_first_nested_off,
+    faults=(
+        Fault("there is an offset for every 256 magnitudes, wanted one for all",
+              lambda given, got, want: got["offset"].numel() == len(want["largest"]), (_each_its_own,), early=True),
+        Fault("all magnitudes share one largest, wanted one for every 256 of them",
+              lambda given, got, want: got["largest"].numel() == 1, (partial(_nested, size=600),), early=True),
+        Fault("codes go from {least} to {most}, wanted places in the map, 0 to 255",
+              lambda given, got, want: (got["codes"].min() < 0 or got["codes"].max() > 255)
+              and {"least": int(got["codes"].min()), "most": int(got["codes"].max())},
+              (lambda a, m: (_nested(a, m)[0].int() - 128, *_nested(a, m)[1:]),)),
+    ),
+    mistakes=tuple(Mistake(says, partial(_nested, **parts)) for says, parts in (
+        ("the mean was not taken off before the codes were chosen: magnitudes are positive, and half of the signed map stays empty",
+         {"offset": lambda a: torch.zeros(())}),
+        ("the smallest magnitude was taken off, not the mean: half of the signed map stays empty", {"offset": torch.min}),
+        ("the median was taken off, not the mean", {"offset": torch.median}),
+        ("largest is the signed maximum: the mean is off, so half of the values are negative. abs() first",
+         {"largest": lambda centered, part: centered.max()}),
+        ("largest is that of the magnitudes as they were: the mean has to be taken off first",
+         {"largest": lambda centered, part: part.max()}),
+        ("these are codes of a uniform grid of 8 bits; wanted the nearest entry of code_map, which is fine near 0",
+         {"codes_for": lambda divided, code_map: (torch.round(divided * 127) + 127).long()}),
+        ("each value got the entry above it: bucketize on the entries. The borders are the midpoints, as in 5.2",
+         {"codes_for": torch.bucketize}),
+        ("the offset was not added back: what is read back has mean 0, and magnitudes are negative", {"added": 0}),
+        ("what is read back was not multiplied by the largest of its 256", {"scaled": 0}),
+    )),
+    others=(
+        Mutant(partial(_nested, offset=lambda a: a.mean() + 0.01), "offset: got"),
+        Mutant(partial(_nested, added=1.01), "restored[0]: got"),
     ),
 )  # fmt: skip
 
@@ -573,14 +437,17 @@ def two_blocks_inputs(seed: int) -> dict:
 
 
 def two_blocks(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _two_blocks(size)
-
-
-def _two_blocks(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights in NF4's wide outer gaps, and one large weight among small ones."""
+    return _outer(size), _small(size)
+
+
+def _outer(size):
     outer = torch.linspace(0.65, 1, size // 2)
-    small = torch.linspace(-0.1, 0.1, size - 1)
-    return torch.cat([-outer, outer]), torch.cat([small, torch.ones(1)])
+    return torch.cat([-outer, outer])
+
+
+def _small(size):
+    return torch.cat([torch.linspace(-0.1, 0.1, size - 1), torch.ones(1)])
 
 
 def block_error(block: torch.Tensor, codebook: str) -> float:
@@ -589,46 +456,42 @@ def block_error(block: torch.Tensor, codebook: str) -> float:
     return (nf4.quantize(block, codebook, block.numel()).dequantize() - block).double().pow(2).sum().item()
 
 
-def judge_two_blocks(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    gains = {}
+def _gain(block: torch.Tensor) -> float:
+    """How many times int4's squared error NF4's is."""
+    return block_error(block, "nf4") / block_error(block, "int4")
+
+
+def _two_blocks_fault(given, got, want):
     for name, block in got.items():
         if not block.any():
-            return wrong(f"{name} is all zero: both codebooks have a 0, and neither loses")
-        gap = (block.float().sort().values.diff() / block.abs().max()).min().item()
-        # Rounding of a block written down in steps of a thousandth.
-        if gap < 0.99 * APART:
-            return wrong(
-                f"two weights of {name} lie {max(gap, 0):.2g} of the largest apart, wanted at least {APART}, so that "
-                "none is built of the levels themselves"
-            )
-        gains[name] = block_error(block, "nf4") / block_error(block, "int4")  # above 1: int4 wins
-    int4_wins, nf4_wins = gains["for_int4"], 1 / gains["for_nf4"]
+            return "zero", {"name": name}
+        gap = (block.double().sort().values.diff() / block.abs().max()).min().item()
+        if gap < 0.99 * APART:  # a block written down in steps of a thousandth is rounded
+            return "close", {"name": name, "gap": f"{gap:.2g}"}
+    int4_wins, nf4_wins = _gain(got["for_int4"]), 1 / _gain(got["for_nf4"])
     if 1 / int4_wins > NF4_GAIN and 1 / nf4_wins > INT4_GAIN:
-        return wrong("the two are exchanged: the block for int4 comes first")
+        return "exchanged", {}
     if int4_wins < INT4_GAIN:
-        said = f"for_int4: NF4's squared error is {int4_wins:.2f} times int4's, wanted {INT4_GAIN:g}."
-        if int4_wins > 1.5:
-            return wrong(f"{said} Evenly spread weights get that far. Which gaps of NF4 are wider than int4's? Put more there")
-        return wrong(f"{said} Where is NF4 coarser than the uniform grid? Multiplying a block by a number changes nothing")
-    if nf4_wins < NF4_GAIN:
-        said = f"for_nf4: int4's squared error is {nf4_wins:.2f} times NF4's, wanted {NF4_GAIN:g}."
-        return wrong(f"{said} Where is NF4 finer than the uniform grid, and what brings most weights of a block there?")
-    return right()
+        even = _gain(torch.linspace(-1, 1, given["size"]))
+        return "int4", {"gain": shown(int4_wins, INT4_GAIN, 3)[0], "even": f"{even:.3g}"}
+    return ("nf4", {"gain": shown(nf4_wins, NF4_GAIN, 3)[0]}) if nf4_wins < NF4_GAIN else None
 
 
 TWO_BLOCKS = Exercise(
     id="5.6", name="two_blocks", title="A block on which NF4 loses", minutes=10, difficulty=3, points=3,
-    returns=("for_int4", "for_nf4"), inputs=two_blocks_inputs, reference=two_blocks, judge=judge_two_blocks,
-    mutants=(
-        Mutant(lambda n: _two_blocks(n)[::-1], "exchanged"),
-        Mutant(lambda n: (torch.linspace(-1, 1, n), _two_blocks(n)[1]), "Evenly spread weights"),
-        Mutant(lambda n: (100 * _two_blocks(n)[1], _two_blocks(n)[1]), "changes nothing"),
-        Mutant(lambda n: (_two_blocks(n)[0], 0.01 * torch.linspace(-1, 1, n)), "NF4 finer"),
-        Mutant(lambda n: (nf4.int4_levels()[1:].repeat(n)[:n], _two_blocks(n)[1]), "levels themselves"),
-        Mutant(lambda n: (torch.zeros(n), _two_blocks(n)[1]), "all zero"),
-        Mutant(lambda n: (_two_blocks(n)[0], torch.ones(n)), "levels themselves"),
+    returns=("for_int4", "for_nf4"), inputs=two_blocks_inputs, reference=two_blocks,
+    accepts=lambda given, got, want: right(),  # what has no fault
+    faults=cases(
+        _two_blocks_fault,
+        ("zero", "{name} is all zero: both codebooks have a 0, and neither loses", (lambda n: (torch.zeros(n), _small(n)),)),
+        ("close", "two weights of {name} lie {gap} of the largest apart, wanted at least 0.001, so that none is built of the "
+         "levels themselves", (lambda n: (nf4.int4_levels()[1:].repeat(n)[:n], _small(n)), lambda n: (_outer(n), torch.ones(n)))),
+        ("exchanged", "the two are exchanged: the block for int4 comes first", (lambda n: (_small(n), _outer(n)),)),
+        ("int4", "for_int4: NF4's squared error is {gain} times int4's, wanted 3; evenly spread weights get {even}. Where are "
+         "NF4's gaps wider than the uniform grid's? Multiplying a block by a number changes nothing",
+         (lambda n: (torch.linspace(-1, 1, n), _small(n)), lambda n: (100 * _small(n), _small(n)))),
+        ("nf4", "for_nf4: int4's squared error is {gain} times NF4's, wanted 2. Where is NF4 finer than the uniform grid, and what "
+         "brings most weights of a block there?", (lambda n: (_outer(n), 0.01 * torch.linspace(-1, 1, n)),)),
     ),
 )  # fmt: skip
 
@@ -636,15 +499,20 @@ TWO_BLOCKS = Exercise(
 # 5.7 ------------------------------------------------------------------------------------------------------------------
 
 
+EMPTY = 12  # the level that no value is nearest to
+
+
 def lloyd_inputs(seed: int) -> dict:
-    """Values of blocks over their magnitudes; 16 levels in no good place, one of them with no value near it; some are held."""
+    """Values of blocks over their magnitudes, none near the middle of two levels; 16 levels in no good place, one of them with no
+    value near it; two are held, which values would move."""
     g = generator(seed)
     blocks = torch.randn(12, 40, generator=g)
     values = (blocks / blocks.abs().amax(1, keepdim=True)).view(-1)
     levels = torch.linspace(-1, 1, 16) + 0.05 * torch.rand(16, generator=g)
     levels[0] = -1.05
     bounds = _bounds(levels)
-    values = values[(values <= bounds[11]) | (values > bounds[12])]  # nothing is nearest to level 12
+    values = values[(values <= bounds[EMPTY - 1]) | (values > bounds[EMPTY])]
+    values = values[(values[:, None] - bounds).abs().amin(1) > 1e-5]
     hold = torch.zeros(16, dtype=torch.bool)
     hold[torch.randperm(11, generator=g)[:2] + 1] = True
     return {"values": values, "levels": levels, "hold": hold}
@@ -652,84 +520,61 @@ def lloyd_inputs(seed: int) -> dict:
 
 def lloyd_step(values: torch.Tensor, levels: torch.Tensor, hold: torch.Tensor) -> torch.Tensor:
     """float [n], float32 [16] ascending, bool [16] -> float32 [16]. (Lloyd 1982, method I.)"""
-    return _moved(values, levels, hold, torch.mean)
+    return _moved(values, levels, hold)
 
 
-def _moved(values: torch.Tensor, levels: torch.Tensor, hold: torch.Tensor, middle=torch.mean) -> torch.Tensor:
-    """Each level moves to the mean of the values nearest to it; those held, and those without values, stay."""
-    codes = torch.bucketize(values, _bounds(levels))
-    moved = levels.clone()
+def _moved(values, levels, hold, *, middle=torch.mean, codes_for=_nearest, empty=None, held=True):
+    """Each level moves to the middle of the values nearest to it; those held, and those without values, stay. Or with another
+    middle, other values, something else for a level without values, or none held."""
+    codes, moved = codes_for(values, levels), levels.clone()
     for code in range(len(levels)):
         mine = values[codes == code]
-        if len(mine) and not hold[code]:
+        if hold[code] and held:
+            continue
+        if len(mine):
             moved[code] = middle(mine)
+        elif empty is not None:
+            moved[code] = empty
     return moved
 
 
-def _by_codes(codes_of, empty=None):
-    def step(values: torch.Tensor, levels: torch.Tensor, hold: torch.Tensor) -> torch.Tensor:
-        codes = codes_of(values, levels)
-        total = torch.zeros(16).index_add_(0, codes, values)
-        count = torch.zeros(16).index_add_(0, codes, torch.ones_like(values))
-        means = total / count if empty == "nan" else total / count.clamp(min=1)
-        if empty is None:
-            means = torch.where(count == 0, levels, means)
-        return torch.where(hold, levels, means)
-
-    return step
+# A float32 sum of a cell's values, at most 480 of them and none above 1, over their number.
+MEAN_APART = 480 * 2**-24
 
 
-def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    return torch.bucketize(values, _bounds(levels))
-
-
-LLOYD_MISTAKES = {
-    "this is the median of each level's values. It makes the sum of magnitudes of errors least, not of squares": (
-        lambda v, lv, h: _moved(v, lv, h, torch.median)
-    ),
-    "levels that are held have moved": lambda v, lv, h: _moved(v, lv, torch.zeros_like(h)),
-    "a level without values moved to 0, where there is a level already: let it stay": _by_codes(_nearest, "zero"),
-    "each level takes the values up to it from the level below: bucketize on the levels. A value belongs to the nearest": (
-        _by_codes(lambda v, lv: torch.bucketize(v, lv).clamp(max=15))
-    ),
-    "each level moved to the middle between its smallest and largest value, not to their mean": (
-        lambda v, lv, h: _moved(v, lv, h, lambda mine: (mine.min() + mine.max()) / 2)
-    ),
-    "each level moved to the middle of its cell, without a look at the values": (
-        lambda v, lv, h: torch.where(h, lv, torch.cat([lv[:1], (_bounds(lv)[:-1] + _bounds(lv)[1:]) / 2, lv[-1:]]))
-    ),
-    "nothing has moved": lambda v, lv, h: lv.clone(),
-}
-
-
-def judge_lloyd(given: dict, got: dict, want: dict) -> Verdict:
-    finite = {k: v.nan_to_num(nan=9.0) if isinstance(v, torch.Tensor) else v for k, v in got.items()}
-    if fault := shape_fault(finite, want):
-        return wrong(fault)
-    moved, wanted = got["moved"].float(), want["moved"]
-    if not moved.isfinite().all():
-        return wrong(f"level {int((~moved.isfinite()).nonzero()[0])} is not a number: no value is nearest to it. Let it stay")
-    # A float32 sum of a cell's values, at most 480 of them and none above 1, over their number.
-    allowed = 480 * 2**-24
-    off = largest_difference(moved, wanted)
-    if off <= allowed:
-        return right(off, allowed)
-    for said, mistake in LLOYD_MISTAKES.items():
-        if largest_difference(moved, mistake(*given.values())) <= allowed:
-            return wrong(said)
-    place = int((moved - wanted).abs().argmax())
-    return wrong(
-        f"level {place} moved to {moved[place].item():.5f}, wanted {wanted[place].item():.5f}, the mean of what is nearest to it"
+def _first_move_off(given, got, want):
+    place, have, wanted = first_difference(got, want, MEAN_APART)
+    stays = (given["levels"] == wanted).any()
+    return (
+        f"{place}: {got_and_wanted(have, wanted)}, {'where it was' if stays else 'the mean of the values that are nearest to it'}"
     )
 
 
 LLOYD_STEP = Exercise(
     id="5.7", name="lloyd_step", title="One step of Lloyd's", minutes=10, difficulty=3, points=3,
-    returns=("moved",), inputs=lloyd_inputs, reference=lloyd_step, judge=judge_lloyd,
-    mutants=(
-        *(Mutant(rule, said[:40]) for said, rule in LLOYD_MISTAKES.items()),
-        Mutant(_by_codes(_nearest, "nan"), "no value is nearest"),
-        Mutant(lambda v, lv, h: (lv + _moved(v, lv, h)) / 2, "the mean of what"),
+    returns=("moved",), inputs=lloyd_inputs, reference=lloyd_step, allowed=lambda given, want: MEAN_APART,
+    otherwise=_first_move_off,
+    faults=(
+        Fault(f"level {EMPTY} is not a number: no value is nearest to it. Let it stay",
+              lambda given, got, want: got["moved"].flatten()[EMPTY : EMPTY + 1].isnan().any(),
+              (partial(_moved, empty=torch.nan),), early=True),
+    ),
+    mistakes=tuple(Mistake(says, answer) for says, answer in (
+        ("levels that are held have moved", partial(_moved, held=False)),
+        ("a level without values moved to 0: let it stay", partial(_moved, empty=0.0)),
+        ("this is the median of each level's values. It makes the sum of magnitudes of errors least, not of squares",
+         partial(_moved, middle=torch.median)),
+        ("each level takes the values up to it from the level below: bucketize on the levels. A value belongs to the nearest",
+         partial(_moved, codes_for=lambda v, lv: torch.bucketize(v, lv).clamp(max=15))),
+        ("each level moved to the middle between its smallest and largest value, not to their mean",
+         partial(_moved, middle=lambda mine: (mine.min() + mine.max()) / 2)),
+        ("each level moved to the middle of its cell, without a look at the values",
+         lambda v, lv, h: torch.where(h, lv, torch.cat([lv[:1], _bounds(_bounds(lv)), lv[-1:]]))),
+        ("nothing has moved", lambda v, lv, h: lv.clone()),
+    )),
+    others=(
+        Mutant(lambda v, lv, h: (lv + _moved(v, lv, h)) / 2, "the mean of the values that are nearest to it"),
+        Mutant(partial(_moved, empty=0.5), "where it was"),
     ),
 )  # fmt: skip
 
