@@ -334,17 +334,19 @@ def test_copies_reach_past_the_cache():
     assert timing.copies(2**25, None) == 4 * machine.USUAL_CACHE // 2**25
 
 
-def test_seconds_is_the_least_of_calls_made_in_turn(monkeypatch):
-    now, order, durations = [0.0], [], iter([9.0, 9.0, 5.0, 3.0, 4.0, 2.0, 7.0, 8.0])
+@pytest.mark.parametrize(("budget", "made", "least"), [(1.0, 3, 3.0), (17.5, 4, 2.0)])
+def test_seconds_is_the_least_of_calls_made_in_turn(monkeypatch, budget, made, least):
+    """One call that is not timed, then in turn until the budget is over; three times at least, and no more for what is slow."""
+    now, order, durations = [0.0], [], iter([1.0, 9.0, 5.0, 3.0, 2.0, 0.5])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(name):
         order.append(name)
         now[0] += next(durations)
 
-    taken = timing.seconds([partial(call, "a"), partial(call, "b")], torch.device("cpu"), budget=1.0)
-    assert order == ["a", "b"] * 4  # once to warm up, three rounds
-    assert taken == 2.0
+    taken = timing.seconds([partial(call, "a"), partial(call, "b")], torch.device("cpu"), budget)
+    assert order == ["a", "b", "a", "b", "a"][: 1 + made]
+    assert taken == least
 
 
 def test_bandwidth_counts_a_copy_twice(monkeypatch):

@@ -220,3 +220,16 @@ def test_settle_says_when_the_file_says_otherwise(capsys, monkeypatch):
         claims.settle(number, False, "as measured")
     with pytest.raises(KeyError, match="no claim 99"):
         claims.settle(99, True, "")
+
+
+def test_a_clock_that_disagrees_is_told_and_never_fails(capsys, monkeypatch):
+    """A verdict about time is of named machines. What this machine's clock says stands beside it."""
+    monkeypatch.setenv("LABS_STRICT", "1")
+    assert claims.claims()[4].verdict == "depends"
+    for holds, relation in ((None, "depends: the same\n"), (True, "holds: another verdict"), (False, "fails: another verdict")):
+        claims.settle(4, None, "kept figures", here=claims.Timed(holds, "0.5 times the time"))
+        printed = capsys.readouterr().out
+        assert "   depends: kept figures\n   timed here, just now: 0.5 times the time\n" in printed
+        assert f"by these times alone it {relation}" in printed
+    with pytest.raises(AssertionError, match=r"claim 4 holds here, but data/claims\.yaml says it depends"):
+        claims.settle(4, True, "kept figures", here=claims.Timed(None, ""))

@@ -33,20 +33,34 @@ def claims() -> dict[int, Claim]:
     return {r["number"]: Claim(r["number"], r["claim"], tuple(r["notebooks"]), r["verdict"], r["how"]) for r in rows}
 
 
-def settle(number: int, holds: bool | None, found: str) -> None:
+@dataclass(frozen=True)
+class Timed:
+    """What the clock of this machine said a moment ago about a claim: the verdict that it alone would give, and the figures."""
+
+    holds: bool | None
+    found: str
+
+
+def settle(number: int, holds: bool | None, found: str, here: Timed | None = None) -> None:
     """Print a claim with the verdict that the notebook has just computed; None where it depends on what is meant.
 
     Says so where the course's own verdict is another, as it can be with a model of your own; with LABS_STRICT=1, as when the
-    solutions are tested, that raises AssertionError. Raises KeyError for an unknown number.
+    solutions are tested, that raises AssertionError. `here` is for a claim about time: `holds` and `found` are then of figures
+    that are kept or published, from machines with a name, and what was timed here is printed below them, agrees with them or
+    not, and never fails. Raises KeyError for an unknown number.
     """
     if number not in claims():
         raise KeyError(f"there is no claim {number}, they go from {min(claims())} to {max(claims())}")
     claim, verdict = claims()[number], VERDICTS[holds]
     print(f"{number}. {claim.claim}\n   {verdict}: {found}")
+    if here is not None:
+        of_here = VERDICTS[here.holds]
+        relation = "the same" if of_here == verdict else "another verdict, as times differ from one machine to another"
+        print(f"   timed here, just now: {here.found}\n   by these times alone it {of_here}: {relation}")
     if claim.verdict != verdict:
-        said = f"claim {number} {verdict} here, but data/claims.yaml says it {claim.verdict}"
+        message = f"claim {number} {verdict} here, but data/claims.yaml says it {claim.verdict}"
         if os.environ.get("LABS_STRICT") == "1":
-            raise AssertionError(said)
+            raise AssertionError(message)
         print(f"   (On the course model it {claim.verdict}.)")
 
 

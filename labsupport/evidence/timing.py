@@ -7,6 +7,7 @@ that multiplies with one and the same weight measures the cache instead.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from labsupport.quant.grid import UniformTensor
 PAST_THE_CACHE = 4  # times the last-level cache that a rotation reads
 MOST_COPIES = 64
 PIECE = 2**24  # bytes
+FEWEST = 3  # times that something is timed, however slow it is
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,23 @@ def copies(read: int, cache: int | None) -> int:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 0.5) -> float:
-    """Seconds of one of several equal calls made in turn: the least of as many rounds as the budget allows, three or more.
+    """Seconds of one of several equal calls made in turn: the least of as many as the budget allows, FEWEST or more.
 
-    The least, since whatever else the machine does only adds. On a GPU a round is one CUDA graph, so that what is timed is the
-    kernels and not the launching of them.
+    The least, since whatever else the machine does only adds. On a GPU all calls in turn are one CUDA graph, so that what is timed
+    is the kernels and not the launching of them.
     """
     if device.type == "cuda":
         return _graphed(calls, budget)
-    for call in calls:
+    calls[0]()  # what is set up once is set up now
+    taken: list[float] = []
+    started = time.perf_counter()
+    for call in itertools.cycle([*calls[1:], calls[0]]):
+        start = time.perf_counter()
         call()
-    best, started, rounds = float("inf"), time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - started < budget:
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-        rounds += 1
-    return best
+        end = time.perf_counter()
+        taken.append(end - start)
+        if len(taken) >= FEWEST and end - started >= budget:
+            return min(taken)
 
 
 def _graphed(calls: Sequence[Callable[[], object]], budget: float) -> float:
@@ -82,7 +84,7 @@ def _graphed(calls: Sequence[Callable[[], object]], budget: float) -> float:
             call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     best, started, rounds = float("inf"), time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - started < budget:
+    while rounds < FEWEST or time.perf_counter() - started < budget:
         begin.record()
         graph.replay()
         end.record()
