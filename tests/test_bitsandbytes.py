@@ -475,7 +475,9 @@ def test_whole_model_equals_transformers_with_bitsandbytes(course, method, doubl
     got, wanted = (evaluate.evaluate(m, stream, windows=4).perplexity for m in (ours, theirs))
     # 0.1 % is asked for. The codes are equal, so only the order of float32 sums is left: 768 terms a product, six blocks.
     assert got == pytest.approx(wanted, rel=1e-4)
-    assert abs(got / evaluate.evaluate(model, stream, windows=4).perplexity - 1) > 1e-4  # and something was quantized
+    with torch.no_grad():
+        moved = (ours(input_ids=stream.ids[None, :256]).logits - model(input_ids=stream.ids[None, :256]).logits).abs().max()
+    assert moved > 1e-2  # and something was quantized: the order of float32 sums moves logits of up to 20 by about 1e-5
 
 
 def test_the_default_path_of_their_4_bit_layers_is_another_arithmetic(course):
