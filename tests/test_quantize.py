@@ -226,7 +226,7 @@ def test_a_clock_that_disagrees_is_told_and_never_fails(capsys, monkeypatch):
     """A verdict about time is of named machines. What this machine's clock says stands beside it."""
     monkeypatch.setenv("LABS_STRICT", "1")
     assert claims.claims()[4].verdict == "depends"
-    for holds, relation in ((None, "depends: the same\n"), (True, "holds: another verdict"), (False, "fails: another verdict")):
+    for holds, relation in ((None, "depends, too\n"), (True, "holds, which is another"), (False, "fails, which is another")):
         claims.settle(4, None, "kept figures", here=claims.Timed(holds, "0.5 times the time"))
         printed = capsys.readouterr().out
         assert "   depends: kept figures\n   timed here, just now: 0.5 times the time\n" in printed

@@ -55,8 +55,8 @@ def settle(number: int, holds: bool | None, found: str, here: Timed | None = Non
     print(f"{number}. {claim.claim}\n   {verdict}: {found}")
     if here is not None:
         of_here = VERDICTS[here.holds]
-        relation = "the same" if of_here == verdict else "another verdict, as times differ from one machine to another"
-        print(f"   timed here, just now: {here.found}\n   by these times alone it {of_here}: {relation}")
+        relation = "too" if of_here == verdict else "which is another verdict: these are the times of one machine and one run"
+        print(f"   timed here, just now: {here.found}\n   by these times alone it {of_here}, {relation}")
     if claim.verdict != verdict:
         message = f"claim {number} {verdict} here, but data/claims.yaml says it {claim.verdict}"
         if os.environ.get("LABS_STRICT") == "1":
