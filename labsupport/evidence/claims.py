@@ -6,8 +6,10 @@ A verdict is computed in a notebook and compared with the file here, so that the
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 from labsupport.model import models
 
@@ -26,11 +28,13 @@ class Claim:
 
 
 @cache
-def claims() -> dict[int, Claim]:
+def claims() -> Mapping[int, Claim]:
+    """All claims by number; read once, and not to be changed."""
     import yaml
 
     rows = yaml.safe_load((models.data_dir() / "claims.yaml").read_text("utf-8"))
-    return {r["number"]: Claim(r["number"], r["claim"], tuple(r["notebooks"]), r["verdict"], r["how"]) for r in rows}
+    by_number = {r["number"]: Claim(r["number"], r["claim"], tuple(r["notebooks"]), r["verdict"], r["how"]) for r in rows}
+    return MappingProxyType(by_number)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def write_4bit(tensor: BlockTensor, name: str = "weight", dtype: torch.dtype = t
         state |= {
             f"{name}.absmax": absmax.codes,
             f"{name}.nested_absmax": absmax.absmax,
-            f"{name}.nested_quant_map": nf4.dynamic_map().clone(),
+            f"{name}.nested_quant_map": nf4.dynamic_map(),
         }
         about |= {"nested_blocksize": nf4.NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": absmax.offset.item()}
     elif absmax.dtype == torch.float32:

@@ -8,8 +8,9 @@ a CPU to the last bit; labsupport/quant/bnb_format.py reads and writes its state
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from statistics import NormalDist
 
 import torch
@@ -58,7 +59,18 @@ def int4_levels() -> torch.Tensor:
 CODEBOOKS = {"nf4": normal_quantiles, "fp4": fp4_levels, "int4": int4_levels}
 
 
-@cache
+def _computed_once(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compute a tensor once for each argument; who asks gets a copy, since what they do to it must not change the next one's."""
+    kept = cache(make)
+
+    @wraps(make)
+    def copied(*arguments: str) -> torch.Tensor:
+        return kept(*arguments).clone()
+
+    return copied
+
+
+@_computed_once
 def levels_of(name: str) -> torch.Tensor:
     """The levels of "nf4", "fp4" or "int4" by code. float32 [16]. Raises ValueError for another name."""
     if name not in CODEBOOKS:
@@ -66,7 +78,7 @@ def levels_of(name: str) -> torch.Tensor:
     return CODEBOOKS[name]()
 
 
-@cache
+@_computed_once
 def dynamic_map() -> torch.Tensor:
     """The 8-bit code for nested statistics: float32 [256], ascending, signed, fine near 0 and coarse near 1.
 
@@ -82,7 +94,7 @@ def dynamic_map() -> torch.Tensor:
 
 
 @cache
-def _dynamic_table() -> torch.Tensor:
+def _dynamic_table() -> torch.Tensor:  # only ever read
     """The code for each of 65,536 values from -1 to 1. bitsandbytes looks codes up here, where most but not all are the nearest."""
     levels = dynamic_map()
     values = -1 + 2 * torch.arange(65536, dtype=torch.float32) / 65535
