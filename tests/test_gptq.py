@@ -1,11 +1,12 @@
-"""GPTQ and OBQ, held to each other, to rounding, to a plain restatement in float64. AutoGPTQ itself: test_interop_golden.py."""
+"""GPTQ: the fast solver against algorithm 1 in float64, both against OBQ and rounding. Against AutoGPTQ: test_interop_golden.py."""
 
 import math
 
 import pytest
 import torch
 
-from labsupport.quant import gptq, grid, obq, products, rtn
+from labsupport.quant import gptq, gptq_fast, grid, obq, products, rtn
+from labsupport.quant.gptq_grids import GridRule, Grids
 
 
 def correlated(rows, columns, seed=0, tokens=None):
@@ -17,26 +18,14 @@ def correlated(rows, columns, seed=0, tokens=None):
     return torch.randn(rows, columns, generator=generator), x.T @ x * (2 / len(x))
 
 
-def plain(weight, hessian, bits, group_size, fresh=True, block_size=128, damping=0.01):
-    """Algorithm 1 of the paper in float64, one column at a time: codes and scales. Grids asymmetric, kept in float32."""
-    w, h = weight.double(), hessian.double()
-    columns = w.shape[1]
-    h = h + damping * h.diagonal().mean() * torch.eye(columns)
-    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    codes, scales = torch.zeros_like(w), []
-    for i in range(columns):
-        if i % block_size == 0:
-            begun = w.clone()
-        if i % group_size == 0:
-            group = (w if fresh else begun)[:, i : i + group_size]
-            low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
-            scale = ((high - low) / (2**bits - 1)).float().double()
-            zero = torch.round(-low / scale)
-            scales.append(scale)
-        codes[:, i] = (torch.round(w[:, i] / scale) + zero).clamp(0, 2**bits - 1)
-        error = (w[:, i] - (codes[:, i] - zero) * scale) / u[i, i]
-        w[:, i:] -= error[:, None] * u[i, i:]
-    return codes, torch.stack(scales, 1)
+def by_algorithm_1(weight, hessian, bits, group_size, block_size, symmetric=False, damping=0.01):
+    """Codes and scales by the readable form in float64; scales in float32."""
+    rows, columns = weight.shape
+    grids = Grids(GridRule(bits, symmetric, False, torch.float32, False), group_size, torch.arange(columns) // group_size, rows)
+    hessian = hessian.double()
+    factor = gptq.autogptq_factor(hessian.diagonal_scatter(gptq.damped(hessian.diagonal(), damping)))
+    codes = gptq.algorithm_1(weight.double(), factor, grids, block_size)
+    return codes, grids.scale.t()
 
 
 def share_equal(a, b):
@@ -115,22 +104,22 @@ def test_weights_end_further_off_and_outputs_nearer():
 def test_grids_are_taken_from_the_weights_as_they_are_when_a_group_is_reached(group_size, block_size):
     weight, hessian = correlated(24, 384)
     q = gptq.quantize(weight, hessian, 3, group_size, scale_dtype=torch.float32, block_size=block_size)
-    codes, scale = plain(weight, hessian, 3, group_size)
+    codes, scale = by_algorithm_1(weight, hessian, 3, group_size, block_size=group_size)
     # Float32 against float64: a tie that falls the other way runs on along its row, so a row or two of 24 may part ways.
     assert share_equal(q.codes, codes) > 0.93
     same = (q.codes == codes).all(1)
     assert same.double().mean() > 0.9
-    assert torch.allclose(q.scale[same], scale[same].float(), rtol=1e-4)
+    assert torch.allclose(q.scale[same], scale[same], rtol=1e-4)
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 128, 192])
 def test_stale_grids_are_taken_from_the_weights_as_they_were_when_the_block_began(group_size):
     weight, hessian = correlated(24, 384)
     q = gptq.quantize(weight, hessian, 3, group_size, scale_dtype=torch.float32, stale_grids=True)
-    codes, scale = plain(weight, hessian, 3, group_size, fresh=False)
+    codes, scale = by_algorithm_1(weight, hessian, 3, group_size, block_size=128)
     same = (q.codes == codes).all(1)
     assert same.double().mean() > 0.9
-    assert torch.allclose(q.scale[same], scale[same].float(), rtol=1e-4)
+    assert torch.allclose(q.scale[same], scale[same], rtol=1e-4)
     fresh = gptq.quantize(weight, hessian, 3, group_size, scale_dtype=torch.float32)
     # Where a group is a whole block there is nothing to be stale.
     agree = (q.codes == fresh.codes).all(1).double().mean()
@@ -239,7 +228,7 @@ def test_factors(columns):
     _, hessian = correlated(1, columns)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
     order = torch.randperm(columns)
-    root = gptq.reverse_cholesky(hessian, hessian.diagonal()[order], order).tril().t().double()
+    root = gptq_fast.reverse_cholesky(hessian, hessian.diagonal()[order], order).tril().t().double()
     hessian = hessian[order][:, order]
     inverse = gptq.autogptq_factor(hessian).double()
     for upper in (root, inverse):
@@ -248,7 +237,7 @@ def test_factors(columns):
     # Float32 rounding, 6e-8, times what sums of 600 terms add; for what has been inverted, times the condition of H, some 1e3 here.
     assert torch.allclose(root @ root.T, hessian.double(), atol=1e-5 * hessian.diagonal().max().item())
     assert torch.allclose(inverse @ root, torch.eye(columns, dtype=torch.float64), atol=2e-3)
-    assert gptq.reverse_cholesky(hessian, -hessian.diagonal()) is None
+    assert gptq_fast.reverse_cholesky(hessian, -hessian.diagonal()) is None
     assert gptq.autogptq_factor(-hessian) is None
 
 

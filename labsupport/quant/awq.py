@@ -1,11 +1,11 @@
 """Activation-aware weight quantization: stretch the channels that matter before rounding, divide their inputs by as much.
 
 Lin et al. 2023, "AWQ", arXiv:2306.00978, section 3. With a scale s for each input channel, x W^T = (x / s) (W s)^T, so nothing
-changes until W s is rounded; then what counts is the error of Q(W s) / s. A channel that is stretched is rounded more finely, until
-it stretches the steps of its whole group. `search` tries a row of scales made from the inputs' magnitudes and keeps the best.
+changes until W s is rounded; then the error of Q(W s) / s counts. A stretched channel is rounded more finely, as long as it does
+not stretch the steps of its whole group. `search` tries several scales made from the inputs' magnitudes and keeps the best.
 
     found = awq.search([q, k, v], x.T @ x, awq.saliency(x))     # one scale for all linears that read x
-    rtn.quantize(q * found.scale)                               # after 1 / scale is folded into what comes before: pipeline.fold
+    rtn.quantize(q * found.scale)                               # once 1 / scale is folded into what comes before: pipeline.fold
 
 Nothing else is stored. GPTQ on top of AWQ's scales is GPTQ of the folded model, with Hessians measured there, or
 `scaled_gram(hessian, found.scale)`, which is the same matrix.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from labsupport.quant.grid import UniformTensor
 
 Rule = Literal["llm-awq", "autoawq"]
 RULES = ("llm-awq", "autoawq")
-SMALLEST_SCALE = 1e-4  # both libraries': of a channel that never saw an input, before all scales are divided by their middle
+SMALLEST_SCALE = 1e-4  # in both libraries: of a channel that never saw an input, before all scales are divided by their middle
 CLIP_TOKENS = 512
 
 
@@ -56,12 +57,12 @@ def relative_magnitude(weights: Sequence[torch.Tensor], group_size: int) -> torc
 
 
 def scale_at(ratio: float, mean_abs: torch.Tensor, magnitude: torch.Tensor | None = None) -> torch.Tensor:
-    """The scale of each input channel that a ratio stands for, float32 [in_features] > 0.
+    """The scale of each input channel at one ratio, float32 [in_features] > 0.
 
     mean_abs to the power of ratio (equation 5): at 0 all scales are 1, and rounding is plain. With `magnitude`, the relative
-    magnitude of the weights, AutoAWQ's rule: divided by its power 1 - ratio, so that 0 is not plain. Both libraries clamp and
-    then divide by the geometric mean of the largest and the smallest. A channel that never saw an input is clamped: it gets the
-    smallest scale, and its weights are rounded most coarsely, but to finite numbers.
+    magnitude of the weights, AutoAWQ's rule: that, divided by magnitude to the power of 1 - ratio, so that rounding is not plain
+    at 0. Both libraries clamp the scales and divide them by the geometric mean of the largest and the smallest. A channel that
+    never saw an input is clamped: it gets the smallest scale, and its weights are rounded most coarsely, but to finite numbers.
     """
     scale = mean_abs.pow(ratio)
     if magnitude is not None:
@@ -87,42 +88,37 @@ def search(
 
     weights: the linears that share an input, each float [out_features, in_features]; they are not changed. gram: X^T X of that
     input, float [in_features, in_features], times any positive factor (a Hessian will do). mean_abs: its `saliency`. The loss is
-    the linears' own output error, tr(E G E^T) with E = Q(W s) / s - W: what running them on X again would give, without X. Or
-    `loss`, called with what each weight would read back as, decides: see `fold.module_loss`; gram may then be None.
+    the linears' own output error, tr(E G E^T) with E = Q(W s) / s - W: the squared error on X, without X. Or it is `loss`, called
+    with what each weight would read back as (see `fold.module_loss`); gram may then be None.
 
     rule: how scales are made, see `scale_at`. The grid is that of rtn.quantize, or with autoawq_grid that of `quantize_as_autoawq`
     in float32. For AutoAWQ's scales to the bit: rule "autoawq", autoawq_grid and fold.module_loss.
     Raises ValueError for shapes that do not fit, for NaN and infinity, and where no ratio has a finite loss.
     """
     stacked = _stacked(weights)
-    size = grid.check_weight(stacked, bits, group_size)
-    if not stacked.isfinite().all():
-        raise grid.not_finite(stacked, "weights")
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, wanted one of {', '.join(RULES)}")
-    if not isinstance(n_grid, int) or n_grid < 1:
-        raise ValueError(f"n_grid is {n_grid!r}, wanted a positive whole number")
+    size = _check_search(stacked, bits, group_size, rule, n_grid)
     mean_abs = _checked_mean(mean_abs, stacked)
-    if loss is None:
-        gram = _checked_gram(gram, stacked)
+    loss = loss or partial(_output_error, stacked, _checked_gram(gram, stacked))
     magnitude = relative_magnitude([stacked], size) if rule == "autoawq" else None
     rounded = _rounding(bits, size, symmetric, autoawq_grid)
     rows = [len(weight) for weight in weights]
-    losses: list[float] = []
-    best = None
-    for ratio in (i / n_grid for i in range(n_grid)):
-        scale = scale_at(ratio, mean_abs, magnitude)
+
+    best, losses = None, torch.full((n_grid,), math.nan, dtype=torch.float64)
+    for i in range(n_grid):
+        scale = scale_at(i / n_grid, mean_abs, magnitude)
         values = rounded(stacked * scale).div_(scale)  # Q(W s) / s
-        losses.append(loss(list(values.split(rows))) if loss else _output_error(values.sub_(stacked), gram))
-        if losses[-1] < (losses[best[0]] if best else math.inf):
-            best = len(losses) - 1, ratio, scale
+        losses[i] = loss(list(values.split(rows)))
+        if losses[i] < (math.inf if best is None else losses[best]):
+            best, best_scale = i, scale
     if best is None:
-        raise ValueError(f"no ratio has a finite loss: the first is {losses[0]}")
-    return Search(best[2], best[1], torch.tensor(losses, dtype=torch.float64))
+        raise ValueError(f"no ratio has a finite loss: the first is {losses[0].item()}")
+    return Search(best_scale, best / n_grid, losses)
 
 
-def _output_error(error: torch.Tensor, gram: torch.Tensor) -> float:
-    return (error @ gram).mul_(error).sum(dtype=torch.float64).item()  # tr(E G E^T): the squares of X E^T, summed
+def _output_error(weight: torch.Tensor, gram: torch.Tensor, values: list[torch.Tensor]) -> float:
+    """tr(E G E^T): the sum of the squares of X E^T."""
+    error = torch.cat(values).sub_(weight)
+    return (error @ gram).mul_(error).sum(dtype=torch.float64).item()
 
 
 def scaled_gram(gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -140,13 +136,13 @@ def search_clip(
     symmetric: bool = False,
     autoawq_grid: bool = False,
 ) -> torch.Tensor:
-    """The largest magnitude that each group should keep, float32 [out_features, groups]: what is larger is worth clipping.
+    """The magnitude at which each group is best clipped, float32 [out_features, groups].
 
     Tries the group's own largest magnitude times 1, 1 - 1/n_grid, ... above 1 - max_shrink: ten steps down to 0.55, as both
-    libraries do. The loss is the squared error of the group's part of the output, over the inputs: E_g G_gg E_g^T, for which a
-    diagonal block of the Gram matrix is enough. weight: as it will be rounded, so after scaling; gram: X^T X of what it then
-    reads, see `scaled_gram`. AutoAWQ takes X from `clip_tokens`, and leaves q and k as they are: their product is what counts,
-    and clips badly. Raises ValueError for shapes that do not fit, and for NaN and infinity.
+    libraries do. The loss is the squared error of the group's part of the output on the inputs: E_g G_gg E_g^T, for which a
+    diagonal block of the Gram matrix is enough. weight: as it will be rounded, that is, after scaling; gram: X^T X of the inputs
+    that it then reads, see `scaled_gram`. AutoAWQ takes X from `clip_tokens`, and does not clip q and k, since their product
+    counts. Raises ValueError for shapes that do not fit, and for NaN and infinity.
     """
     size = grid.check_weight(weight, bits, group_size)
     if not weight.isfinite().all():
@@ -171,13 +167,16 @@ def search_clip(
 
 
 def clip(weight: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """The weight with every group kept within plus and minus its limit, [out_features, groups]."""
+    """The weight with every group clamped to plus and minus its limit, [out_features, groups]."""
     groups = weight.unflatten(1, (limit.shape[1], -1))
     return groups.clamp(-limit[..., None], limit[..., None]).flatten(1)
 
 
 def clip_tokens(inputs: torch.Tensor) -> torch.Tensor:
-    """What AutoAWQ searches clips on: every n-th token, so that 512 to 1023 remain. [..., in_features] -> [tokens, in_features]."""
+    """The inputs on which AutoAWQ searches clips: every n-th token, so that 512 to 1023 remain.
+
+    [..., in_features] -> [tokens, in_features].
+    """
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat[:: max(1, len(flat) // CLIP_TOKENS)]
 
@@ -189,11 +188,12 @@ def quantize_as_autoawq(
 
     The zero-point is clamped to a code, so a group that lies to one side of 0 saturates: weights between 1 and 2 all read back as
     about 1. rtn.quantize reaches to 0 instead. weight: float [out_features, in_features], cast to `dtype`, in which the
-    arithmetic is done: float16 for what AutoAWQ stores at last (float32 gives some other codes), float32 for its searches. Errors
-    as rtn.quantize.
+    arithmetic is done: float16 for what AutoAWQ stores (float32 gives some other codes), float32 for its searches. Raises what
+    rtn.quantize raises.
     """
     size = grid.check_weight(weight, bits, group_size)
-    groups = weight.detach().to(dtype).view(len(weight), -1, size)
+    rows, columns = weight.shape
+    groups = weight.detach().to(dtype).view(rows, -1, size)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     if not (low.isfinite().all() and high.isfinite().all()):
         raise grid.not_finite(weight.to(dtype))
@@ -207,17 +207,29 @@ def quantize_as_autoawq(
         packed_zero_points=grid.pack_bits(zero_point.to(torch.uint8), bits),
         bits=bits,
         group_size=size,
-        shape=tuple(weight.shape),
+        shape=(rows, columns),
     )
 
 
 def _rounding(bits: int, size: int, symmetric: bool, autoawq_grid: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a weight reads back as, float32."""
+    """A function from a weight to what it reads back as, float32."""
     if symmetric and autoawq_grid:
-        raise ValueError("symmetric and autoawq_grid exclude each other: AutoAWQ's grid is the asymmetric one here")
+        raise ValueError("symmetric and autoawq_grid exclude each other: AutoAWQ's grid is asymmetric here")
     if autoawq_grid:
         return lambda weight: quantize_as_autoawq(weight, bits, size, torch.float32).dequantize()
     return lambda weight: rtn.quantize(weight, bits, size, symmetric).dequantize()
+
+
+def _check_search(stacked: torch.Tensor, bits: int, group_size: int | None, rule: str, n_grid: int) -> int:
+    """Returns the group size, in_features where it is None."""
+    size = grid.check_weight(stacked, bits, group_size)
+    if not stacked.isfinite().all():
+        raise grid.not_finite(stacked, "weights")
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}, wanted one of {', '.join(RULES)}")
+    if not isinstance(n_grid, int) or n_grid < 1:
+        raise ValueError(f"n_grid is {n_grid!r}, wanted a positive whole number")
+    return size
 
 
 def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:

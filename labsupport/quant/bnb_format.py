@@ -25,13 +25,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class FormatError(ValueError):
-    """A state dict that does not hold what bitsandbytes writes, or a tensor that bitsandbytes cannot hold."""
+    """A state dict that does not hold what bitsandbytes writes, or a tensor that bitsandbytes cannot store."""
 
 
 def write_4bit(tensor: BlockTensor, name: str = "weight", dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """The entries of a Linear4bit's state dict. dtype: what the weight was, and what bitsandbytes gives back.
+    """The entries of a Linear4bit's state dict. dtype: of the weight before it was quantized, and of what bitsandbytes reads back.
 
-    Raises FormatError for what bitsandbytes has no form for: another codebook or block size, magnitudes in half precision.
+    Raises FormatError for what bitsandbytes cannot store: another codebook or block size, magnitudes in half precision.
     """
     if tensor.kind not in KINDS:
         raise FormatError(f"the codebook is {tensor.kind or 'one of your own'}, bitsandbytes reads {' or '.join(KINDS)}")
@@ -62,9 +62,9 @@ def write_4bit(tensor: BlockTensor, name: str = "weight", dtype: torch.dtype = t
 
 
 def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockTensor:
-    """The weight `name` of a state dict that Linear4bit wrote; other layers' entries may stand beside it.
+    """The weight `name` of a state dict that Linear4bit wrote, which may also hold other layers' entries.
 
-    Raises FormatError naming what is missing, what does not belong there, and what contradicts something else.
+    Raises FormatError for what is missing, what does not belong there, and what contradicts something else.
     """
     prefix = f"{name}.quant_state.bitsandbytes__"
     kinds = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
@@ -84,7 +84,8 @@ def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockT
     _expect(state, name, torch.uint8, -(-count // 2))
     _expect(state, f"{name}.absmax", torch.uint8 if nested else torch.float32, blocks)
     _expect(state, f"{name}.quant_map", torch.float32, 16)
-    absmax: torch.Tensor | NestedAbsmax = state[f"{name}.absmax"].view(-1)
+    stored = state[f"{name}.absmax"].view(-1)
+    absmax: torch.Tensor | NestedAbsmax = stored
     if nested:
         if about.get("nested_blocksize") != nf4.NESTED_BLOCK_SIZE:
             raise FormatError(f"nested_blocksize is {about.get('nested_blocksize')}, bitsandbytes writes {nf4.NESTED_BLOCK_SIZE}")
@@ -93,13 +94,13 @@ def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockT
         if not torch.equal(state[f"{name}.nested_quant_map"].cpu(), nf4.dynamic_map()):
             raise FormatError(f"{name}.nested_quant_map is not the signed dynamic map")
         offset = torch.tensor(about["nested_offset"], dtype=torch.float32)
-        absmax = NestedAbsmax(absmax, state[f"{name}.nested_absmax"].view(-1), offset.to(absmax.device))
+        absmax = NestedAbsmax(stored, state[f"{name}.nested_absmax"].view(-1), offset.to(stored.device))
     levels = tuple(state[f"{name}.quant_map"].view(-1).tolist())
     return BlockTensor(state[name].reshape(-1), absmax, levels, kinds[0], block_size, shape)
 
 
 def write_8bit(tensor: Int8Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The entries of a Linear8bitLt's state dict. Raises FormatError where one magnitude serves all rows."""
+    """The entries of a Linear8bitLt's state dict. Raises FormatError where all rows share one magnitude."""
     if tensor.absmax.shape != (tensor.shape[0],):
         raise FormatError(f"there are {tensor.absmax.numel()} magnitudes for {tensor.shape[0]} rows, bitsandbytes wants one a row")
     return {
@@ -110,7 +111,7 @@ def write_8bit(tensor: Int8Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def read_8bit(state: Mapping[str, torch.Tensor], prefix: str = "") -> Int8Tensor:
-    """The weight that Linear8bitLt wrote under `prefix`. Raises FormatError naming what is missing or of another form."""
+    """The weight that Linear8bitLt wrote under `prefix`. Raises FormatError for what is missing or of another form."""
     names = [f"{prefix}{part}" for part in ("weight", "SCB")]
     if missing := [name for name in names if name not in state]:
         raise FormatError(f"the state dict lacks {', '.join(missing)}")

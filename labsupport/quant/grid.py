@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -59,6 +60,14 @@ def check_matrix(matrix: torch.Tensor, name: str = "weight", axes: str = "[out_f
         raise TypeError(f"{name} is {kind}, wanted a floating-point tensor")
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"{name} has shape {list(matrix.shape)}, wanted {axes}, neither of them 0")
+
+
+def check_square(matrix: torch.Tensor, name: str, in_features: int) -> None:
+    """Raise TypeError for what is not a floating-point tensor, ValueError for a shape other than [in_features, in_features]."""
+    check_matrix(matrix, name, "[in_features, in_features]")
+    if matrix.shape != (in_features, in_features):
+        wanted = f"[{in_features}, {in_features}] for in_features {in_features}"
+        raise ValueError(f"{name} has shape {list(matrix.shape)}, wanted {wanted}")
 
 
 def not_finite(matrix: torch.Tensor, name: str = "weight") -> ValueError:
@@ -148,14 +157,18 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
+@dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight as it is stored. What derives from it is a dataclass, and every byte is in one of its tensors.
+    """A weight as it is stored. The classes derived from it are dataclasses, and every byte is in one of their tensors.
 
     shape: [out_features, in_features]. codes: a whole number for each weight, in that shape. dequantize(): what the weight reads
     back as, float32 in that shape.
     """
 
-    shape: tuple[int, int]
+    if TYPE_CHECKING:  # a dataclass would take a property for the default of a field with that name
+
+        @property
+        def shape(self) -> tuple[int, int]: ...
 
     @cached_property
     def nbytes(self) -> int:

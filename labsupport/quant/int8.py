@@ -1,8 +1,12 @@
 """LLM.int8(): eight bits for weights and activations, and sixteen for the few columns that would spoil it.
 
-Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, sections 2 and 3. Codes and statistics equal those of bitsandbytes 0.50 on a
-CPU to the last bit. A code stands for code * absmax / 127; absmax is the largest magnitude of a row (a token of an activation,
-an output of a weight) or of the whole tensor. A row's own magnitude on both sides is what the paper calls vector-wise.
+Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, sections 2 and 3. A code stands for code * absmax / 127; absmax is the largest
+magnitude of a row (a token of an activation, an output of a weight) or of the whole tensor. A magnitude for each row on both
+sides is what the paper calls vector-wise.
+
+Codes, statistics and products equal those of bitsandbytes 0.50 on a CPU to the last bit. Its back ends do not scale products of
+codes by the same constant: on a CPU it is 6.200124e-05 (bitsandbytes/backends/default/ops.py), in its CUDA kernel 6.200012e-05,
+and 1 / 127**2 is 6.2000124e-05. So its outputs on a GPU are smaller by 18 in a million.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from labsupport.quant import grid
 from labsupport.quant.grid import QuantizedTensor
 
 THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own layer has 0.0
-# As bitsandbytes writes them; in float32 neither is the nearest number to 1 / 127 and 1 / 127**2.
+# As bitsandbytes writes them for CPUs; in float32 neither is the nearest number to 1 / 127 and 1 / 127**2.
 PER_CODE = 7.874015718698502e-3
 PER_PRODUCT = 6.200124e-05
 CHUNK = 2**18  # values to take at a time
@@ -34,14 +38,15 @@ class Int8Tensor(QuantizedTensor):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
+        rows, columns = self.codes.shape
+        return rows, columns
 
     def dequantize(self) -> torch.Tensor:
         return self.codes * self.absmax[:, None] * PER_CODE
 
 
 def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str = "weight") -> Int8Tensor:
-    """Divide by the largest magnitude, of each row or of the tensor, and round to -127..127, half to even.
+    """Divide by the largest magnitude, of each row or of the tensor, and round to -127..127, ties to even.
 
     matrix: float [rows, columns], finite; it is not changed. A row of zeros gets codes 0 and magnitude 0. bitsandbytes casts a
     weight to float16 first: pass weight.half() for its bytes. Raises ValueError for NaN, infinity or a shape that does not fit;
@@ -60,7 +65,7 @@ def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str =
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, len(matrix), step):  # some rows at a time, which stay in a CPU's cache between the steps
         rows = slice(start, start + step)
-        codes[rows] = (matrix[rows] * factors[rows]).round_().nan_to_num_(0.0)  # NaN: 0 * (127 / 0) in a row of zeros
+        codes[rows] = (matrix[rows] * factors[rows]).round_().nan_to_num_(0.0)  # a row of zeros gives 0 * (127 / 0), NaN
     return Int8Tensor(codes, absmax)
 
 
@@ -74,11 +79,11 @@ def outlier_columns(activations: torch.Tensor, threshold: float = THRESHOLD) -> 
 def quantize_activations(
     activations: torch.Tensor, threshold: float = 0.0, granularity: Granularity = "row"
 ) -> tuple[Int8Tensor, torch.Tensor]:
-    """Codes of what is left when outliers are taken out, and the columns they stand in, int64 [outliers].
+    """The activations without their outlier columns, in 8 bits; and the places of those columns, int64 [outliers].
 
-    activations: float [tokens, features]. With threshold 0 nothing is taken out. Values that reach the threshold do not count for
-    a row's magnitude, and all codes of their columns are 0. (A small value in such a column still counts for its row's, as in
-    bitsandbytes.)
+    activations: float [tokens, features]. With threshold 0 nothing is left out. A value that reaches the threshold does not count
+    for its row's magnitude, and all codes of its column are 0. (A smaller value in such a column still counts for its row's
+    magnitude, as in bitsandbytes.)
     """
     if threshold == 0:
         return quantize(activations, granularity, "activations"), torch.zeros(0, dtype=torch.int64, device=activations.device)
@@ -92,7 +97,7 @@ def quantize_activations(
 def matmul_int32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product a @ b.T of codes, exact: int8 [m, k] and int8 [n, k] -> int32 [m, n].
 
-    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144; float32 only up to 1,040.
+    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144; float32 only for k up to 1,040.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"codes are {a.dtype} and {b.dtype}, wanted torch.int8 on both sides")
@@ -112,9 +117,9 @@ def linear(
     """activations @ weight.T + bias: int8 times int8 for most columns, floating point for the outlier columns.
 
     activations: float [tokens, in_features], cast to float16 before they are rounded to int8, as in bitsandbytes; the result
-    has their dtype. outlier_weight: float [out_features, in_features], the weight before quantization, from which the paper's form
-    takes the outlier columns. Without it they are read back from int8, which is bitsandbytes' form: it keeps no second copy
-    of the weight. threshold 0: all columns in int8. Raises ValueError for NaN, a negative threshold or shapes that do not fit.
+    has their dtype. outlier_weight: float [out_features, in_features], the weight before quantization; the paper takes the
+    outlier columns from it. Without it they are read back from int8, as bitsandbytes does, which keeps no second copy of the
+    weight. threshold 0: all columns in int8. Raises ValueError for NaN, a negative threshold or shapes that do not fit.
     """
     if activations.shape[-1] != weight.shape[1]:
         raise ValueError(f"activations have {activations.shape[-1]} features, the weight has in_features {weight.shape[1]}")
@@ -132,10 +137,14 @@ def linear(
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that multiplies in int8, with outlier columns in floating point: `linear` with its weight at hand.
+    """A linear layer that multiplies in int8, with outlier columns in floating point: `linear`, and the weight that it needs.
 
     paper: keep the weight in float16 as well, for the outlier columns; otherwise they are read back from int8.
     """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    outlier_weight: torch.Tensor | None
 
     def __init__(self, layer: nn.Linear, threshold: float = THRESHOLD, paper: bool = False, granularity: Granularity = "row"):
         super().__init__()

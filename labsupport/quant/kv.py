@@ -1,14 +1,16 @@
 """The cache of keys and values in few bits: what is stored, what it reads back as, and what it weighs.
 
 Keys and values are [batch, heads, tokens, width], as attention sees them. A group shares a scale and a minimum: `group_size`
-neighboring channels of one token (axis "token"), or one channel of `group_size` tokens in a row (axis "channel"). A code q stands
-for minimum + q * scale. KIVI (Liu et al. 2024, arXiv:2402.02750, section 3) takes keys by channel, values by token, and leaves
-the newest tokens as they are; KVQuant (Hooper et al. 2024, arXiv:2401.18079, section 3) takes keys before the rotary embedding.
+neighboring channels of one token (axis "token"), or one channel of `group_size` successive tokens (axis "channel"). A code q
+stands for minimum + q * scale. KIVI (Liu et al. 2024, arXiv:2402.02750, section 3) quantizes keys by channel, values by token, and
+leaves the newest tokens unchanged; KVQuant (Hooper et al. 2024, arXiv:2401.18079, section 3) quantizes keys before the rotary
+embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,9 +26,9 @@ AXES = ("channel", "token")
 class Part:
     """How keys, or values, are stored.
 
-    bits: 2 to 8 on a uniform grid, "fp8" for e4m3 clamped at 448, or 16 for as they come. axis, group_size: what shares a scale.
-    residual: the newest tokens, which stay as they come. block: older ones are quantized so many tokens at a time; without it
-    as soon as it can be, which for axis "channel" is a whole group. scale: fp8's; values are divided by it.
+    bits: 2 to 8 on a uniform grid, "fp8" for e4m3 clamped at 448, or 16 to store them unchanged. axis, group_size: what shares a
+    scale. residual: how many of the newest tokens stay unchanged. block: older ones are quantized that many tokens at a time;
+    without it as soon as possible, which for axis "channel" is a group at a time. scale: fp8's; values are divided by it.
 
     KIVI's keys have residual 0 and a block of 128, its values residual 128. Raises ValueError for what does not fit.
     """
@@ -38,9 +40,9 @@ class Part:
     block: int | None = None
     scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bits not in ("fp8", 16) and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):
-            raise ValueError(f"bits is {self.bits!r}, wanted a whole number from 2 to 8, 'fp8', or 16 for as it comes")
+            raise ValueError(f"bits is {self.bits!r}, wanted a whole number from 2 to 8, 'fp8', or 16 for unchanged")
         if self.axis not in AXES:
             raise ValueError(f"axis is {self.axis!r}, wanted 'channel' or 'token'")
         for name, least in (("group_size", 1), ("residual", 0), ("block", 1)):
@@ -50,7 +52,7 @@ class Part:
         if not isinstance(self.scale, int | float) or not 0 < self.scale < float("inf"):
             raise ValueError(f"scale is {self.scale!r}, wanted a number above 0")
         if self.by_channel and self.step % self.group_size:
-            raise ValueError(f"block {self.block} is no multiple of group_size {self.group_size}: a group would stay half full")
+            raise ValueError(f"block {self.block} is not a multiple of group_size {self.group_size}: a group would stay half full")
 
     @property
     def by_channel(self) -> bool:
@@ -63,14 +65,14 @@ class Part:
         return self.block or (self.group_size if self.by_channel else 1)
 
     def stored(self, tokens: int) -> int:
-        """How many of the first `tokens` tokens are quantized when there are so many; the others are as they came."""
+        """How many tokens are quantized once there are `tokens` of them: the oldest; the others are stored unchanged."""
         return 0 if self.bits == 16 else max(0, tokens - self.residual) // self.step * self.step
 
     def nbytes(self, rows: int, tokens: int, width: int, float_bytes: int = 2) -> int:
-        """Bytes for `rows` = batch * heads. float_bytes: of a value that stays as it came."""
+        """Bytes for `rows` = batch * heads. float_bytes: of a value that is stored unchanged."""
         stored = self.stored(tokens)
         waiting = rows * (tokens - stored) * width * float_bytes
-        if self.bits in ("fp8", 16):
+        if self.bits == "fp8" or self.bits == 16:
             return waiting + rows * stored * width
         codes = rows * stored * width * self.bits // 8
         return waiting + codes + rows * stored * width // self.group_size * 4  # a scale and a minimum in float16
@@ -152,28 +154,34 @@ class QuantizedStates:
         """Bytes of all tensors that are stored."""
         return sum(t.nbytes for t in self.tensors)
 
-    def map(self, change) -> QuantizedStates:
-        """The same with `change` done to every tensor."""
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: change(t) for name, t in pairs if isinstance(t, torch.Tensor)})
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedStates:
+        """A copy in which `change` has been applied to every tensor."""
+        scale, minimum = (None if t is None else change(t) for t in (self.scale, self.minimum))
+        return replace(self, codes=change(self.codes), scale=scale, minimum=minimum)
 
     def joined(self, later: QuantizedStates) -> QuantizedStates:
         """These tokens and then those of `later`."""
-        pairs = zip(self.tensors, later.tensors, strict=True)
-        # As bytes: float8 cannot be joined everywhere. All tensors have their tokens, or groups of them, along axis 2.
-        joined = [torch.cat([a.view(torch.uint8), b.view(torch.uint8)], dim=2).view(a.dtype) for a, b in pairs]
-        return QuantizedStates(*joined, *[None] * (3 - len(joined)), self.part)
+        return QuantizedStates(
+            _joined(self.codes, later.codes),
+            None if self.scale is None or later.scale is None else _joined(self.scale, later.scale),
+            None if self.minimum is None or later.minimum is None else _joined(self.minimum, later.minimum),
+            self.part,
+        )
 
     def dequantize(self) -> torch.Tensor:
         """float32 [batch, heads, tokens, width]."""
         bits, (batch, heads, tokens, size) = self.part.bits, self.codes.shape
-        if bits == "fp8":
+        if bits == "fp8" or self.scale is None or self.minimum is None:
             return self.codes.float() * self.part.scale
         width = size * 8 // bits
         codes = grid.unpack_bits(self.codes.flatten(), bits, self.codes.numel() * 8 // bits).view(batch, heads, tokens, width)
-        grouped = _grouped(codes.float(), self.part)
         scale, minimum = (_beside(t.float(), self.part) for t in (self.scale, self.minimum))
-        return (grouped * scale + minimum).view(batch, heads, tokens, width)
+        return (_grouped(codes.float(), self.part) * scale + minimum).view(batch, heads, tokens, width)
+
+
+def _joined(first: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """Along axis 2, which holds tokens or groups of them. As bytes, since PyTorch cannot join float8 on every device."""
+    return torch.cat([first.view(torch.uint8), later.view(torch.uint8)], dim=2).view(first.dtype)
 
 
 def _grouped(states: torch.Tensor, part: Part) -> torch.Tensor:
@@ -189,9 +197,9 @@ def _beside(statistics: torch.Tensor, part: Part) -> torch.Tensor:
 def quantize(states: torch.Tensor, part: Part) -> QuantizedStates:
     """Round keys or values, float [batch, heads, tokens, width], to the grids of `part`; they are not changed.
 
-    Scale and minimum are rounded to float16 before codes are chosen. A value is read back within half a step and what these two
+    Scale and minimum are rounded to float16 before codes are chosen. A value is read back within half a step, plus what these two
     roundings move the ends of the group by: 2**-11 of the minimum and of the range. Raises ValueError for NaN, infinity, or a
-    shape in which groups or bytes stay half full; TypeError for what is no floating-point tensor.
+    shape in which groups or bytes stay half full; TypeError for what is not a floating-point tensor.
     """
     check_states(states, "states")
     if part.bits == 16:
@@ -202,20 +210,20 @@ def quantize(states: torch.Tensor, part: Part) -> QuantizedStates:
     check_width(states.shape[3], part, "states")
     if part.by_channel and states.shape[2] % part.group_size:
         raise ValueError(f"group_size {part.group_size} does not divide the {states.shape[2]} tokens of states")
-    groups, inside = _grouped(states.detach().float(), part), 3 if part.by_channel else 4
-    low, high = groups.amin(inside, keepdim=True), groups.amax(inside, keepdim=True)
-    minimum, most = low.half(), 2**part.bits - 1
-    scale = ((high - minimum.float()) / most).half()
+
+    groups, inside, largest_code = _grouped(states.detach().float(), part), 3 if part.by_channel else 4, 2**part.bits - 1
+    minimum = groups.amin(inside, keepdim=True).half()
+    scale = ((groups.amax(inside, keepdim=True) - minimum.float()) / largest_code).half()
     if scale.isinf().any() or minimum.isinf().any():
         raise ValueError(f"states reach {states.abs().max().item():.3g}, more than float16 scales hold")
-    scale = torch.where(scale <= 0, torch.ones_like(scale), scale)  # all values of the group alike: code 0, its minimum
-    codes = ((groups - minimum.float()) / scale.float()).round_().clamp_(0, most).to(torch.uint8)
+    scale = torch.where(scale <= 0, torch.ones_like(scale), scale)  # all values of the group are equal: code 0, its minimum
+    codes = ((groups - minimum.float()) / scale.float()).round_().clamp_(0, largest_code).to(torch.uint8)
     packed = grid.pack_bits(codes, part.bits).view(*states.shape[:3], -1)
     return QuantizedStates(packed, scale.squeeze(inside), minimum.squeeze(inside), part)
 
 
 def check_states(states: torch.Tensor, name: str) -> None:
-    """Raise TypeError for what is no floating-point tensor, ValueError for another shape, NaN or infinity."""
+    """Raise TypeError for what is not a floating-point tensor, ValueError for another shape, NaN or infinity."""
     if not isinstance(states, torch.Tensor) or not states.is_floating_point():
         raise TypeError(f"{name} is {getattr(states, 'dtype', type(states).__name__)}, wanted a floating-point tensor")
     if states.ndim != 4 or states.numel() == 0:
@@ -231,11 +239,11 @@ def check_width(width: int, part: Part, name: str) -> None:
     if not part.by_channel and width % part.group_size:
         raise ValueError(f"group_size {part.group_size} does not divide the width {width} of {name}")
     if width * part.bits % 8:
-        raise ValueError(f"a token of {name} takes {width} times {part.bits} bits, which is no whole number of bytes")
+        raise ValueError(f"a token of {name} takes {width} times {part.bits} bits, which is not a whole number of bytes")
 
 
 class Stream:
-    """Keys, or values, of one layer, growing: quantized blocks of old tokens, and recent tokens as they came."""
+    """Keys, or values, of one layer, growing: quantized blocks of old tokens, and recent tokens unchanged."""
 
     def __init__(self, part: Part, name: str = "states"):
         self.part, self.name = part, name
@@ -244,17 +252,19 @@ class Stream:
 
     @property
     def tokens(self) -> int:
-        return sum(0 if t is None else t.shape[2] for t in (self.old and self.old.codes, self.recent))
+        old = 0 if self.old is None else self.old.codes.shape[2]
+        return old + (0 if self.recent is None else self.recent.shape[2])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are stored."""
-        return sum(0 if t is None else t.nbytes for t in (self.old, self.recent))
+        old = 0 if self.old is None else self.old.nbytes
+        return old + (0 if self.recent is None else self.recent.nbytes)
 
     def grown(self, states: torch.Tensor) -> Stream:
-        """This with new tokens, float [batch, heads, tokens, width]; those that have become old enough are quantized, for good.
+        """A copy with new tokens, float [batch, heads, tokens, width]; those that have become old enough are quantized for good.
 
-        Raises ValueError where batch, heads or width are not those of the tokens before.
+        Raises ValueError where batch, heads or width are not those of the tokens before them.
         """
         check_states(states, self.name)
         check_width(states.shape[3], self.part, self.name)
@@ -272,14 +282,19 @@ class Stream:
         return after
 
     def read(self) -> torch.Tensor:
-        """All tokens as they read back, [batch, heads, tokens, width] in the dtype in which they came."""
+        """All tokens as they read back, [batch, heads, tokens, width] in the dtype in which they came.
+
+        Raises ValueError while there are none.
+        """
+        if self.recent is None:
+            raise ValueError(f"{self.name} holds no tokens yet")
         if self.old is None:
             return self.recent
         return torch.cat([self.old.dequantize().to(self.recent.dtype), self.recent], dim=2)
 
-    def map(self, change) -> None:
-        """Do `change`, such as picking sequences of the batch, to every tensor."""
-        self.old = self.old and self.old.map(change)
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `change`, such as picking sequences of the batch, to every tensor."""
+        self.old = None if self.old is None else self.old.map(change)
         self.recent = None if self.recent is None else change(self.recent)
 
 

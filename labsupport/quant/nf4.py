@@ -1,6 +1,6 @@
-"""Sixteen levels of any spacing over blocks divided by their largest magnitude: NF4, FP4 and int4, stored as bitsandbytes does.
+"""NF4, FP4 and int4: blocks divided by their largest magnitude and rounded to sixteen levels, stored as bitsandbytes does.
 
-Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, sections 3 and appendix E. The weight is read row by row as one long vector and cut
+Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3 and appendix E. The weight is read row by row as one long vector and cut
 into blocks, which may run from one row into the next. Codes, absmax and nested statistics equal those of bitsandbytes 0.50 on
 a CPU to the last bit; labsupport/quant/bnb_format.py reads and writes its state dicts.
 """
@@ -21,9 +21,9 @@ from labsupport.quant.grid import QuantizedTensor
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-# The outermost quantile: half way between those that 8 and 7 levels would ask for, 1 - (1/32 + 1/30) / 2, cut to seven digits.
+# The outermost probability: half way between those for 8 and for 7 levels, 1 - (1/32 + 1/30) / 2, cut to seven digits.
 OFFSET = 0.9677083
-SMALLEST_ABSMAX = 1e-38  # a block of smaller values is divided by this; a short one at the end stores it as well
+SMALLEST_ABSMAX = 1e-38  # what a block of smaller values is divided by; a short block at the end also stores it
 # Values are taken some at a time, few enough that they stay in a CPU's last-level cache between the steps.
 CHUNK = 2**18
 
@@ -43,15 +43,19 @@ def normal_quantiles(offset: float = OFFSET) -> torch.Tensor:
 
 
 def fp4_levels() -> torch.Tensor:
-    """bitsandbytes' FP4 by code, not ascending: float32 [16]. One sign bit, and eight magnitudes over 12, 0 among them."""
+    """bitsandbytes' FP4 by code, not ascending: float32 [16]. A sign bit and the magnitudes 0, 1/16, 8, 12, 4, 6, 2, 3 over 12.
+
+    This is not E2M1, the FP4 of the OCP formats, whose magnitudes in the same unit are 0, 1, 2, 3, 4, 6, 8, 12: here the 1 is a
+    sixteenth, and the codes are in another order.
+    """
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
     return torch.cat([magnitudes, 0 - magnitudes])  # 0.0 twice: their table holds no -0.0
 
 
 def int4_levels() -> torch.Tensor:
-    """A uniform grid in the same clothes: float32 [16], (code - 8) / 7.5, so that no value is more than half a step away.
+    """Evenly spaced levels: float32 [16], (code - 8) / 7.5, so that no value from -1 to 1 is more than half a step away.
 
-    It is the symmetric grid of rtn, with the largest magnitude in place of the scale.
+    They are the symmetric grid of rtn, with the largest magnitude stored in place of the scale.
     """
     return (torch.arange(16) - 8) / 7.5
 
@@ -80,10 +84,10 @@ def levels_of(name: str) -> torch.Tensor:
 
 @_computed_once
 def dynamic_map() -> torch.Tensor:
-    """The 8-bit code for nested statistics: float32 [256], ascending, signed, fine near 0 and coarse near 1.
+    """The levels of the 8-bit code for nested statistics: float32 [256], ascending, of both signs, fine near 0 and coarse near 1.
 
-    Seven decades, from 1e-6 to 1; each has twice as many values as the one below, at the middle of equal steps from a tenth of its
-    end to its end. 0 and 1 complete it. (Dettmers 2015, arXiv:1511.04561, section 4.1.)
+    Seven decades, the last from 0.1 to 1. The first is one step; each of the others is cut into twice as many equal steps as the
+    one before it. The middles of the steps are the levels, together with 0 and 1. (Dettmers 2015, arXiv:1511.04561, section 4.1.)
     """
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
@@ -95,7 +99,7 @@ def dynamic_map() -> torch.Tensor:
 
 @cache
 def _dynamic_table() -> torch.Tensor:  # only ever read
-    """The code for each of 65,536 values from -1 to 1. bitsandbytes looks codes up here, where most but not all are the nearest."""
+    """The code for each of 65,536 values from -1 to 1. bitsandbytes looks codes up in it; most of them are the nearest, not all."""
     levels = dynamic_map()
     values = -1 + 2 * torch.arange(65536, dtype=torch.float32) / 65535
     return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
@@ -103,7 +107,7 @@ def _dynamic_table() -> torch.Tensor:  # only ever read
 
 @dataclass(frozen=True)
 class NestedAbsmax(QuantizedTensor):
-    """Largest magnitudes of blocks, quantized themselves: double quantization.
+    """The largest magnitudes of blocks, quantized in their turn: double quantization.
 
     codes: uint8 [blocks]. absmax: float32 [blocks / 256, rounded up]. offset: float32 scalar, the mean of all magnitudes.
     """
@@ -126,8 +130,8 @@ class NestedAbsmax(QuantizedTensor):
 class BlockTensor(QuantizedTensor):
     """A weight in 4-bit codes, two a byte, the first in the high nibble, and the largest magnitude of each block.
 
-    packed_codes: uint8 [weights / 2, rounded up]. absmax: float [blocks], or nested. levels: float32 [16], the codebook; it is
-    the same for a whole model, so its 64 bytes are not counted. kind: its name, "" for one of your own.
+    packed_codes: uint8 [weights / 2, rounded up]. absmax: float [blocks], or nested. levels: the 16 numbers of the codebook; it is
+    the same for a whole model, so its 64 bytes are not counted. kind: its name, "" for a codebook without one.
     """
 
     packed_codes: torch.Tensor
@@ -151,14 +155,14 @@ class BlockTensor(QuantizedTensor):
     def dequantize(self) -> torch.Tensor:
         rows, columns = self.shape
         levels, device = torch.tensor(self.levels), self.packed_codes.device
-        # A byte is two codes: look both levels up at once, as one 64-bit word.
+        # A byte is two codes: both levels are looked up at once, as one 64-bit word.
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).view(torch.int64).view(-1).to(device)
         values = torch.empty(2 * len(self.packed_codes), device=device)
         absmax, step = self.block_absmax, _chunk(self.block_size)
         for start in range(0, rows * columns, step):
             part = values[start : start + step]
-            some = self.packed_codes[start // 2 : (start + step) // 2].long()
-            torch.take(pairs, some, out=part.view(torch.int64))
+            packed = self.packed_codes[start // 2 : (start + step) // 2]
+            torch.take(pairs, packed.long(), out=part.view(torch.int64))
             _times(part, absmax[start // self.block_size :][: -(-len(part) // self.block_size)], self.block_size)
         return values[: rows * columns].view(rows, columns)
 
@@ -173,20 +177,21 @@ def quantize(
     """Divide each block by its largest magnitude and give each value the code of the nearest level.
 
     weight: float [out_features, in_features], finite; it is not changed. codebook: "nf4", "fp4", "int4", or 16 levels from -1 to 1.
-    A value half way between two levels takes the lower one. double_quant: store the magnitudes in 8 bits each. absmax_dtype:
-    what they are stored in otherwise; codes are chosen with the magnitude that is stored.
+    A value half way between two levels takes the lower one. double_quant: store each magnitude in 8 bits. absmax_dtype: the dtype
+    in which they are stored otherwise. Codes are chosen with the magnitude as it is stored.
 
     Raises ValueError for NaN, infinity, a shape, block size or codebook that does not fit, a magnitude that `absmax_dtype` cannot
     hold, or `double_quant` with another dtype than float32; TypeError for a dtype that is not floating point.
     """
     grid.check_matrix(weight)
-    levels = _check(codebook, block_size, double_quant, absmax_dtype)
+    rows, columns = weight.shape
+    levels = _checked_levels(codebook, block_size, double_quant, absmax_dtype)
     by_size = levels.argsort(stable=True)  # FP4's codes do not ascend
     ascending = levels[by_size]
     bounds = ((ascending[:-1] + ascending[1:]) / 2).tolist()
     packed, largest = [], []
-    for some in weight.detach().reshape(-1).split(_chunk(block_size)):
-        values = some.float()
+    for chunk in weight.detach().reshape(-1).split(_chunk(block_size)):
+        values = chunk.float()
         absmax = _absmax(values, block_size)
         if len(values) % block_size:
             absmax[-1].clamp_(min=SMALLEST_ABSMAX)
@@ -199,23 +204,23 @@ def quantize(
         packed.append(pack_nibbles(_count_below(F.pad(divided, (0, len(divided) % 2)), bounds)))
         largest.append(stored)
     stream, absmax = torch.cat(packed), torch.cat(largest)
-    if not torch.equal(by_size, torch.arange(16)):
-        both = pack_nibbles(torch.cartesian_prod(by_size, by_size).to(torch.uint8).view(-1))  # of each byte, both codes
-        stream = torch.take(both.to(stream.device), stream.long())
+    if not torch.equal(by_size, torch.arange(16)):  # from places in ascending order to codes, a byte with both at a time
+        bytes_of = pack_nibbles(torch.cartesian_prod(by_size, by_size).to(torch.uint8).view(-1))
+        stream = torch.take(bytes_of.to(stream.device), stream.long())
     return BlockTensor(
         packed_codes=stream,
         absmax=nest(absmax) if double_quant else absmax,
         levels=tuple(levels.tolist()),
         kind=codebook if isinstance(codebook, str) else "",
         block_size=block_size,
-        shape=tuple(weight.shape),
+        shape=(rows, columns),
     )
 
 
 def nest(absmax: torch.Tensor) -> NestedAbsmax:
-    """Double quantization: float32 [blocks] to 8 bits each, with a magnitude for every 256 and one offset, their mean.
+    """Double quantization: float32 [blocks] to 8 bits each, with one magnitude for every 256 and one offset, the mean of all.
 
-    The mean is a float32 sum, whose last bit depends on the number of threads, as it does in bitsandbytes.
+    The last bit of the mean, a float32 sum, depends on the number of threads, as it does in bitsandbytes.
     """
     offset = absmax.mean()
     centered = absmax - offset
@@ -236,7 +241,7 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([packed >> 4, packed & 15], 1).view(-1)
 
 
-def _check(codebook: str | torch.Tensor, block_size: int, double_quant: bool, absmax_dtype: torch.dtype) -> torch.Tensor:
+def _checked_levels(codebook: str | torch.Tensor, block_size: int, double_quant: bool, absmax_dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size is {block_size!r}, wanted a positive whole number")
     if double_quant and absmax_dtype != torch.float32:
@@ -283,7 +288,7 @@ def _divided(values: torch.Tensor, absmax: torch.Tensor, block_size: int) -> tor
 
 
 def _count_below(values: torch.Tensor, bounds: list[float]) -> torch.Tensor:
-    """How many bounds lie below each value, uint8 [n]. On a CPU many times faster than torch.bucketize, which searches each."""
+    """How many bounds lie below each value, uint8 [n]. On a CPU many times faster than torch.bucketize, a search for each value."""
     codes = (values > bounds[0]).to(torch.uint8)
     for bound in bounds[1:]:
         codes += (values > bound).view(torch.uint8)

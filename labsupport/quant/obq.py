@@ -1,8 +1,8 @@
-"""Optimal Brain Quantization: one weight at a time, with an inverse that shrinks. What GPTQ computes, as it was first derived.
+"""Optimal Brain Quantization: one weight at a time, with an inverse that shrinks. It is what GPTQ was derived from.
 
 Frantar and Alistarh 2022, "Optimal Brain Compression", arXiv:2208.11580, section 5 and algorithm 3. Plain and slow, in float64:
-O(in_features^3) for each row where the order is greedy. In column order all rows share one inverse and the codes are GPTQ's
-with static groups, since row i of GPTQ's factor is the first row of the inverse that is left when i columns are gone, over the
+O(in_features^3) for each row where the order is greedy. In column order all rows share one inverse, and the codes are those of
+GPTQ with static groups: row i of GPTQ's factor is the first row of the inverse that is left when i columns are gone, over the
 square root of its first entry (GPTQ, step 3).
 """
 
@@ -25,18 +25,16 @@ def quantize(
     damping: float = 0.01,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformTensor:
-    """Quantize each row one weight at a time; after each, the weights that are left move to where they best make up for it.
+    """Quantize each row one weight at a time; after each, change the weights that are left so that they best make up for it.
 
     weight: float [out_features, in_features]. hessian: float [in_features, in_features], positive definite once `damping` times its
     mean diagonal is added. Neither is changed. greedy: in every row that weight first whose rounding costs least,
-    (w - q)^2 / [H^-1]_pp; otherwise columns in order. Grids are taken from the weight as it came. For layers small enough to watch:
-    use gptq for others. Raises ValueError and TypeError as gptq does.
+    (w - q)^2 / [H^-1]_pp; otherwise columns in order. Grids are chosen from the weight as it came. For layers small enough to
+    watch; use gptq for others. Raises ValueError and TypeError as gptq does.
     """
     size = grid.check_weight(weight, bits, group_size)
     rows, columns = weight.shape
-    grid.check_matrix(hessian, "hessian", "[in_features, in_features]")
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"hessian has shape {list(hessian.shape)}, wanted [{columns}, {columns}] for in_features {columns}")
+    grid.check_square(hessian, "hessian", columns)
     for matrix, name in ((weight, "weight"), (hessian, "hessian")):
         if not matrix.isfinite().all():
             raise grid.not_finite(matrix, name)
@@ -64,9 +62,9 @@ def quantize(
 
         row = inverse[each, chosen]  # [out, in], the chosen row of each inverse, with
         pivot = row[each, chosen][:, None]  # [H^-1]_pp
-        work -= error[each, chosen][:, None] / pivot * row  # what makes up best for the error
+        work -= error[each, chosen][:, None] / pivot * row  # what best makes up for the error
         inverse -= row[:, :, None] * row[:, None, :] / pivot[..., None]  # the inverse of H without row and column p (lemma 1)
-        inverse[each, chosen, chosen] = 1  # it is 0 now; no cost is divided by it
+        inverse[each, chosen, chosen] = 1  # it is 0 now, and costs are divided by it
     return UniformTensor(
         packed_codes=grid.pack_bits(codes, bits),
         scale=stored,
