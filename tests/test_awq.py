@@ -574,7 +574,7 @@ def with_another_kind_of_linear() -> LlamaForCausalLM:
     [
         (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)), "GPT2Block has no input_layernorm"),
         (lambda: GemmaForCausalLM(small(GemmaConfig)), "input_layernorm of GemmaDecoderLayer does not multiply by its weight"),
-        (with_another_reader, "LlamaDecoderLayer has weights in mlp.router, which a Llama's block has not"),
+        (with_another_reader, "LlamaDecoderLayer has weights in mlp.router, which a Llama's block does not have"),
         (with_another_kind_of_linear, "mlp.up_proj of LlamaDecoderLayer is a Identity"),
     ],
     ids=["gpt2", "gemma", "router", "identity"],

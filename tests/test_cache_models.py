@@ -5,7 +5,7 @@ import torch
 from architectures import CONFIGS, VOCABULARY, make
 
 from labsupport.model.models import ModelError
-from labsupport.pipeline import cache
+from labsupport.pipeline import attention, cache
 from labsupport.quant import kv
 from labsupport.quant.kv import Part, Scheme
 
@@ -49,7 +49,7 @@ def test_nothing_quantized_is_the_model_itself(name):
 def test_keys_before_the_rotary_embedding_or_a_refusal(name):
     model = make(name)
     if name in NOT_TURNED_BACK:
-        with pytest.raises(ModelError, match=r"rotary embedding|cannot be replaced|not to be had"):
+        with pytest.raises(ModelError, match=r"rotary embedding|cannot be replaced|cannot be read"):
             cache.QuantizedCache(model, BEFORE_ROPE)
         with pytest.raises(ModelError), cache.reading_back(model, BEFORE_ROPE):
             pass
@@ -65,7 +65,7 @@ def test_keys_before_the_rotary_embedding_or_a_refusal(name):
 def test_a_window_that_is_lost_is_noticed(monkeypatch):
     """Break what the check guards: with a mask that hides nothing, a sliding window is refused."""
     model = make("mistral")
-    monkeypatch.setattr(cache, "_seen", lambda mask: torch.ones_like(mask, dtype=torch.bool))
+    monkeypatch.setattr(attention, "_seen", lambda mask: torch.ones_like(mask, dtype=torch.bool))
     with pytest.raises(ModelError, match="does more than the one that replaces it"), cache.reading_back(model, kv.FLOAT):
         pass
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from labsupport import checkpoint
-from labsupport.checkpoint import CheckpointError, evidence
+from labsupport.checkpoint import CheckpointError, statistics
 from labsupport.cli import app
 from labsupport.model import models
 from labsupport.quant import packing
@@ -147,7 +147,7 @@ FAULTS = [
 def test_what_shapes_do_not_show_is_found(spoiled, name, spoil, where, said):
     findings = [finding for finding in spoiled(name, spoil).findings if finding.where == where]
     assert len(findings) == 1
-    assert re.search(said, findings[0].said), findings[0].said
+    assert re.search(said, findings[0].message), findings[0].message
     assert findings[0].certain == ("symmetric" in said)
 
 
@@ -230,7 +230,7 @@ def test_what_is_missing_or_does_not_fit(spoiled, name, spoil, where, said):
                 first.append(real(tensors, config))
 
     found = spoiled(name, spoil)
-    assert any(finding.where == where and said in finding.said for finding in found.findings), list(found.lines())
+    assert any(finding.where == where and said in finding.message for finding in found.findings), list(found.lines())
     assert list(found.lines())[-1].endswith(("fault", "faults"))
 
 
@@ -245,7 +245,7 @@ def test_a_zero_point_of_0_in_version_1(spoiled):
             tensors[key] = packing.pack_gptq_zeros(zeros, 4)
 
     (finding,) = spoiled("gptq", spoil).findings
-    assert "5 are 0, stored as 15, which AutoGPTQ's and other kernels read as 16" in finding.said
+    assert "5 are 0, stored as 15, which AutoGPTQ's and other kernels read as 16" in finding.message
 
 
 def test_damaged_files_and_pickles_are_findings(made, tmp_path):
@@ -292,7 +292,7 @@ def test_the_command(made, tmp_path):
 
 
 def test_orders_are_what_reading_in_awqs_order_makes_of_them():
-    for name, order in evidence.ORDERS.items():
+    for name, order in statistics.ORDERS.items():
         columns = [int(digit) for digit in name.split()]
         word = packing.pack_rows(torch.tensor([columns]), 4)
         assert packing.unpack_awq(word)[:, 0].tolist() == list(order)
@@ -300,10 +300,10 @@ def test_orders_are_what_reading_in_awqs_order_makes_of_them():
 
 def test_too_little_to_tell_is_not_a_fault():
     """Noise that has nothing to do with each other: neither order is believed."""
-    match = evidence.Match()
+    match = statistics.Match()
     generator = torch.Generator().manual_seed(0)
     match.add(torch.randn(64, 8, generator=generator), torch.randn(64, 8, generator=generator))
     assert match.best(+1) is None
     assert match.best(-1) is None
-    offset = evidence.Offset([0.4, -0.9, 1.7, 0.1])
-    assert offset.whole is None
+    offset = statistics.Offset([0.4, -0.9, 1.7, 0.1])
+    assert offset.whole_steps is None

@@ -15,7 +15,7 @@ from test_checkpoint import make, run
 from typer.testing import CliRunner
 
 from labsupport import checkpoint
-from labsupport.checkpoint import CheckpointError, evidence
+from labsupport.checkpoint import CheckpointError, statistics
 from labsupport.cli import app
 from labsupport.model import models
 from labsupport.quant import packing, rtn
@@ -61,7 +61,7 @@ def test_a_model_by_autoawq_with_its_words_in_plain_order(tmp_path):
 
     findings = checkpoint.inspect(by_autoawq(tmp_path / "model", "gqa", change)).findings
     assert [finding.where for finding in findings] == ["qweight", "qzeros"]
-    assert "nibbles stand in order 0 1 2 3 4 5 6 7, not 0 2 4 6 1 3 5 7" in findings[0].said
+    assert "nibbles stand in order 0 1 2 3 4 5 6 7, not 0 2 4 6 1 3 5 7" in findings[0].message
 
 
 @pytest.mark.parametrize(("by", "way"), [(1, "high"), (-1, "low")])
@@ -70,7 +70,7 @@ def test_a_model_by_autoawq_with_its_zero_points_off(tmp_path, by, way):
         return packing.pack_awq(packing.unpack_awq(tensor).int() + by & 15) if key.endswith("qzeros") else tensor
 
     (finding,) = checkpoint.inspect(by_autoawq(tmp_path / "model", "gqa", change)).findings
-    assert finding.said.startswith(f"are read 1 too {way}")
+    assert finding.message.startswith(f"are read 1 too {way}")
 
 
 def by_autogptq(directory, case, **changes):
@@ -119,27 +119,27 @@ def test_symmetric_layers_by_autogptq_under_the_wrong_version(tmp_path):
     case = pack.Case("autogptq", 4, symmetric=True)
     (finding,) = checkpoint.inspect(by_autogptq(tmp_path / "model", case, checkpoint_format="gptq_v2")).findings
     assert finding.certain
-    assert "all are stored as 7, symmetric gptq_v2 files store 8: each weight is read 1 step off" in finding.said
-    assert "That is what version 1 (gptq) stores: the file carries the wrong label" in finding.said
+    assert "all are stored as 7, symmetric gptq_v2 files store 8: each weight is read 1 step off" in finding.message
+    assert "That is what version 1 (gptq) stores: the file has the wrong label" in finding.message
 
 
 def test_what_autogptq_makes_of_a_zero_point_of_0_is_found(tmp_path):
     found = checkpoint.inspect(by_autogptq(tmp_path / "model", pack.Case("autogptq", 4, zero=True)))
     (finding,) = found.findings
-    assert "are 0, stored as 15, which AutoGPTQ's and other kernels read as 16" in finding.said
+    assert "are 0, stored as 15, which AutoGPTQ's and other kernels read as 16" in finding.message
 
 
 def test_an_order_of_columns_that_the_config_denies(tmp_path):
     case = pack.Case("autogptq", 4, order=True)
     (finding,) = checkpoint.inspect(by_autogptq(tmp_path / "model", case, desc_act=False)).findings
-    assert "desc_act is False, and 2 linears have groups out of order" in finding.said
+    assert "desc_act is False, and 2 linears have groups out of order" in finding.message
 
 
 def test_several_files_and_no_index(tmp_path):
     directory = by_autogptq(tmp_path / "model", BY_AUTOGPTQ[0])
     shutil.copy(next(directory.glob("*.safetensors")), directory / "another.safetensors")
     (finding,) = checkpoint.inspect(directory).findings
-    assert "holds no weights: wanted model.safetensors or model.safetensors.index.json" in finding.said
+    assert "holds no weights: wanted model.safetensors or model.safetensors.index.json" in finding.message
 
 
 def test_an_index_of_another_name(tmp_path):
@@ -294,15 +294,15 @@ def test_no_damage_to_a_tensor_makes_it_fail_otherwise(written, tmp_path, seed):
 
 def test_few_groups_are_no_evidence():
     generator = torch.Generator().manual_seed(0)
-    few, many = evidence.Offset(), evidence.Offset()
+    few, many = statistics.Offset(), statistics.Offset()
     for offset, groups in ((few, 4), (many, 400)):
         weight = torch.randn(16, groups * 32, generator=generator)
         tensor = rtn.quantize(weight, 4, 32)
-        means, _ = evidence.group_means(tensor)
+        means, _ = statistics.group_means(tensor)
         away = 6 * torch.randn(means.shape, generator=generator)  # zero-points that have nothing to do with the codes
         away -= away.mean() - 1
         offset.add(tensor, means + away)
     assert abs(few.middle - 1) < 0.2
     assert few.error > 0.125
-    assert few.whole is None
-    assert many.whole == 1
+    assert few.whole_steps is None
+    assert many.whole_steps == 1

@@ -475,10 +475,10 @@ def test_a_cache_fed_out_of_order():
     model = tiny(torch.float32)
     one = (states(1, 2, 4, 16), states(1, 2, 4, 16))
     held = QuantizedCache(model, SCHEMES["int8"])
-    with pytest.raises(ValueError, match="layer 1 is fed 4 tokens out of turn: it holds 0 tokens and layer 0 0"):
+    with pytest.raises(ValueError, match="layer 1 is fed 4 tokens out of turn: it holds 0 tokens and layer 0 holds 0"):
         held.update(*one, 1)
     held.update(*one, 0)
-    with pytest.raises(ValueError, match="layer 0 is fed 4 tokens out of turn: it holds 4 tokens and layer 2 0"):
+    with pytest.raises(ValueError, match="layer 0 is fed 4 tokens out of turn: it holds 4 tokens and layer 2 holds 0"):
         held.update(*one, 0)
     with pytest.raises(ValueError, match="layer 2 is fed 4 tokens out of turn"):
         held.update(*one, 2)

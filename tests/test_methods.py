@@ -12,7 +12,7 @@ from labsupport.checkpoint.recipe import Recipe
 from labsupport.cli import app
 from labsupport.model import models
 from labsupport.pipeline import methods
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import Quantized, replace_weight
 from labsupport.pipeline.methods import METHODS, Method, Storage
 from labsupport.quant import bnb_format, grid, rtn

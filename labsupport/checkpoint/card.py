@@ -1,4 +1,4 @@
-"""What a written checkpoint says of itself: README.md for people, quantization_report.json for programs."""
+"""What is written about a checkpoint beside it: README.md, its card, for people; quantization_report.json for programs."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ LOADERS = {
 
 
 def kind_of(name: str, dtype: str) -> str:
-    """What a stored tensor is for. dtype: as safetensors names it."""
+    """What a stored tensor is for, one of KINDS. dtype: as safetensors names it."""
     for ending, kind in ENDINGS.items():
         if name.endswith(ending):
             return kind
     return "codes" if name.endswith(".weight") and dtype == "U8" else "not quantized"
 
 
-def sizes(layout: str, files: Iterable[Path]) -> dict[str, int]:
-    """Bytes of tensors by what they are for."""
-    found = dict.fromkeys(KINDS, 0)
+def sizes(files: Iterable[Path]) -> dict[str, int]:
+    """Bytes of the tensors in some files, by what they are for."""
+    nbytes = dict.fromkeys(KINDS, 0)
     for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                found[kind_of(name, file.get_slice(name).get_dtype())] += file.get_tensor(name).nbytes
-    return {kind: size for kind, size in found.items() if size}
+                nbytes[kind_of(name, file.get_slice(name).get_dtype())] += file.get_tensor(name).nbytes
+    return {kind: size for kind, size in nbytes.items() if size}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """source: name of the model. weights: how many the quantized linears hold. texts: what it was calibrated on.
+    """What is known of a checkpoint when it is complete.
 
-    measured: perplexity "before" and "after", and on what.
+    source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. layers: what became of each.
+    texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text.
     """
 
     source: str
@@ -81,16 +82,16 @@ class Facts:
         }
 
     def text(self, sizes: Mapping[str, int]) -> str:
-        said = {key.replace("_", " "): value for key, value in self.settings.items() if key not in ("method", "layout", "dtype")}
-        layout, size = self.settings["layout"], said.pop("group size") or "the whole row"
-        said["block size" if layout == "bitsandbytes" else "group size"] = size
+        shown = {key.replace("_", " "): value for key, value in self.settings.items() if key not in ("method", "layout", "dtype")}
+        layout, size = self.settings["layout"], shown.pop("group size") or "the whole row"
+        shown["block size" if layout == "bitsandbytes" else "group size"] = size
+        tags = dict.fromkeys((self.settings["method"], layout, "4-bit" if shown["bits"] == 4 else "quantized"))
         lines = [
-            "---", "library_name: transformers", "pipeline_tag: text-generation",
-            f"tags: [{', '.join(dict.fromkeys((self.settings['method'], layout, '4-bit' if said['bits'] == 4 else 'quantized')))}]",
+            "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]",
             "---", "",
-            f"# {self.source or 'A model'}, {self.settings['method'].upper()} at {said['bits']} bits", "",
+            f"# {self.source or 'A model'}, {self.settings['method'].upper()} at {shown['bits']} bits", "",
             "Written by `labs quantize`. The linear layers of its blocks are quantized; embedding, norms and head are not.", "",
-            "| setting | |", "|---|---|", *(f"| {name} | {_word(value)} |" for name, value in said.items()),
+            "| setting | |", "|---|---|", *(f"| {name} | {_word(value)} |" for name, value in shown.items()),
             f"| layout | {layout} |", f"| other weights | {self.settings['dtype']} |",
         ]  # fmt: skip
         if self.texts:

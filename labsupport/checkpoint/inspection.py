@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from labsupport.checkpoint import card, layouts
-from labsupport.checkpoint.evidence import Offset, Order, group_means
 from labsupport.checkpoint.skeleton import IGNORED, empty_model
+from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, read_json
 from labsupport.model import models
@@ -24,19 +24,19 @@ NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[
 
 @dataclass(frozen=True)
 class Finding:
-    """certain: it follows from what a format says. Otherwise from what the numbers look like, with the figures in `said`."""
+    """A fault. where: a tensor, a linear or a file. certain: it follows from what the format says, not from statistics alone."""
 
     where: str
-    said: str
+    message: str
     certain: bool = True
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.said}" + ("" if self.certain else " (by the look of the numbers)")
+        return f"{self.where}: {self.message}" + ("" if self.certain else " (by the look of the numbers)")
 
 
 @dataclass
 class Inspection:
-    """known: what was checked and found right. unknown: what the bytes cannot say. nbytes: by what tensors are for."""
+    """What was found. known: checked and right. unknown: what the bytes cannot tell. nbytes: by what tensors are for."""
 
     directory: Path
     layout: str = ""
@@ -56,8 +56,8 @@ class Inspection:
     def lines(self) -> Iterator[str]:
         """For people."""
         if self.layout:
-            said = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
-            yield f"{self.directory}: {self.layout}, {said}"
+            settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+            yield f"{self.directory}: {self.layout}, {settings}"
             yield f"{self.linears} quantized linears, {self.weights:,} weights at {self.bits_per_weight:.3f} bits"
             width = max((len(f"{size:,}") for size in self.nbytes.values()), default=0)
             yield from (f"  {size:>{width},} bytes  {kind}" for kind, size in self.nbytes.items())
@@ -73,42 +73,43 @@ def inspect(directory: str | Path) -> Inspection:
     Raises CheckpointError only where there is nothing to look into: no directory, no config.json, a config of another format.
     """
     directory = Path(directory)
-    found = Inspection(directory)
+    result = Inspection(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")
-    found.layout = layout_of(config, directory)
+    result.layout = layout_of(config, directory)
     if names := pickles(directory):
-        found.findings.append(Finding(names[0], "is a pickle, which can run code when it is loaded; it was not read"))
+        result.findings.append(Finding(names[0], "is a pickle, which can run code when it is loaded; it was not read"))
     try:
-        checkpoint = Checkpoint(directory, config, found.layout, Weights(directory, any_name=True))
+        checkpoint = Checkpoint(directory, config, result.layout, Weights(directory, any_name=True))
     except CheckpointError as error:
-        found.findings.append(Finding("files", str(error)))
-        return found
-    said = checkpoint.quantization
-    found.settings = {
-        "bits": checkpoint.bits, "group size": said.get("group_size", said.get("bnb_4bit_quant_type")), "sym": said.get("sym"),
-        "desc_act": said.get("desc_act"), "double quantization": said.get("bnb_4bit_use_double_quant"),
+        result.findings.append(Finding("files", str(error)))
+        return result
+    settings = checkpoint.quantization
+    result.settings = {
+        "bits": checkpoint.bits, "group size": settings.get("group_size", settings.get("bnb_4bit_quant_type")),
+        "sym": settings.get("sym"), "desc_act": settings.get("desc_act"),
+        "double quantization": settings.get("bnb_4bit_use_double_quant"),
     }  # fmt: skip
-    found.nbytes = dict.fromkeys(card.KINDS, 0)
+    nbytes = dict.fromkeys(card.KINDS, 0)
     for name in checkpoint.weights:
-        found.nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
-    found.nbytes = {kind: size for kind, size in found.nbytes.items() if size}
-    found.findings += _shortened(_completeness(checkpoint))
-    _look_into(checkpoint, found)
-    return found
+        nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
+    result.nbytes = {kind: size for kind, size in nbytes.items() if size}
+    result.findings += _shortened(_completeness(checkpoint))
+    _check_linears(checkpoint, result)
+    return result
 
 
 def _shortened(findings: Iterator[Finding] | list[Finding]) -> Iterator[Finding]:
     findings = list(findings)
     yield from findings[:SHOWN]
     if len(findings) > SHOWN:
-        yield Finding("and", f"{len(findings) - SHOWN} more of the kind")
+        yield Finding("and", f"{len(findings) - SHOWN} more of this kind")
 
 
 def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What the architecture asks for and the files lack, what they hold besides, and shapes."""
-    quantized, here = set(checkpoint.names), checkpoint.weights
+    """Tensors that the architecture has and the files lack, those that it does not know, and shapes that differ."""
+    quantized, weights = set(checkpoint.names), checkpoint.weights
     try:
         model = empty_model(checkpoint.directory)
         linears = models.linears(model)
@@ -120,7 +121,7 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
     for name in linears.keys() - quantized:
-        if f"{name}.weight" not in here or here.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
+        if f"{name}.weight" not in weights or weights.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
             yield Finding(name, "is missing: neither packed nor as a plain weight")
     for name in sorted(quantized - linears.keys()):
         yield Finding(name, "is packed, and the architecture has no such linear")
@@ -128,21 +129,21 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
         owner = name.rpartition(".")[0]
         if name.endswith(".weight") and owner in linears:
             continue
-        if name not in here:
+        if name not in weights:
             if name not in tied:
                 yield Finding(name, "is missing")
-        elif here.shape(name) != shape:
-            yield Finding(name, f"has shape {here.shape(name)}, the config asks for {shape}")
-    for name in sorted(here):
+        elif weights.shape(name) != shape:
+            yield Finding(name, f"has shape {weights.shape(name)}, the config asks for {shape}")
+    for name in sorted(weights):
         owner = next((linear for linear in linears if name.startswith(linear + ".")), None)
         if owner is None and name not in shapes and not name.endswith(IGNORED):
             yield Finding(name, "is not known to the architecture")
     for name in sorted(quantized & linears.keys()):
         parts = NEEDED.get(checkpoint.layout, ())
-        if missing := [part for part in parts if f"{name}.{part}" not in here]:
+        if missing := [part for part in parts if f"{name}.{part}" not in weights]:
             yield Finding(name, f"lacks {', '.join(missing)}")
         wanted = [linears[name].out_features, linears[name].in_features]
-        if f"{name}.qweight" in here and (got := _stored_shape(checkpoint, name)) != wanted:
+        if f"{name}.qweight" in weights and (got := _stored_shape(checkpoint, name)) != wanted:
             yield Finding(name, f"holds a weight {got}, the config asks for {wanted}")
 
 
@@ -153,39 +154,44 @@ def _stored_shape(checkpoint: Checkpoint, name: str) -> list[int]:
 
 
 @torch.no_grad()
-def _look_into(checkpoint: Checkpoint, found: Inspection) -> None:
-    """Every linear in turn, and what all of them say together."""
-    broken, offset, order, constant, seen_zero = [], Offset(), Order(), set(), 0
-    scattered = 0
+def _check_linears(checkpoint: Checkpoint, result: Inspection) -> None:
+    """Every linear in turn, and the statistics of all of them together."""
+    broken, offset, order = [], Offset(), Order()
+    values: set[float] = set()  # of zero-points, the first two
+    zeros = scattered = 0
     for name in checkpoint.names:
-        found.linears += 1
+        result.linears += 1
         try:
             tensor = checkpoint.tensor(name)
         except CheckpointError as error:
             broken.append(Finding(name, str(error).removeprefix(f"{name}: ")))
             continue
-        found.weights += tensor.shape[0] * tensor.shape[1]
-        broken += _one(checkpoint, name, tensor)
+        result.weights += tensor.shape[0] * tensor.shape[1]
+        broken += _check_tensor(checkpoint, name, tensor)
         if isinstance(tensor, UniformTensor):
             means, spread = group_means(tensor)
             offset.add(tensor, means)
-            constant |= set(tensor.zero_point.unique().tolist()) if len(constant) < 2 else set()
-            seen_zero += int((tensor.zero_point == 0).sum())
+            if len(values) < 2:
+                values |= set(tensor.zero_point.unique().tolist())
+            zeros += int((tensor.zero_point == 0).sum())
             scattered += getattr(tensor, "g_idx", None) is not None
             if checkpoint.layout == "awq":
                 order.add(tensor, means, spread)
-    found.findings += _shortened(broken)
+    result.findings += _shortened(broken)
     if offset.steps:
-        _zero_points(checkpoint, found, offset, constant, seen_zero)
+        if len(values) == 1:
+            _judge_constant_zero_point(checkpoint, result, int(values.pop()))
+        else:
+            _judge_zero_points(checkpoint, result, offset, zeros)
         if checkpoint.layout == "awq":
-            _order(found, order)
+            _judge_order(result, order)
         elif bool(scattered) != bool(checkpoint.quantization.get("desc_act")):
-            says = f"desc_act is {checkpoint.quantization.get('desc_act')}, and {scattered} linears have groups out of order"
-            found.findings.append(Finding("config.json", f"{says}: a loader that goes by the config ignores g_idx"))
-    found.unknown.append("whether these are good codes, and of which model: measure perplexity")
+            fact = f"desc_act is {checkpoint.quantization.get('desc_act')}, and {scattered} linears have groups out of order"
+            result.findings.append(Finding("config.json", f"{fact}: a loader that goes by the config ignores g_idx"))
+    result.unknown.append("whether these are good codes, and of which model: measure perplexity")
 
 
-def _one(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator[Finding]:
+def _check_tensor(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator[Finding]:
     if isinstance(tensor, UniformTensor):
         if not tensor.scale.isfinite().all():
             yield Finding(name, f"{int((~tensor.scale.isfinite()).sum())} scales are not finite")
@@ -200,47 +206,53 @@ def _one(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator
         yield Finding(name, f"its codebook is not {tensor.kind}'s")
 
 
-def _zero_points(checkpoint: Checkpoint, found: Inspection, offset: Offset, constant: set[float], zeros: int) -> None:
+# What the other version of GPTQ's layout is called, for a file that reads as if it were of it.
+OTHER_VERSION = {"gptq": "version 2 (gptq_v2)", "gptq_v2": "version 1 (gptq)"}
+
+
+def _judge_constant_zero_point(checkpoint: Checkpoint, result: Inspection, value: int) -> None:
+    """All zero-points are read as `value`: grids are symmetric."""
     middle, layout = 2 ** (checkpoint.bits - 1), checkpoint.layout
-    other = {"gptq": "version 2 (gptq_v2)", "gptq_v2": "version 1 (gptq)"}.get(layout)
-    if len(constant) == 1:
-        value = int(next(iter(constant)))
-        if value == middle:
-            found.known.append(f"zero-points: all read as {middle}, the middle, as symmetric grids ask for")
-            return
-        stored = value - 1 & 2**checkpoint.bits - 1 if layout == "gptq" else value
-        right = middle - 1 if layout == "gptq" else middle
-        steps = f"{abs(middle - value)} step{'' if abs(middle - value) == 1 else 's'}"
-        said = f"all are stored as {stored}, symmetric {layout} files store {right}: each weight is read {steps} off"
-        if other and value - middle == (1 if layout == "gptq" else -1):
-            said += f". That is what {other} stores: the file carries the wrong label, or whoever packed it counted wrong"
-        found.findings.append(Finding("zero-points", said))
+    if value == middle:
+        result.known.append(f"zero-points: all read as {middle}, the middle, as symmetric grids ask for")
         return
+    stored = value - 1 & 2**checkpoint.bits - 1 if layout == "gptq" else value
+    right = middle - 1 if layout == "gptq" else middle
+    steps = f"{abs(middle - value)} step{'' if abs(middle - value) == 1 else 's'}"
+    message = f"all are stored as {stored}, symmetric {layout} files store {right}: each weight is read {steps} off"
+    if layout in OTHER_VERSION and value - middle == (1 if layout == "gptq" else -1):
+        message += f". That is what {OTHER_VERSION[layout]} stores: the file has the wrong label, or was packed wrongly"
+    result.findings.append(Finding("zero-points", message))
+
+
+def _judge_zero_points(checkpoint: Checkpoint, result: Inspection, offset: Offset, zeros: int) -> None:
+    """They differ. zeros: how many are read as 0."""
+    layout, steps = checkpoint.layout, offset.whole_steps
     if checkpoint.quantization.get("sym"):
-        found.findings.append(Finding("zero-points", "config.json says sym, and they differ"))
+        result.findings.append(Finding("zero-points", "config.json says sym, and they differ"))
     figures = f"codes lie {offset.middle:+.2f} steps from them on average, from layer to layer {offset.scatter:.2f} more or less"
-    if offset.whole is None:
-        figures += f", with a standard error of {offset.error:.2f}"
-        found.unknown.append(f"whether zero-points are one off: {figures}: too unlike, or too few, to tell")
-    elif offset.whole == 0:
-        found.known.append(f"zero-points: {figures}; one too high or low would show as a whole step")
+    if steps is None:
+        error = f"with a standard error of {offset.error:.2f}"
+        result.unknown.append(f"whether zero-points are one off: {figures}, {error}: too unlike, or too few, to tell")
+    elif steps == 0:
+        result.known.append(f"zero-points: {figures}; one too high or low would show as a whole step")
     else:
-        way = "high" if offset.whole < 0 else "low"
-        said = f"are read {abs(offset.whole)} too {way}: {figures}"
-        if other and offset.whole == (-1 if layout == "gptq" else 1):
-            said += f". So they would be if the file were {other}; the same bytes could be a packer's mistake"
-        found.findings.append(Finding("zero-points", said, certain=False))
-    if layout == "gptq" and zeros and offset.whole in (0, None):
-        said = f"{zeros} are 0, stored as {2**checkpoint.bits - 1}, which AutoGPTQ's and other kernels read as {2**checkpoint.bits}"
-        found.findings.append(Finding("zero-points", said, certain=offset.whole == 0))
+        message = f"are read {abs(steps)} too {'high' if steps < 0 else 'low'}: {figures}"
+        if layout in OTHER_VERSION and steps == (-1 if layout == "gptq" else 1):
+            message += f". So they would be if the file were {OTHER_VERSION[layout]}; the same bytes could be a packer's mistake"
+        result.findings.append(Finding("zero-points", message, certain=False))
+    if layout == "gptq" and zeros and steps in (0, None):
+        highest = 2**checkpoint.bits
+        message = f"{zeros} are 0, stored as {highest - 1}, which AutoGPTQ's and other kernels read as {highest}"
+        result.findings.append(Finding("zero-points", message, certain=steps == 0))
 
 
-def _order(found: Inspection, order: Order) -> None:
+def _judge_order(result: Inspection, order: Order) -> None:
     wrong = list(order.findings())
-    found.findings += [Finding(part, said, certain=False) for part, said in wrong]
+    result.findings += [Finding(part, message, certain=False) for part, message in wrong]
     if wrong:
         return
     if order.codes.best(-1) is None:
-        found.unknown.append(f"in which order outputs stand in a word: scales and codes say too little ({order.codes.said()})")
+        result.unknown.append(f"in which order outputs stand in a word: scales and codes do not show it ({order.codes})")
     else:
-        found.known.append(f"order of outputs in a word: scales go against the codes' spread {order.codes.said()}")
+        result.known.append(f"order of outputs in a word: scales go against the codes' spread {order.codes}")

@@ -1,6 +1,6 @@
-"""What becomes of a quantized linear in a file, and what the config says of it: GPTQ's two layouts, AWQ's, bitsandbytes'.
+"""The layouts in which quantized linears are stored, and what the config says of them: GPTQ's two, AWQ's, bitsandbytes'.
 
-A layout reads back exactly what it has written, but for what is said at `_without_zeros`.
+A layout reads back exactly the values that were written; codes may differ, see `_without_zeros`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check(layout: str, name: str, shape: tuple[int, int], bits: int) -> None:
 
 
 def write(layout: str, name: str, tensor: QuantizedTensor, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """The tensors that stand for linear `name`, by full name. dtype: what bitsandbytes is to read back as.
+    """The tensors that stand for linear `name`, by full name. dtype: the one that bitsandbytes dequantizes to.
 
     Raises CheckpointError for what the layout cannot hold.
     """
@@ -60,10 +60,10 @@ def _storable(layout: str, tensor: UniformTensor) -> UniformTensor:
 
 
 def _without_zeros(tensor: UniformTensor) -> UniformTensor:
-    """The same values without a zero-point of 0, which version 1 stores as the highest code and its readers take for 2**bits.
+    """The same values without a zero-point of 0: version 1 stores it as the highest code, which readers take for 2**bits.
 
-    Codes and zero-points of such a group are raised by one. A group that has the highest code as well, all of one sign and not
-    all zero, cannot be: ValueError.
+    Codes and zero-points of such a group are raised by one. Raises ValueError for a group that has the highest code as well,
+    which is one whose weights are all of one sign and not all zero.
     """
     lifted = tensor.zero_point == 0
     if not lifted.any():
@@ -83,7 +83,7 @@ def _without_zeros(tensor: UniformTensor) -> UniformTensor:
 
 
 def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -> QuantizedTensor:
-    """The inverse of `write`. state: what stands under the linear's name, without it. Raises CheckpointError."""
+    """The inverse of `write`. state: the linear's tensors, by what follows its name. Raises CheckpointError."""
     try:
         if layout == "bitsandbytes":
             return bnb_format.read_4bit({key: value for key, value in state.items() if key.partition(".")[0] == "weight"}, "weight")
@@ -93,7 +93,7 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -
 
 
 def config(layout: str, settings: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
-    """The quantization_config of config.json. settings: bits, group_size, symmetric, and what the method has besides."""
+    """The quantization_config of config.json. settings: bits, group_size, symmetric, and the method's others."""
     if layout == "bitsandbytes":
         return {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
@@ -117,8 +117,8 @@ def config(layout: str, settings: Mapping[str, Any], dtype: str = "float16") -> 
     }  # fmt: skip
 
 
-def beside(layout: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What AutoGPTQ and AutoAWQ read in place of config.json: file name to content."""
+def other_configs(layout: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files that AutoGPTQ and AutoAWQ read in place of config.json: name to content."""
     if layout == "awq":
         size = settings["group_size"] or -1
         return {"quant_config.json": {"zero_point": True, "q_group_size": size, "w_bit": settings["bits"], "version": "GEMM"}}

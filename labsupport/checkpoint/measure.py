@@ -1,4 +1,4 @@
-"""Perplexity of a model that is never in memory as a whole: the text goes through one block after the other."""
+"""Perplexity of a model that is never in memory as a whole: all the text goes through one block, then through the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from labsupport.model import evaluate, models
 from labsupport.model.evaluate import Evaluation
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate
-from labsupport.pipeline.calibrate import Block, Resident
+from labsupport.pipeline.block import Block, Resident
 
 
 @torch.no_grad()
@@ -23,9 +23,9 @@ def evaluate_streamed(
     windows: int | None,
     at_block: Callable[[Block], object] = lambda block: None,
 ) -> Evaluation:
-    """What evaluate.evaluate gives, with one block's weights at a time.
+    """The same as evaluate.evaluate, with one block's weights in memory at a time.
 
-    at_block: called when a block's weights are there, before it is run: it may change them.
+    at_block: called with each block when its weights are in memory and before it is run; it may change them.
     """
     ids = stream.ids[stream.positions(length, windows)]
     modules = models.blocks(model)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
 from labsupport.model import files
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.finished import FinishedBlocks
 from labsupport.quant.grid import QuantizedTensor
 
@@ -172,6 +173,15 @@ class Parts(FinishedBlocks):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Inside, a file that cannot be written is a CheckpointError, as everything else is that is wrong with a checkpoint."""
+    try:
+        yield
+    except files.WriteError as error:
+        raise CheckpointError(f"{error}. Make room and run again" if error.disk_full else str(error)) from error
 
 
 def check_free(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model of which only the part at work has its weights: the rest is shapes, and a block is read when its turn comes."""
+"""A model whose weights are read when they are needed: a block at a time, and the rest is shapes alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
 from labsupport.model import models
-from labsupport.pipeline.calibrate import Resident
+from labsupport.pipeline.block import Resident
 
-# What older libraries saved beside the weights and newer ones compute.
+# Endings of tensors that older libraries saved and newer ones compute.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
@@ -25,17 +25,17 @@ def empty_model(directory: Path) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    said = read_json(directory / "config.json")
-    said.pop("quantization_config", None)
-    kind = said.pop("model_type", None)
+    settings = read_json(directory / "config.json")
+    settings.pop("quantization_config", None)
+    kind = settings.pop("model_type", None)
     if kind is None:
         raise CheckpointError(f"{directory / 'config.json'} names no model_type")
-    said.pop("auto_map", None)  # code that travels with a checkpoint is never run
+    settings.pop("auto_map", None)  # code that comes with a checkpoint is never run
     try:
-        config = AutoConfig.for_model(kind, **said)
+        config = AutoConfig.for_model(kind, **settings)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # what a configuration makes a constructor raise is anything
+    except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{directory / 'config.json'} has model_type {kind!r}, of which no model can be made: {reason}"
@@ -45,7 +45,7 @@ def empty_model(directory: Path) -> nn.Module:
 
 
 class Skeleton(Resident):
-    """A model without weights, and where they are. float32 while they are here.
+    """A model without weights, and the files that they are read from. In memory they are float32.
 
     Raises CheckpointError for tensors that are missing, that do not belong to the model, of another shape, or not floats.
     """
@@ -85,30 +85,29 @@ class Skeleton(Resident):
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """float32 copies of tensors, by full name. Raises CheckpointError for NaN and infinity."""
-        found = {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
-        for name, tensor in found.items():
+        tensors = {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{name} holds NaN or infinity in {self.weights.directory}, wanted numbers")
-        return found
+        return tensors
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        with _lent(self.model, self.read(self.outer)):
+        with _holding(self.model, self.read(self.outer)):
             yield
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         block = self.blocks[index]
         start = self.name(block) + "."
-        with _lent(
-            block, {key.removeprefix(start): value for key, value in self.read(start + key for key in block.state_dict()).items()}
-        ):
+        read = self.read(start + key for key in block.state_dict()).items()
+        with _holding(block, {key.removeprefix(start): value for key, value in read}):
             yield
 
 
 @contextmanager
-def _lent(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """While inside, a module's parameters hold these tensors, in every place where they are used; then nothing again."""
+def _holding(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, a module's parameters hold these tensors, in every place where they are used; afterwards they are empty again."""
     _assign(module, tensors)
     try:
         yield

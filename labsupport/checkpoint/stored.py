@@ -1,4 +1,4 @@
-"""A checkpoint on disk: what it says it is, its linears as quantized tensors, and the model that they make."""
+"""A checkpoint on disk: its layout, its linears as quantized tensors, and the model that they make."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Checkpoint:
         return [name.removesuffix(".qweight") for name in self.weights if name.endswith(".qweight")]
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
-        """What stands under a linear's name."""
+        """The tensors of a linear, by what follows its name."""
         return self.weights.below(name)
 
     def tensor(self, name: str) -> QuantizedTensor:
@@ -61,15 +61,15 @@ class Checkpoint:
 
 
 def layout_of(config: dict[str, Any], directory: Path) -> str:
-    """Which layout a config.json names. Raises CheckpointError for none, and for one that is not known here."""
-    said = config.get("quantization_config")
-    if not isinstance(said, dict):
-        beside = next((name for name in ("quantize_config.json", "quant_config.json") if (directory / name).is_file()), None)
-        more = f" ({beside} is there, which only older loaders read)" if beside else ""
-        raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config{more}")
-    layout = _layout_of(said, directory)
+    """Which layout a config.json names. Raises CheckpointError for none, and for one that labsupport does not know."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        older = next((name for name in ("quantize_config.json", "quant_config.json") if (directory / name).is_file()), None)
+        hint = f" ({older} is there, which only older loaders read)" if older else ""
+        raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config{hint}")
+    layout = _layout_of(settings, directory)
     if layout != "bitsandbytes":
-        bits, size = said.get("bits", 4), said.get("group_size")
+        bits, size = settings.get("bits", 4), settings.get("group_size")
         known = (4,) if layout == "awq" else packing.GPTQ_BITS
         if type(bits) is not int or bits not in known:
             raise CheckpointError(f"{directory} has bits {bits!r}, the {layout} layout has {', '.join(map(str, known))}")
@@ -78,27 +78,27 @@ def layout_of(config: dict[str, Any], directory: Path) -> str:
     return layout
 
 
-def _layout_of(said: dict[str, Any], directory: Path) -> str:
-    method = said.get("quant_method")
+def _layout_of(settings: dict[str, Any], directory: Path) -> str:
+    method = settings.get("quant_method")
     if method == "gptq":
-        layout = said.get("checkpoint_format", "gptq")
+        layout = settings.get("checkpoint_format", "gptq")
         if isinstance(layout, str) and layout in layouts.VERSION:
             return layout
         raise CheckpointError(f"{directory} has checkpoint_format {layout!r}, wanted gptq or gptq_v2")
     if method == "awq":
-        version = str(said.get("version", "gemm")).lower()
+        version = str(settings.get("version", "gemm")).lower()
         if version == "gemm":
             return "awq"
         raise CheckpointError(f"{directory} has AWQ version {version!r}, wanted gemm")
-    if method == "bitsandbytes" or said.get("load_in_4bit"):
-        if said.get("load_in_8bit"):
+    if method == "bitsandbytes" or settings.get("load_in_4bit"):
+        if settings.get("load_in_8bit"):
             raise CheckpointError(f"{directory} holds int8 weights of bitsandbytes, wanted 4 bits")
         return "bitsandbytes"
     raise CheckpointError(f"{directory} has quant_method {method!r}, wanted gptq, awq or bitsandbytes")
 
 
 def read(directory: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint; tensors are read when they are asked for. Raises CheckpointError for what is none."""
+    """Open a quantized checkpoint; tensors are read when they are asked for. Raises CheckpointError for anything else."""
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
@@ -110,8 +110,8 @@ def read(directory: str | Path) -> Checkpoint:
 def load(directory: str | Path) -> tuple[nn.Module, Any]:
     """The model in float32 with each quantized weight as it reads back, and its tokenizer, None where there is none.
 
-    No kernel of any library takes part: what is multiplied by is what the file stands for. Raises CheckpointError for a
-    checkpoint that lacks something or holds what its config does not know.
+    No library's kernel takes part: the model multiplies by the values that the file stands for. Raises CheckpointError for a
+    checkpoint that lacks a tensor or holds one that its config does not know.
     """
     from labsupport.checkpoint.tokenizers import read_tokenizer
 
@@ -134,8 +134,8 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
         raise CheckpointError(f"{directory} holds {foreign[0]}, which its config does not know")
     for name in values:
         if values[name].shape != model.state_dict()[name].shape:
-            asked = list(model.state_dict()[name].shape)
-            raise CheckpointError(f"{name} has shape {list(values[name].shape)} in {directory}, its config asks for {asked}")
+            wanted_shape = list(model.state_dict()[name].shape)
+            raise CheckpointError(f"{name} has shape {list(values[name].shape)} in {directory}, its config asks for {wanted_shape}")
     model.load_state_dict({name: value for name, value in values.items() if name not in tied}, strict=False, assign=True)
     model.tie_weights()
     return model.eval().requires_grad_(False), read_tokenizer(checkpoint.directory)

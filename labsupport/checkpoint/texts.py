@@ -1,4 +1,4 @@
-"""The texts that `labs quantize` looks at: one to calibrate on, and held-out code to measure perplexity on."""
+"""The texts that `labs quantize` reads: one to calibrate on, and held-out code to measure perplexity on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
 
 @dataclass(frozen=True)
 class Texts:
-    """calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of
-    `length` tokens are taken from it. windows: how many of that length perplexity is measured on, 0 for not at all.
+    """Which texts, and how much of them.
+
+    calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of `length`
+    tokens are taken from it. windows: on how many windows of that length perplexity is measured; 0 to leave it out.
     """
 
     calibration: str = "code"
@@ -31,9 +33,9 @@ class Texts:
 
 
 def read_texts(skeleton: Skeleton, source: Path, texts: Texts, calibrating: bool) -> tuple[torch.Tensor | None, TokenStream | None]:
-    """Windows to calibrate on, int64 [samples, length], where `calibrating`; a text for perplexity, where it is asked for.
+    """Windows to calibrate on, int64 [samples, length], where `calibrating`; and a text for perplexity, where it is measured.
 
-    Raises CheckpointError, or TextError, in one line.
+    Raises CheckpointError or TextError with a message of one line.
     """
     measuring = texts.windows > 0
     for name, least in (("samples", 1), ("windows", 0)):
@@ -47,25 +49,25 @@ def read_texts(skeleton: Skeleton, source: Path, texts: Texts, calibrating: bool
     longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None) or max(texts.length, 2)
     if not 2 <= texts.length <= longest:
         raise CheckpointError(f"length is {texts.length}, wanted 2 to {longest}, the positions that the model has")
-    fed = held_out = None
+    calibration = held_out = None
     if calibrating:
-        fed = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
+        calibration = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
     if measuring:
         held_out = text.load_text(tokenizer)
     known = skeleton.model.get_input_embeddings().num_embeddings
-    for ids in (fed, None if held_out is None else held_out.ids):
+    for ids in (calibration, None if held_out is None else held_out.ids):
         if ids is not None and ids.max() >= known:
             raise CheckpointError(f"the tokenizer in {source} gives token {int(ids.max())}, the model knows {known}")
-    return fed, held_out
+    return calibration, held_out
 
 
 def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
-    """Raises TextError for what is no text."""
+    """The tokens of the named text. Raises TextError where there is no such text."""
     try:
         return _read_stream(tokenizer, name, split)
     except TextError:
         raise
-    except Exception as error:  # whatever the hub's library makes of a name
+    except Exception as error:  # the hub's library raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TextError(f"the calibration text {name!r} cannot be read: {WANTED} ({reason})") from error
 

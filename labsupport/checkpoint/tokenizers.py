@@ -15,7 +15,7 @@ COPIED = (
 
 
 def copied_files(directory: Path) -> dict[str, Path]:
-    """What travels unchanged from a model to its quantized form, by name."""
+    """The files that are copied unchanged from a model to its quantized form, by name."""
     return {name: directory / name for name in COPIED if (directory / name).is_file()}
 
 

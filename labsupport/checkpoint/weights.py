@@ -1,4 +1,4 @@
-"""The tensors of a model directory, read from its safetensors files only when they are asked for.
+"""The tensors of a model directory, each read from its safetensors file when it is asked for.
 
 Nothing but safetensors and JSON is ever read: a pickle can run code when it is loaded.
 """
@@ -46,7 +46,7 @@ def pickles(directory: Path) -> list[str]:
 class Weights(Mapping[str, torch.Tensor]):
     """Every tensor of a directory by name. A tensor is a view of its mapped file: copy it before the file changes.
 
-    any_name: also take the one file that is there whatever it is called, as AutoGPTQ writes gptq_model-4bit-128g.safetensors.
+    any_name: where there is one file alone, take it whatever it is called: AutoGPTQ writes gptq_model-4bit-128g.safetensors.
     Raises CheckpointError for a directory without safetensors, for files that are damaged or missing, and for an index that
     does not name what the files hold.
     """
@@ -65,7 +65,7 @@ class Weights(Mapping[str, torch.Tensor]):
             self._check_index(self.files)
 
     def _list(self, any_name: bool) -> dict[str, str] | list[str]:
-        """What the index says, or the one file."""
+        """From tensors to files, as the index has it; or the one file."""
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory")
         if (self.directory / SINGLE).is_file():
@@ -84,9 +84,9 @@ class Weights(Mapping[str, torch.Tensor]):
             ):
                 raise CheckpointError(f"{index} has no weight_map from tensors to files beside it")
             return placed
-        if found := pickles(self.directory):
+        if names := pickles(self.directory):
             raise CheckpointError(
-                f"{self.directory} holds its weights as pickles ({found[0]}), which can run code: wanted safetensors"
+                f"{self.directory} holds its weights as pickles ({names[0]}), which can run code: wanted safetensors"
             )
         raise CheckpointError(f"{self.directory} holds no weights: wanted {SINGLE} or {INDEX}")
 
@@ -142,7 +142,7 @@ class Weights(Mapping[str, torch.Tensor]):
         return self._open[self.places[name]].get_slice(name)
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:
-        """What stands under a module's name, with the rest of the name as key."""
+        """The tensors under a module's name, by the rest of their names."""
         start = prefix + "."
         return {name.removeprefix(start): self[name] for name in self.places if name.startswith(start)}
 
@@ -163,11 +163,11 @@ class Weights(Mapping[str, torch.Tensor]):
         self._open.clear()
 
 
-def find(name: str, beside: Iterable[str] = ()) -> Path:
-    """The directory of a model: `name` itself, or a snapshot of the hub's.
+def find(name: str, others: Iterable[str] = ()) -> Path:
+    """The directory of a model: `name` itself, or a snapshot of a model on the hub.
 
-    Of the hub's only safetensors, JSON and the files named in `beside` are fetched; what was downloaded before is found without
-    a network, and with HF_HUB_OFFLINE=1 none is asked. Raises CheckpointError where it is neither.
+    From the hub only safetensors, JSON and the files named in `others` are fetched. What was downloaded before is found without a
+    network, and with HF_HUB_OFFLINE=1 no network is used. Raises CheckpointError where there is neither.
     """
     path = Path(name)
     try:
@@ -177,7 +177,7 @@ def find(name: str, beside: Iterable[str] = ()) -> Path:
             raise CheckpointError(f"{name} is a file, wanted a model directory or a hub id")
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *beside]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *others]))
     except CheckpointError:
         raise
     except Exception as error:

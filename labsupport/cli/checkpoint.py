@@ -15,7 +15,7 @@ M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def _return_memory() -> None:
-    """Have glibc hand every tensor's memory back when it is freed. By itself it keeps more and more, a little for each block."""
+    """Have glibc give a tensor's memory back as soon as it is freed. Otherwise it keeps a little more with each block."""
     import ctypes
 
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -23,7 +23,7 @@ def _return_memory() -> None:
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch says so in a RuntimeError like any other."""
+    """Whether memory ran out. torch raises a RuntimeError then, as for many other things."""
     message = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
@@ -115,15 +115,15 @@ def quantize(
 
 @app.command()
 def inspect(directory: Annotated[Path, typer.Argument(help="A quantized model: GPTQ, AWQ or 4-bit bitsandbytes.")]) -> None:
-    """Say what a quantized checkpoint holds, and find known faults. Exit 1 if there is one."""
+    """Show what a quantized checkpoint holds, and look for known faults. Exit code 1 if there is one."""
     from labsupport import checkpoint
 
     try:
-        found = checkpoint.inspect(directory)
+        inspection = checkpoint.inspect(directory)
     except (ValueError, OSError) as error:
         typer.echo(f"labs inspect: {error}", err=True)
         raise typer.Exit(1) from None
-    for line in found.lines():
+    for line in inspection.lines():
         typer.echo(line)
-    if found.findings:
+    if inspection.findings:
         raise typer.Exit(1)

@@ -85,14 +85,16 @@ def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
             setting = {"planted": planted, "bits": bits, "group_size": 128}
             yield setting | {"method": "rtn"}
             yield setting | {"method": "gptq", "samples": 64}
-            for own in ({}, {"clip": False}, {"base": "gptq"}, {"rule": "autoawq"}):
-                yield setting | {"method": "awq", "samples": 64} | own
+            for change in ({}, {"clip": False}, {"base": "gptq"}, {"rule": "autoawq"}):
+                yield setting | {"method": "awq", "samples": 64} | change
         yield {"planted": planted, "bits": 4, "group_size": 32, "method": "awq", "samples": 64}
 
 
 def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Weights and cache together, keys alone, values alone, both; groups of 32. Where no residual is given, tokens wait for a block
-    of 32, by token as by channel, so that the same ones are in float."""
+    """Weights and cache together, keys alone, values alone, both; groups of 32.
+
+    Where no residual is given, tokens wait for a block of 32, by token as by channel, so that the same tokens are in float.
+    """
     float_ = {"planted": None, "weights": None, "keys": 16, "values": 16}
     kivi = {"key_axis": "channel", "value_axis": "token"}
     fp8 = {"keys": "fp8", "values": "fp8"}
@@ -121,5 +123,5 @@ def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
 }  # fmt: skip
-# What is chosen by a sweep's rows is judged on held-out text, so they come from other text.
+# By the rows of these sweeps something is chosen, and the choice is judged on held-out text: so they are measured on other text.
 SPLITS = {"layers": "train"}

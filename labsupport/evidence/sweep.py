@@ -1,7 +1,7 @@
 """Measurements that take too long for a notebook: many settings of a method on one model and one text, a row each.
 
 Rows are kept in data/measurements/NAME.json with everything needed to know what they mean: model, text, versions, machine, date.
-The file is written after every row, and a sweep that was stopped goes on with the rows that are missing.
+The file is written after every row, and a sweep that was stopped continues with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -20,30 +20,20 @@ from torch import nn
 from labsupport.evidence import measurements
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SWEEPS
-from labsupport.model import models
+from labsupport.model import files, models
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.methods import METHODS
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 
-# What a row says beside its setting.
+# The keys of a row that are not its setting.
 MEASURED = (
-    "bits_per_weight",
-    "bits_per_value",
-    "nbytes",
-    "perplexity",
-    "change",
-    "low",
-    "high",
-    "loss",
-    "seconds",
-    "kl",
-    "agreement",
-)
-# What must agree for rows to belong in one file.
+    "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
+)  # fmt: skip
+# What must be equal for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
-# What gives the calibration text of a row: token ids, int64 [samples, length], from the domain's training text.
+# Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
 Calibration = Callable[[str, int], torch.Tensor]
 
 
@@ -60,10 +50,10 @@ class Measurements:
 
     def find(self, **setting: Any) -> dict[str, Any]:
         """The one row with this setting; None stands for a key that a row does not have. Raises LookupError unless it is one."""
-        found = [row for row in self.rows if all(row.get(key) == value for key, value in setting.items())]
-        if len(found) != 1:
-            raise LookupError(f"{len(found)} rows have {setting}, wanted one")
-        return found[0]
+        matching = [row for row in self.rows if all(row.get(key) == value for key, value in setting.items())]
+        if len(matching) != 1:
+            raise LookupError(f"{len(matching)} rows have {setting}, wanted one")
+        return matching[0]
 
     def paired(self, reference: dict[str, Any], other: dict[str, Any]) -> Interval:
         """The change in perplexity from one row to another, with its interval over documents. Both rows must hold "loss"."""
@@ -109,12 +99,13 @@ def run(
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows already in `path` for the same model and text are kept.
 
-    calibration: what gptq and awq are given, for a domain and a number of windows.
-
-    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, text or length.
+    calibration: gives the text for the methods that need it.
+    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, text or length; OSError where nothing
+    can be written there.
     """
     if name not in SWEEPS:
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
+    files.check_writable(path)
     baseline = evaluate(model, stream, length, windows)
     about = {
         "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,

@@ -1,1 +1,1 @@
-"""A causal language model: loading it, its blocks and linears, its text, its evaluation, other libraries beside it."""
+"""A causal language model: loading it, its blocks and linears, its text, its evaluation, bitsandbytes to compare with, files."""

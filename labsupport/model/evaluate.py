@@ -48,7 +48,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers: mean bits a token times tokens a byte of the whole text."""
+        """Comparable between tokenizers: mean bits a token, times tokens a byte of the whole text."""
         return self.mean_loss / math.log(2) * self.tokens_per_byte
 
 
@@ -133,8 +133,8 @@ def paired_interval(
 def paired_bootstrap(reference: Evaluation, other: Evaluation, samples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
     """The change in perplexity from `reference` to `other`, with a percentile interval over resampled documents.
 
-    Documents, not tokens, are drawn with replacement, and both models are scored on each draw: what a hard document does to
-    both cancels. Raises ValueError where the two were not evaluated on the same tokens.
+    Documents, not tokens, are drawn with replacement, and both models are scored on each draw, so that what a hard document does
+    to both cancels out. Raises ValueError where the two were not evaluated on the same tokens.
     """
     if reference.sha256 != other.sha256 or not torch.equal(reference.tokens, other.tokens):
         raise ValueError("reference and other were evaluated on different tokens, so they cannot be paired")

@@ -15,7 +15,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 class ModelError(ValueError):
-    """The model asked for does not exist, has no weights, cannot be read, or has no shape that is known here."""
+    """A model does not exist, has no weights, cannot be read, or is not built as it has to be for what is done with it."""
 
 
 def data_dir() -> Path:
@@ -47,7 +47,7 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
 
     name: a directory or a hub id; without it LABS_MODEL decides, and without that it is the course model. Only a hub id may
     download. dtype: float32 on a CPU, where half precision is slow and less exact, else the dtype that is stored.
-    Weights are read from safetensors only. Raises ModelError naming what is wrong.
+    Weights are read from safetensors only. Raises ModelError with what is wrong.
     """
     import transformers
     from safetensors import SafetensorError
@@ -59,12 +59,12 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     # The argument was renamed in transformers 4.56; the old name still works there, with a warning.
-    wanted = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+    dtype_argument = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
     local = Path(name).is_dir()
     if local:
         _check_directory(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=local, **wanted)
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=local, **dtype_argument)
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except SafetensorError as error:
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
@@ -130,10 +130,10 @@ def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor:
 def plant_key_outliers(model: nn.Module, factor: float = 8.0, pairs: int = 2, seed: int = 0) -> nn.Module:
     """A copy that computes the same function with outlier channels in its keys, as large models have them.
 
-    In every head of keys, `pairs` pairs of channels are multiplied by `factor`, and those channels of all queries that meet this
-    head divided by it: q . k stays what it was. The two channels of a pair, i and i + head_dim / 2, are rotated into each other by
-    the rotary embedding, so they share a factor. For Llama-shaped attention; where queries and keys are normalized after their
-    projections a factor would not arrive.
+    In every head of keys, `pairs` pairs of channels are multiplied by `factor`, and those channels of all queries that read this
+    head are divided by it: q . k stays what it was. The two channels of a pair, i and i + head_dim / 2, are rotated into each other
+    by the rotary embedding, so they share a factor. For Llama-shaped attention; where queries and keys are normalized after their
+    projections, the norm would undo the factor.
     """
     planted = duplicate(model)
     for index, block in enumerate(blocks(planted)):

@@ -1,4 +1,4 @@
-"""The real library beside ours: bitsandbytes, imported quietly, and a model that transformers loads through it."""
+"""bitsandbytes, to compare with: imported without its log messages, and a model that transformers loads through it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labsupport.model import models
 
 @cache
 def bitsandbytes() -> ModuleType:
-    """The module. It logs to standard error on import and at every int8 product in float32; both are silenced here."""
+    """The module. It logs to standard error on import and at every int8 product in float32; neither is shown."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
@@ -31,14 +31,14 @@ def load_with_bitsandbytes(
 ):
     """The model as transformers loads it with a BitsAndBytesConfig, and its tokenizer; the output head is left as it is.
 
-    name: as in `load_model`. dtype: of the other weights and of all products. exact: multiply by the weight as dequantized; without
-    it a 4-bit layer repacks itself at its first use on a processor with avx512_bf16, and multiplies in bfloat16 from then on.
+    name: as in `load_model`. dtype: of the other weights and of all products. exact: multiply by the dequantized weight; without
+    it a 4-bit layer repacks itself at its first use on a processor with avx512_bf16, and from then on multiplies in bfloat16.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from transformers.utils import logging as progress
+    from transformers.utils import logging as transformers_logging
 
     bitsandbytes()
-    progress.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if method not in ("nf4", "fp4", "int8"):
         raise ValueError(f"method is {method!r}, wanted 'nf4', 'fp4' or 'int8'")
     if method == "int8":

@@ -30,7 +30,7 @@ SKIPPED_PATHS = re.compile(r"^(_sysconfigdata|config-|pydoc_data/topics)")
 
 
 class TextError(ValueError):
-    """The text asked for does not exist, cannot be read, or is too short for what is asked of it."""
+    """A text does not exist, cannot be read, or is too short."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class TokenStream:
         return (torch.arange(count) * available // count) * length
 
     def positions(self, length: int, count: int | None = None) -> torch.Tensor:
-        """Which tokens each of these windows holds: an index into `ids` and `document`. int64 [windows, length].
+        """Which tokens each window holds: an index into `ids` and `document`. int64 [windows, length].
 
-        See `windows`. Raises TextError where the stream is shorter than one window.
+        The windows are those of `windows`. Raises TextError where the stream is shorter than one window.
         """
         return self.windows(length, count)[:, None] + torch.arange(length)
 

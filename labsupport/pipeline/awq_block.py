@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labsupport.pipeline import fold
-from labsupport.pipeline.calibrate import Block, InputStatistics
+from labsupport.pipeline.block import Block, InputStatistics
 from labsupport.pipeline.linear import Quantized, Settings, defaults_of, errors_name, replace_weight
 from labsupport.quant import awq, gptq, rtn
 from labsupport.quant.grid import QuantizedTensor

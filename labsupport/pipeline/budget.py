@@ -1,4 +1,4 @@
-"""Where a byte helps most, and a budget of bytes spent by it."""
+"""Which layers should get more bytes: where a byte saves the most error, and how to spend a budget."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def rank_layers(error: torch.Tensor, nbytes: torch.Tensor) -> torch.Tensor:
-    """Layers in the order in which an upgrade pays: error saved for each byte added, most first.
+    """Layers by how much an upgrade is worth: error saved for each byte added, most first.
 
-    error float and nbytes int64 [layers, 2]: before the upgrade and after it. Returns places, int64 [layers].
+    error float and nbytes int64 [layers, 2]: before the upgrade and after it. Returns layer numbers, int64 [layers].
     """
     saved = (error[:, 0] - error[:, 1]) / (nbytes[:, 1] - nbytes[:, 0])
     return saved.argsort(descending=True)
@@ -18,7 +18,7 @@ def spend(error: torch.Tensor, nbytes: torch.Tensor, budget: int) -> torch.Tenso
     """A choice for each layer that keeps the sum of errors small and the sum of bytes within the budget.
 
     error float and nbytes int64 [layers, choices], the cheapest choice first. Starts with the cheapest everywhere and buys, again
-    and again, the upgrade that saves the most error for each byte, as long as one fits. Returns places, int64 [layers].
+    and again, the upgrade that saves the most error for each byte, as long as one fits. Returns choices, int64 [layers].
     Raises ValueError where the cheapest choices already cost more than the budget.
     """
     rows = torch.arange(len(error))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labsupport.pipeline import calibrate
-from labsupport.pipeline.calibrate import Block, Resident
+from labsupport.pipeline.block import Block, Resident
 from labsupport.pipeline.finished import FinishedBlocks
 from labsupport.pipeline.linear import LayerReport, Settings
 from labsupport.pipeline.methods import BlockQuantizer, Method

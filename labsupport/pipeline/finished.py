@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from labsupport.model import files, models
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import LayerReport, Settings
 from labsupport.quant.grid import QuantizedTensor
 

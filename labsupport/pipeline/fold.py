@@ -1,4 +1,4 @@
-"""Where a scale for each input channel goes in a Llama-shaped model: into the linears, and its inverse into what comes before them.
+"""Where the scales of input channels go in a Llama-shaped model: into the linears, and their inverse into what comes before them.
 
 The linears that read one input share its scale. The norm or linear before them is divided by it, so no float output changes:
 input_layernorm before q, k and v; v before o, where each channel of o's input comes from one row of v, so not with grouped-query
@@ -46,17 +46,17 @@ def groups(model: nn.Module) -> list[Group]:
     and where what is to be scaled is shared with another part of the model.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    found = []
+    groups_of_model = []
     for block in models.blocks(model):
         name = names[id(block)]
         _check_shape(block)
-        found.append(_group(name, "self_attn", ("q_proj", "k_proj", "v_proj"), "input_layernorm", "self_attn"))
+        groups_of_model.append(_group(name, "self_attn", ("q_proj", "k_proj", "v_proj"), "input_layernorm", "self_attn"))
         if block.self_attn.v_proj.out_features == block.self_attn.o_proj.in_features:
-            found.append(_group(name, "self_attn", ("o_proj",), "self_attn.v_proj", "self_attn.o_proj"))
-        found.append(_group(name, "mlp", ("gate_proj", "up_proj"), "post_attention_layernorm", "mlp"))
-        found.append(_group(name, "mlp", ("down_proj",), "mlp.up_proj", "mlp.down_proj"))
-    _check_not_shared(model, found)
-    return found
+            groups_of_model.append(_group(name, "self_attn", ("o_proj",), "self_attn.v_proj", "self_attn.o_proj"))
+        groups_of_model.append(_group(name, "mlp", ("gate_proj", "up_proj"), "post_attention_layernorm", "mlp"))
+        groups_of_model.append(_group(name, "mlp", ("down_proj",), "mlp.up_proj", "mlp.down_proj"))
+    _check_not_shared(model, groups_of_model)
+    return groups_of_model
 
 
 def _group(block: str, half: str, linears: tuple[str, ...], before: str, output: str) -> Group:
@@ -67,9 +67,9 @@ def _group(block: str, half: str, linears: tuple[str, ...], before: str, output:
 def fold(model: nn.Module, group: Group, scale: torch.Tensor) -> None:
     """Multiply the columns of a group's linears by scale and divide what comes before by it, in place.
 
-    scale: float [in_features], finite and above 0. The logits stay what they were, but for the rounding of the changed weights. A
-    bias of what comes before is divided as well, a bias of the linears is not. Raises ValueError for a scale that does not fit
-    and for one that the weights' dtype cannot take, ModelError for shared weights; the model is then as it was.
+    scale: float [in_features], finite and above 0. The logits stay what they were, apart from the rounding of the changed weights.
+    A bias of what comes before is divided as well, a bias of the linears is not. Raises ValueError for a scale that does not fit
+    and for one with which the weights' dtype would overflow, ModelError for shared weights; the model is then unchanged.
     """
     before, linears = model.get_submodule(group.before), [model.get_submodule(name) for name in group.linears]
     channels = linears[0].in_features
@@ -90,7 +90,7 @@ def fold(model: nn.Module, group: Group, scale: torch.Tensor) -> None:
     for parameter, value in changed.items():
         if not value.to(parameter.dtype).isfinite().all():
             raise ValueError(
-                f"a scale from {scale.min():.2g} to {scale.max():.2g} gives weights that {parameter.dtype} does not hold"
+                f"a scale from {scale.min():.2g} to {scale.max():.2g} gives weights that {parameter.dtype} cannot hold"
             )
     for parameter, value in changed.items():
         parameter.copy_(value)
@@ -135,10 +135,12 @@ def _check_shape(block: nn.Module) -> None:
         raise ModelError(
             f"a scale can be folded into linear layers, and {other[0]} of {kind} is a {type(modules[other[0]]).__name__}"
         )
-    # What else holds weights may read what is scaled, or stand between: another norm, a router, another projection.
+    # Any other module with weights (a norm, a router, a projection) may read what is scaled, or stand in between.
     owners = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
     if extra := sorted(owners.difference(NORMS, LINEARS, QUERY_KEY_NORMS)):
-        raise ModelError(f"{kind} has weights in {', '.join(name or 'itself' for name in extra)}, which a Llama's block has not")
+        raise ModelError(
+            f"{kind} has weights in {', '.join(name or 'itself' for name in extra)}, which a Llama's block does not have"
+        )
     if other := [name for name in NORMS if not _multiplies(modules[name])]:
         raise ModelError(f"{other[0]} of {kind} does not multiply by its weight, so it cannot be divided by a scale")
 
@@ -154,12 +156,12 @@ def _multiplies(norm: nn.Module) -> bool:
     return not torch.func.functional_call(norm, held, (x,)).any()
 
 
-def _check_not_shared(model: nn.Module, found: Sequence[Group]) -> None:
+def _check_not_shared(model: nn.Module, checked: Sequence[Group]) -> None:
     """Raise ModelError where a weight or bias that would be scaled is used in a second place."""
     places = list(model.named_parameters(remove_duplicate=False))
     # The address tells two parameters on one memory; an empty or meta tensor has none of its own.
     uses = Counter(p.data_ptr() or id(p) for _, p in places)
-    scaled = {name for group in found for name in (*group.linears, group.before)}
+    scaled = {name for group in checked for name in (*group.linears, group.before)}
     for name, parameter in places:
         if name.rpartition(".")[0] in scaled and uses[key := parameter.data_ptr() or id(parameter)] > 1:
             others = [other for other, p in places if (p.data_ptr() or id(p)) == key and other != name]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import Quantized, Settings, defaults_of, replace_weight
 from labsupport.quant import gptq
 from labsupport.quant.grid import QuantizedTensor

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import LayerReport, Quantized, Settings, defaults_of, errors_name, left_as_it_is, lost_share
 from labsupport.quant.int8 import Int8Linear
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import nn
 
-    from labsupport.pipeline.calibrate import Block
+    from labsupport.pipeline.block import Block
     from labsupport.pipeline.linear import Quantized, Settings
 
 

@@ -1,6 +1,6 @@
 """A whole model through a method: every linear of its blocks is quantized.
 
-A method that stores weights alone leaves them in the layer as they would read back. int8 rounds what comes into a layer as well,
+A method that stores weights alone leaves in each layer the weights as they read back. int8 rounds what comes into a layer as well,
 so it puts another layer in its place.
 """
 
@@ -27,7 +27,7 @@ from labsupport.quant.grid import QuantizedTensor
 
 @dataclass(frozen=True)
 class Report:
-    """What was stored. weights: how many the quantized linears hold. layers: what became of each, by full name."""
+    """What was stored. weights: how many the model's linears hold. layers: what became of each linear, by full name."""
 
     weights: int
     layers: dict[str, LayerReport]

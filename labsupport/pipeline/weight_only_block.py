@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from labsupport.pipeline.calibrate import Block
+from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import Quantized, Settings, replace_weight
 from labsupport.quant.grid import QuantizedTensor
 

@@ -15,7 +15,7 @@ from torch import nn
 from labsupport.model import models, text
 from labsupport.model.evaluate import perplexity
 from labsupport.pipeline import fold
-from labsupport.pipeline.calibrate import InputStatistics
+from labsupport.pipeline.block import InputStatistics
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.gptq import quantize
 

@@ -1,0 +1,175 @@
+"""One block of a model: its weights, what it is fed, and what each of its linears is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# What a block is called with beside the hidden states: positional and by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CalibrationError(ValueError):
+    """The model cannot be calibrated: a linear never saw an input, a weight is used in two places, it is in training mode."""
+
+
+class Stop(Exception):
+    """Raised by a hook when all that is needed has been seen, so that the rest of a forward pass is left out."""
+
+
+@dataclass
+class InputStatistics:
+    """What a linear, or several that share their input, was fed, summed over tokens. float32 on the layer's device.
+
+    gram: X^T X [in, in]. sum_abs, max_abs: of |x| for each channel, [in]. tokens: how many rows X has.
+    """
+
+    gram: torch.Tensor
+    sum_abs: torch.Tensor
+    max_abs: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStatistics:
+        return cls(
+            torch.zeros(in_features, in_features, device=device),
+            torch.zeros(in_features, device=device),
+            torch.zeros(in_features, device=device),
+        )
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """inputs: float [..., in]. Batches may differ in size: sums are kept, and divided by the count at the end."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self.gram.addmm_(x.t(), x)
+        magnitude = x.abs()
+        self.sum_abs += magnitude.sum(0)
+        torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
+        self.tokens += len(x)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """2/n X^T X, which GPTQ needs. float32 [in, in]."""
+        return self.gram * (2 / self.tokens)
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        """Mean |x| of each channel, which AWQ needs. float32 [in]."""
+        return self.sum_abs / self.tokens
+
+
+class Resident:
+    """Where a model's weights are while they are needed: in memory, all the time.
+
+    A class that loads them for as long as a context lasts overrides both methods; its model is otherwise on the meta device.
+    """
+
+    def outside(self) -> AbstractContextManager:
+        """Inside, the weights of everything but the blocks are there."""
+        return nullcontext()
+
+    def block(self, index: int) -> AbstractContextManager:
+        """Inside, the weights of one block are there."""
+        return nullcontext()
+
+
+@dataclass
+class Block:
+    """One block of a model, and everything that it is fed.
+
+    linears: by full name. inputs: hidden states, [windows, length, hidden] for each batch. calls: what else the block is called
+    with, for each batch; batches of one shape share it (positions, masks, rotary tables).
+    """
+
+    index: int
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    inputs: list[torch.Tensor]
+    calls: list[Call]
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """What the block, as it now is, gives for each batch. [windows, length, hidden]."""
+        for batch in range(len(self.inputs)):
+            yield self._run(batch)
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """The names of the linears that share an input, in the order in which they are called, seen by running one batch.
+
+        Raises CalibrationError where a linear is not called, or more than once.
+        """
+        called: list[tuple[str, torch.Tensor]] = []
+        with _watching(self.linears, lambda name, x: called.append((name, x))):
+            self._run(0)
+        times = {name: sum(name == other for other, _ in called) for name in self.linears}
+        for name, count in times.items():
+            if count == 0:
+                raise CalibrationError(f"{name} never saw an input")
+            if count > 1:
+                raise CalibrationError(f"{name} is called {count} times in one pass: it has no one input")
+        groups: list[tuple[torch.Tensor, list[str]]] = []
+        for name, x in called:
+            for other, names in groups:
+                if other is x:
+                    names.append(name)
+                    break
+            else:
+                groups.append((x, [name]))
+        return [tuple(names) for _, names in groups]
+
+    def statistics(self, names: Iterable[str]) -> dict[str, InputStatistics]:
+        """What each of the named linears is fed by the block as it now is. Of linears that share an input, one is enough.
+
+        A pass is stopped as soon as all of them have been fed.
+        """
+        watched = {name: self.linears[name] for name in names}
+        statistics = {name: InputStatistics.empty(layer.in_features, layer.weight.device) for name, layer in watched.items()}
+        waiting: set[str] = set()
+
+        def see(name: str, x: torch.Tensor) -> None:
+            statistics[name].add(x)
+            waiting.discard(name)
+            if not waiting:
+                raise Stop
+
+        with _watching(watched, see):
+            for batch in range(len(self.inputs)):
+                waiting.update(watched)
+                self._run(batch)
+        return statistics
+
+    def fed(self, true_sequential: bool = True) -> Iterator[tuple[str, InputStatistics]]:
+        """Each linear in the order in which they are called, with what it is fed.
+
+        true_sequential: each is fed by what the linears before it have become, so quantize a linear before asking for the next.
+        Without it, all are fed by the block as it was, in a single pass. Raises what `groups` raises.
+        """
+        groups = self.groups()
+        at_once = {} if true_sequential else self.statistics(group[0] for group in groups)
+        for first, *others in groups:
+            statistics = at_once.pop(first) if at_once else self.statistics([first])[first]
+            for name in (first, *others):
+                yield name, statistics
+
+    @torch.no_grad()
+    def _run(self, batch: int) -> torch.Tensor | None:
+        args, kwargs = self.calls[batch]
+        try:
+            output = self.module(self.inputs[batch], *args, **kwargs)
+        except Stop:
+            return None
+        return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+
+
+@contextmanager
+def _watching(layers: dict[str, nn.Linear], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, see(name, input) is called whenever one of the layers is."""
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
