@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -19,8 +20,17 @@ BLOCKS = 4
 SLACK = 400  # bytes: counters and ids. The norms of one block are 512, its smallest matrix packed to 4 bits is 1024
 
 
+@pytest.fixture(autouse=True)
+def nothing_older() -> Iterator[None]:
+    """What was there before a test is not looked at: libraries hold a million objects, which would be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def alive() -> int:
-    """Bytes of all tensors that Python can reach, each memory once."""
+    """Bytes of all tensors made since the test began that Python can reach, each memory once."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():

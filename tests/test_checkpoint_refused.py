@@ -23,7 +23,7 @@ from labsupport import checkpoint
 from labsupport.checkpoint import CheckpointError, parts
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
-from labsupport.model import files, models
+from labsupport.model import files, models, text
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -266,6 +266,8 @@ def test_an_empty_directory_of_texts(source, tmp_path):
 
 
 def test_a_file_called_code_does_not_hide_the_text_of_that_name(source, tmp_path, monkeypatch):
+    """A short text stands for the standard library's, which takes ten seconds to cut into tokens."""
+    monkeypatch.setattr(text, "documents", lambda domain="code", split="heldout": [text.Document("words", WORDS)])
     (tmp_path / "code").write_text("x")
     monkeypatch.chdir(tmp_path)
     run(source, tmp_path / "out", "gptq", "code")
