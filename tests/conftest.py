@@ -41,6 +41,22 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="session")
+def course():
+    """The course model and its tokenizer. Whoever changes the model works on a copy."""
+    from labsupport.model import models
+
+    return models.load_model(str(models.course_model_dir()), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def held_out(course):
+    """Held-out code in the course model's tokens."""
+    from labsupport.model import text
+
+    return text.load_text(course[1], "code")
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """A Llama of three blocks with grouped-query attention and random weights. Whoever changes it works on a copy."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from labsupport.model import evaluate, models, peers, text
+from labsupport.model import evaluate, models, peers
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import bnb_format, int8, nf4
 from labsupport.quant.bnb_format import FormatError
@@ -106,11 +106,6 @@ def test_more_than_one_chunk(kind, monkeypatch):
     for shape in ((50, 100), (64, 64), (33, 333)):
         for block_size in (64, 256):
             assert_4bit_equal(torch.randn(shape, generator=torch.Generator().manual_seed(0)), kind, block_size, True)
-
-
-@pytest.fixture(scope="module")
-def course():
-    return models.load_model(str(models.course_model_dir()), device="cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,19 +459,18 @@ def test_an_activation_beyond_float16_is_an_outlier_like_any_other():
 
 
 @pytest.mark.parametrize(("method", "double_quant"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
-def test_whole_model_equals_transformers_with_bitsandbytes(course, method, double_quant):
-    model, tokenizer = course
+def test_whole_model_equals_transformers_with_bitsandbytes(course, held_out, method, double_quant):
+    model, _ = course
     theirs, _ = peers.load_with_bitsandbytes(method, str(models.course_model_dir()), double_quant)
     kinds = (bnb.nn.Linear8bitLt,) if method == "int8" else (bnb.nn.Linear4bit,)
     assert {name for name, m in theirs.named_modules() if isinstance(m, kinds)} == models.linears(model).keys()
     settings = {} if method == "int8" else {"codebook": method, "double_quant": double_quant}
     ours, _ = quantize_model(model, "int8" if method == "int8" else "nf4", **settings)
-    stream = text.load_text(tokenizer, "code")
-    got, wanted = (evaluate.evaluate(m, stream, windows=4).perplexity for m in (ours, theirs))
+    got, wanted = (evaluate.evaluate(m, held_out, windows=4).perplexity for m in (ours, theirs))
     # 0.1 % is asked for. The codes are equal, so only the order of float32 sums is left: 768 terms a product, six blocks.
     assert got == pytest.approx(wanted, rel=1e-4)
     with torch.no_grad():
-        moved = (ours(input_ids=stream.ids[None, :256]).logits - model(input_ids=stream.ids[None, :256]).logits).abs().max()
+        moved = (ours(input_ids=held_out.ids[None, :256]).logits - model(input_ids=held_out.ids[None, :256]).logits).abs().max()
     assert moved > 1e-2  # and something was quantized: the order of float32 sums moves logits of up to 20 by about 1e-5
 
 

@@ -205,24 +205,25 @@ def test_bad_arguments(tiny, arguments, message):
         quantize_model(tiny, **arguments)
 
 
-def test_gptq_is_below_round_to_nearest_on_the_course_model():
+@pytest.fixture(scope="module")
+def code(course):
+    """Some windows of code to calibrate on, from a few documents: to cut all of them into tokens takes ten seconds."""
+    return calibrate.windows(text.tokenize(course[1], text.documents("code", "train")[::20], "code"), 8)
+
+
+def test_gptq_is_below_round_to_nearest_on_the_course_model(course, code, held_out):
     """Live, at 3 bits and on little text; the rows of `labs sweep gptq` say it of 4, 3 and 2 bits."""
-    model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
-    ids = calibrate.windows(text.load_text(tokenizer, "code", "train"), 8)
-    held_out = text.load_text(tokenizer, "code")
+    model, _ = course
     nearest, _ = quantize_model(model, "rtn", bits=3)
-    fitted, _ = quantize_model(model, "gptq", calibration=ids, bits=3)
+    fitted, _ = quantize_model(model, "gptq", calibration=code, bits=3)
     a, b = (evaluate.evaluate(m, held_out, windows=8) for m in (nearest, fitted))
     assert evaluate.paired_bootstrap(a, b).high < 0
 
 
-def test_awq_is_below_round_to_nearest_with_outlier_channels():
-    model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
-    planted = models.plant_outliers(model)
-    ids = calibrate.windows(text.load_text(tokenizer, "code", "train"), 8)
-    held_out = text.load_text(tokenizer, "code")
+def test_awq_is_below_round_to_nearest_with_outlier_channels(course, code, held_out):
+    planted = models.plant_outliers(course[0])
     nearest, _ = quantize_model(planted, "rtn", bits=4)
-    fitted, _ = quantize_model(planted, "awq", calibration=ids, bits=4)
+    fitted, _ = quantize_model(planted, "awq", calibration=code, bits=4)
     a, b = (evaluate.evaluate(m, held_out, windows=8) for m in (nearest, fitted))
     assert evaluate.paired_bootstrap(a, b).high < 0
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers import QuantizedCache as Theirs
 
 from labsupport.evidence import sweep
-from labsupport.model import evaluate, models, text
+from labsupport.model import evaluate, models
 from labsupport.pipeline import cache
 from labsupport.pipeline.cache import QuantizedCache, QuantizedLayer
 from labsupport.quant import kv
@@ -46,12 +46,6 @@ def tiny(dtype: torch.dtype = torch.float64, **settings) -> LlamaForCausalLM:
         for layer in models.linears(model).values():
             layer.weight.mul_(8)  # as made, attention is nearly even, and no error in a key would show
     return model
-
-
-@pytest.fixture(scope="module")
-def course():
-    model, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
-    return model, text.load_text(tokenizer, "code")
 
 
 # What is stored -------------------------------------------------------------------------------------------------------
@@ -227,8 +221,8 @@ def test_one_pass_gives_the_logits_of_a_decode_step_by_step(scheme):
         assert (at_once - plain).abs().max() <= 1e-6
 
 
-def test_one_pass_on_the_course_model_is_the_decode(course):
-    model, stream = course
+def test_one_pass_on_the_course_model_is_the_decode(course, held_out):
+    model, stream = course[0], held_out
     scheme = Scheme(Part(2, "channel", 32, residual=16), Part(2, "token", 32, residual=16))
     ids = stream.ids[stream.positions(96, 2)]
     stepwise = QuantizedCache(model, scheme)
@@ -242,8 +236,8 @@ def test_one_pass_on_the_course_model_is_the_decode(course):
     assert abs(found.mean_loss - plain.mean_loss) > 5e-3
 
 
-def test_losses_by_place_are_those_of_the_evaluation(course):
-    model, stream = course
+def test_losses_by_place_are_those_of_the_evaluation(course, held_out):
+    model, stream = course[0], held_out
     scheme = Scheme(Part(3, "channel", 32), Part(3, "token", 32))
     nats = cache.losses_by_place(model, stream, scheme, 4, length=128, windows=5)
     assert nats.shape == (5, 4)
@@ -348,8 +342,8 @@ def test_planted_keys_leave_the_float_function_unchanged(factor, bias):
         assert torch.equal(before.self_attn.v_proj.weight, after.self_attn.v_proj.weight)
 
 
-def test_planted_keys_are_found_in_the_keys_and_the_model_itself_is_left_alone(course):
-    model, stream = course
+def test_planted_keys_are_found_in_the_keys_and_the_model_itself_is_left_alone(course, held_out):
+    model, stream = course[0], held_out
     before = {name: layer.weight.clone() for name, layer in models.linears(model).items()}
     planted = models.plant_key_outliers(model)
     assert all(torch.equal(layer.weight, before[name]) for name, layer in models.linears(model).items())
@@ -380,9 +374,9 @@ def test_planted_keys_want_llama_attention():
 
 
 @pytest.fixture(scope="module")
-def rises(course):
+def rises(course, held_out):
     """Rise in perplexity of keys alone at 4 bits, groups of 32, the same tokens waiting: as trained, and planted."""
-    model, stream = course
+    model, stream = course[0], held_out
     baseline = evaluate.evaluate(model, stream, windows=12)
     found = {}
     for name, each in (("as trained", model), ("planted", models.plant_key_outliers(model))):

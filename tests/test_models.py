@@ -9,18 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from labsupport.model import evaluate, models, text
-
-
-@pytest.fixture(scope="module")
-def course():
-    return models.load_model(str(models.course_model_dir()), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def small(course):
-    """A few windows of held-out code."""
-    return text.load_text(course[1], "code")
+from labsupport.model import evaluate, models
 
 
 def test_is_a_plain_llama_directory_that_old_and_new_libraries_read():
@@ -51,9 +40,9 @@ def test_card_holds_the_figures_that_a_reader_needs():
     assert len(training["losses"]) > 10
 
 
-def test_course_model_meets_its_bars(course, small):
+def test_course_model_meets_its_bars(course, held_out):
     """At most 1.2 bits a byte on held-out code, on the text of whatever Python runs this."""
-    result = evaluate.evaluate(course[0], small, windows=32)
+    result = evaluate.evaluate(course[0], held_out, windows=32)
     # 32 of some 500 windows: one standard error of the mean is about 2 %, and three of them are allowed.
     assert result.bits_per_byte <= 1.2 * 1.06
 
@@ -81,12 +70,12 @@ def test_blocks_and_linears(course):
     assert sum(models.role(n) == "attention" for n in names) == 4 * model.config.num_hidden_layers
 
 
-def test_planted_outliers_leave_the_float_function_unchanged(course, small):
+def test_planted_outliers_leave_the_float_function_unchanged(course, held_out):
     model = course[0]
     planted = models.plant_outliers(model)
-    index = small.positions(128, 4)
+    index = held_out.positions(128, 4)
     with torch.no_grad():
-        before, after = model(small.ids[index]).logits, planted(small.ids[index]).logits
+        before, after = model(held_out.ids[index]).logits, planted(held_out.ids[index]).logits
     # Each norm's output and each column is scaled and unscaled once in float32: relative 2**-23 a product, grown over 6 blocks.
     assert (after - before).abs().max() <= 1e-4 * before.std()
     assert not torch.equal(before, after)

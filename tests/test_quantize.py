@@ -166,9 +166,9 @@ def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq"])
-def test_shipped_measurements_are_of_the_shipped_model(name):
+def test_shipped_measurements_are_of_the_shipped_model(name, course):
     measured = sweep.load(name)
-    model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
+    model, _ = course
     assert measured.about["model_sha256"] == sweep.model_digest(model)
     assert len(measured.rows) == len(list(sweep.SWEEPS[name](model)))
     settings = [{k: row[k] for k in row if k not in sweep.MEASURED} for row in measured.rows]
