@@ -359,7 +359,57 @@ def lloyd_by_distance(values, levels, hold):
     return torch.where(hold | means.isnan(), levels.double(), means)
 
 
+def hessian_as_a_running_mean(batches):
+    """float64; each token moves the mean of their outer products."""
+    mean = 0
+    for count, token in enumerate(torch.cat(batches).double(), 1):
+        mean = mean + (torch.outer(token, token) - mean) / count
+    return 2 * mean
+
+
+def error_of_each_row(weight, values, hessian):
+    return sum(float(e @ hessian.double() @ e) for e in (weight - values).double())
+
+
+def made_up_by_elimination(weight, hessian, column, value):
+    """The free columns by the pseudo-inverse of their own Hessian."""
+    free = torch.arange(len(hessian)) != column
+    moved = weight.clone()
+    moved[:, column] = value
+    moved[:, free] += torch.outer(weight[:, column] - value, torch.linalg.pinv(hessian[free][:, free]) @ hessian[free][:, column])
+    return moved
+
+
+def factor_from_the_far_end(hessian):
+    """H = R R^T with R upper, by a Cholesky factorization from the last column to the first; then U is its inverse."""
+    backwards = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(backwards, torch.eye(len(hessian)), upper=True)
+
+
+def loop_with_shrinking_inverses(weight, hessian, scale, zero_point, bits):
+    """What the factor stands for: the inverse of what is left of H, taken anew at each column; codes in uint8."""
+    work, columns = weight.double(), []
+    for i in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[i:, i:].double())
+        code = ((work[:, i : i + 1] / scale).round() + zero_point).clamp(0, 2**bits - 1)
+        error = work[:, i : i + 1] - (code - zero_point) * scale
+        work[:, i:] -= error * inverse[0] / inverse[0, 0]
+        columns.append(code.to(torch.uint8))
+    return torch.cat(columns, 1)
+
+
+def hessians_of_inputs(size):
+    """From activations, in float64: channels that are never on together, and channels that all carry one signal."""
+    alone = torch.diag(torch.linspace(1, 60, size, dtype=torch.float64)) * size**0.5
+    signal = torch.cat([torch.ones(3 * size, 1), -torch.ones(3 * size, 1)]) + torch.zeros(1, size)
+    noise = torch.cat([torch.eye(size)] * 3 + [-torch.eye(size)] * 3)
+    together = (signal + 0.9 * noise).double()
+    return alone.T @ alone, together.T @ together
+
+
 ANSWERS = [
+    ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),
+    ("6.4", factor_from_the_far_end), ("6.5", loop_with_shrinking_inverses), ("6.6", hessians_of_inputs),
     ("5.1", codebook_in_float64), ("5.2", encode_by_distance), ("5.3", blocks_one_by_one), ("5.4", ledger_in_bits),
     ("5.5", nested_by_distance), ("5.6", blocks_in_thousandths), ("5.7", lloyd_by_distance),
     ("4.1", rows_in_float64), ("4.2", product_of_values), ("4.3", columns_in_a_loop), ("4.4", mixed_in_a_loop),

@@ -81,25 +81,6 @@ class Fault:
         return self.says.format(**found) if isinstance(found, Mapping) else self.says.format()
 
 
-def cases(find: Callable, *known: tuple[str, str, tuple[Callable, ...]]) -> tuple[Fault, ...]:
-    """Faults that are looked for in one go, each as (key, sentence, answers that show it).
-
-    find(given, got, want): the key of the one that is there and the values of its sentence's fields, or None where none is.
-    """
-
-    last: list[Any] = [None, None]  # the outputs that were looked at, and what was found
-
-    def seen_as(key: str) -> Callable:
-        def seen(given: Outputs, got: Outputs, want: Outputs) -> Any:
-            if last[0] is not got:
-                last[:] = got, find(given, got, want)
-            return last[1][1] if last[1] and last[1][0] == key else None
-
-        return seen
-
-    return tuple(Fault(says, seen_as(key), answers) for key, says, answers in known)
-
-
 @dataclass(frozen=True)
 class Mutant:
     """An answer that must be refused, and words that the message about it must contain."""

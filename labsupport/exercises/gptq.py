@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
@@ -347,8 +350,8 @@ def _loop_answer(**how):
     return lambda *given: _loop(*given, **how)[0]
 
 
-def loop_inputs(seed: int) -> dict:
-    """Six rows, ten columns, 3 bits. No rounding is near a tie, some weights are driven off their grid, and every mistake shows."""
+@functools.cache
+def _loop_case(seed: int) -> dict:
     g = generator(seed)
     while True:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g)
@@ -361,6 +364,11 @@ def loop_inputs(seed: int) -> dict:
         mistaken = [mistake.answer(*given.values()) for mistake in LOOP_MISTAKES]
         if all(not torch.equal(a, b) for i, a in enumerate([codes, *mistaken]) for b in mistaken[i:]):
             return given
+
+
+def loop_inputs(seed: int) -> dict:
+    """Six rows, ten columns, 3 bits. No rounding is near a tie, some weights are driven off their grid, and every mistake shows."""
+    return copy.deepcopy(_loop_case(seed))  # the search is long
 
 
 def gptq_loop(
@@ -443,6 +451,8 @@ def two_hessians(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _not_one(hessian: torch.Tensor) -> str | None:
     """Why a matrix cannot be a Hessian with an inverse, or None."""
     hessian = hessian.float()
+    if not hessian.isfinite().all():
+        return "holds numbers beyond float32, in which GPTQ computes"
     gap = (hessian - hessian.T).abs().max().item()
     if gap > 1e-5 * hessian.abs().max():
         return f"is not symmetric: it differs from its transpose by up to {gap:.3g}, and 2/n X^T X cannot"
@@ -497,6 +507,7 @@ TWO = Exercise(
         Mutant(lambda n: (torch.linspace(-1, 1, n).diag(), _equal(n)), "unequal is not positive definite"),
         Mutant(lambda n: (_unequal(n), _equal(n).triu()), "not symmetric"),
         Mutant(lambda n: (_unequal(n).diagonal(), _equal(n)), "has shape"),
+        Mutant(lambda n: (1e300 * _unequal(n).double(), _equal(n)), "unequal holds numbers beyond float32"),
     ),
 )  # fmt: skip
 

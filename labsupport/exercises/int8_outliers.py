@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from labsupport.exercises.compare import got_and_wanted, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, cases, generator, right
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, right
 from labsupport.quant import int8, rtn
 from labsupport.quant.int8 import PER_PRODUCT, Int8Tensor
 
@@ -66,20 +66,9 @@ def _first_row_off(given, got, want):
 
 QUANTIZE_ROWS = Exercise(
     id="4.1", name="quantize_rows", title="Vector-wise int8", minutes=8, difficulty=2, points=2,
-    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, otherwise=_first_row_off,
+    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, dtypes=("codes",), otherwise=_first_row_off,
     close=lambda given, want: {"codes": 0.0, "absmax": 2**-22 * want["absmax"]},  # absmax / 127 is rounded
     faults=(
-        Fault("there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1",
-              lambda given, got, want: got["absmax"].numel() == given["matrix"].shape[1],
-              (lambda m: (_rows(m.t())[0].t(), m.abs().amax(0)),), early=True),
-        Fault("there is one magnitude for the whole matrix. Vector-wise means one for each row",
-              lambda given, got, want: got["absmax"].numel() == 1, (lambda m: _rows(m, m.abs().max().view(1)),), early=True),
-        Fault("absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end",
-              lambda given, got, want: got["absmax"].shape == (len(given["matrix"]), 1),
-              (lambda m: _rows(m, m.abs().amax(1, keepdim=True)),), early=True),
-        Fault("codes are {dtype}, wanted torch.int8: round first, cast last",
-              lambda given, got, want: got["codes"].dtype != torch.int8 and {"dtype": got["codes"].dtype},
-              (lambda m: (_rows(m)[0].float(), m.abs().amax(1)), lambda m: (_rows(m)[0].int(), m.abs().amax(1))), early=True),
         Fault("largest value negative: absmax is the largest value of a row, not its largest magnitude. max() for abs()?",
               lambda given, got, want: (got["absmax"] == given["matrix"].amax(1)).all(), (lambda m: _rows(m, m.amax(1)),)),
         Fault("an all-zero row: absmax is {value}, wanted 0. Guard the division, not the magnitude",
@@ -89,6 +78,13 @@ QUANTIZE_ROWS = Exercise(
               lambda given, got, want: got["codes"][4].any(), (lambda m: _rows(m, code_of_nan=-128.0),)),
     ),
     mistakes=(
+        Mistake("there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1",
+                lambda m: (_rows(m.t())[0].t(), m.abs().amax(0))),
+        Mistake("there is one magnitude for the whole matrix. Vector-wise means one for each row",
+                lambda m: _rows(m, m.abs().max().view(1))),
+        Mistake("absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end",
+                lambda m: _rows(m, m.abs().amax(1, keepdim=True))),
+        Mistake("codes are right, but not in torch.int8: round first, cast last", lambda m: (_rows(m)[0].float(), m.abs().amax(1))),
         Mistake("absmax is the distance between two codes. bitsandbytes keeps the magnitude itself, absmax, 127 times as much",
                 lambda m: _rows(m, stored=m.abs().amax(1) / 127)),
         Mistake("the largest value gets code 128, which int8 does not hold: it wraps around to -128. The codes go from -127 to 127",
@@ -104,13 +100,12 @@ QUANTIZE_ROWS = Exercise(
     others=(
         Mutant(lambda m: _rows(m, 1.01 * m.abs().amax(1)), "values half way between two codes: absmax[0]: got"),
         Mutant(lambda m: (_rows(m)[0] // 2, m.abs().amax(1)), "with absmax 127: got"),
+        Mutant(lambda m: (_rows(m)[0] + 0.5, m.abs().amax(1)), "wanted torch.int8"),
     ),
 )  # fmt: skip
 
 
 # 4.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def product_inputs(seed: int) -> dict:
     """Tokens as many as outputs: a scale on the wrong axis raises nothing, but is far off. One sum is odd and above 2**24."""
     g = generator(seed)
@@ -202,8 +197,6 @@ INT8_MATMUL = Exercise(
 
 
 # 4.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def column_inputs(seed: int) -> dict:
     """More features than tokens. One column only reaches the threshold, one only just does not, one is large below zero, one twice,
     one nearly always, one always, and one is always a little below the threshold."""
@@ -394,75 +387,69 @@ def output_error(activations: torch.Tensor, threshold: float) -> float:
     return error.pow(2).mean().sqrt().item()
 
 
-def _batches_fault(given, got, want):
+def _batches_fault(given, got, want) -> str | None:
     bulk = given["bulk"]
     for name, batch in got.items():
         if (count := int((batch != bulk).any(0).sum())) != 1:
-            return "columns", {"name": name, "count": count}
+            return f"{name} differs from bulk in {count} columns, wanted one: change a copy of bulk, in one column"
         if (largest := batch.abs().max().item()) > LARGEST_HALF:
-            return "float16", {"name": name, "value": f"{largest:.6g}"}
+            return f"{name} holds {largest:.6g}. LLM.int8() takes activations in float16, which ends at {LARGEST_HALF:g}"
     errors = {name: [output_error(batch.float(), threshold) for threshold in THRESHOLDS] for name, batch in got.items()}
     moved = {name: max(each) / min(each) for name, each in errors.items()}
+    about = {name: f"{name}: between thresholds 3, 6 and 12 the error changes by a factor {moved[name]:.4g}" for name in got}
     if moved["sensitive"] <= MOST_MOVED and moved["indifferent"] >= LEAST_MOVED:
-        return "exchanged", {}
+        return "the two are exchanged: indifferent comes first"
     if moved["indifferent"] > MOST_MOVED:
-        return "moves", {"factor": shown(moved["indifferent"], 1.0, 3)[0]}
+        return about["indifferent"] + ", wanted none. Which values would be taken out at all three?"
     rescued = output_error(got["indifferent"].float(), 0.0) / min(errors["indifferent"])
     if rescued < LEAST_RESCUED:
-        return "no rescue", {"factor": shown(rescued, LEAST_RESCUED, 2)[0]}
+        factor = f"{shown(rescued, LEAST_RESCUED, 2)[0]} times smaller, wanted at least {LEAST_RESCUED:g} times"
+        return f"indifferent: taking its column out makes the error {factor}. What must one value do to the step of its row?"
     if moved["sensitive"] >= LEAST_MOVED:
         return None
     largest = got["sensitive"][:, (got["sensitive"] != bulk).any(0)].abs().max()
-    key = "left in" if largest < min(THRESHOLDS) else "taken out" if largest >= max(THRESHOLDS) else "harmless"
-    return key, {"factor": shown(moved["sensitive"], LEAST_MOVED, 2)[0]}
+    if largest < min(THRESHOLDS):
+        return about["sensitive"] + ". Its column is left in at all three: no value of it reaches one of them"
+    if largest >= max(THRESHOLDS):
+        return about["sensitive"] + ". Its column is taken out at all three"
+    return about["sensitive"] + f", wanted {LEAST_MOVED:g}. Left in at one of them, it must do harm: how large, how often?"
 
 
-SENSITIVE = "sensitive: between thresholds 3, 6 and 12 the error changes by a factor {factor}"
 TWO_BATCHES = Exercise(
     id="4.5", name="two_batches", title="When the threshold matters", minutes=10, difficulty=3, points=3,
     returns=("indifferent", "sensitive"), inputs=batch_inputs, reference=two_batches,
-    accepts=lambda given, got, want: right(),  # what has no fault
-    faults=cases(
-        _batches_fault,
-        ("columns", "{name} differs from bulk in {count} columns, wanted one: change a copy of bulk, in one column",
-         (lambda bulk: (20 * bulk, 5 * bulk), lambda bulk: (bulk.clone(), bulk.clone()))),
-        ("float16", "{name} holds {value}. LLM.int8() takes activations in float16, which ends at 65504",
-         (_two_columns(1e5, 9.0),)),
-        ("exchanged", "the two are exchanged: indifferent comes first", (_two_columns(9.0, 40.0),)),
-        ("moves", "indifferent: between thresholds 3, 6 and 12 the error changes by a factor {factor}, wanted none. Which values "
-         "would be taken out at all three?", (_two_columns(9.0, 9.0),)),
-        ("no rescue", "indifferent: taking its column out makes the error {factor} times smaller, wanted at least 5 times. What "
-         "must one value do to the step of its row?", (_two_columns(2.0, 9.0),)),
-        ("left in", SENSITIVE + ". Its column is left in at all three: no value of it reaches one of them",
-         (_two_columns(40.0, 2.5),)),
-        ("taken out", SENSITIVE + ". Its column is taken out at all three", (_two_columns(40.0, 13.0),)),
-        ("harmless", SENSITIVE + ", wanted 3. Left in at one of them, it must do harm: how large, how often?",
-         (_two_columns(40.0, 9.0, rows=1),)),
+    accepts=lambda given, got, want: None if _batches_fault(given, got, want) else right(), otherwise=_batches_fault,
+    others=(
+        Mutant(_two_columns(9.0, 40.0), "exchanged"), Mutant(_two_columns(9.0, 9.0), "taken out at all three?"),
+        Mutant(_two_columns(2.0, 9.0), "step of its row"), Mutant(_two_columns(40.0, 2.5), "left in at all three"),
+        Mutant(_two_columns(40.0, 13.0), "Its column is taken out at all three"), Mutant(_two_columns(1e5, 9.0), "in float16"),
+        Mutant(_two_columns(40.0, 9.0, rows=1), "how often"), Mutant(lambda bulk: (20 * bulk, 5 * bulk), "in one column"),
+        Mutant(lambda bulk: (bulk.clone(), bulk.clone()), "in 0 columns"),
     ),
 )  # fmt: skip
 
 
 # 4.6 ------------------------------------------------------------------------------------------------------------------
-
-
 def layer_inputs(seed: int) -> dict:
     g = generator(seed)
     return {"weight": torch.randn(24, 64, generator=g), "bias": torch.randn(24, generator=g)}
 
 
-def _layers(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, tuple[Callable, dict | None]]:
-    """Layers to look at from outside, and how each rounds its input, for int8.quantize_activations; None if it does not."""
+def _layers(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, tuple[Callable, Callable | None]]:
+    """Layers to look at from outside; and what each would be that rounds its input if it did not, None where it does not."""
     four, eight, whole = rtn.quantize(weight, 4, 32).dequantize(), int8.quantize(weight), int8.quantize(weight, "tensor")
-    tensor = {"threshold": 0.0, "granularity": "tensor"}
+    by_row, by_tensor = eight.dequantize().t(), whole.dequantize().t()
     return {
         "float": (lambda x: x @ weight.t(), None),
         "float with a bias": (lambda x: x @ weight.t() + bias, None),
         "4-bit weights": (lambda x: x @ four.t() + bias, None),
-        "int8 weights": (lambda x: x @ eight.dequantize().t(), None),
-        "int8 on both sides": (lambda x: int8.linear(x, eight, bias, threshold=0.0), {"threshold": 0.0}),
-        "int8 on both sides, per tensor": (lambda x: int8.linear(x, whole, **tensor), tensor),
-        "LLM.int8()": (lambda x: int8.linear(x, eight, bias), {"threshold": int8.THRESHOLD}),
-    }
+        "int8 weights": (lambda x: x @ by_row, None),
+        "int8 on both sides": (lambda x: int8.linear(x, eight, bias, threshold=0.0), lambda x: x @ by_row + bias),
+        "int8 on both sides, per tensor": (
+            lambda x: int8.linear(x, whole, threshold=0.0, granularity="tensor"), lambda x: x @ by_tensor
+        ),
+        "LLM.int8()": (lambda x: int8.linear(x, eight, bias), lambda x: x @ by_row + bias),
+    }  # fmt: skip
 
 
 def is_weight_only(layer: Callable, in_features: int) -> bool:
@@ -477,19 +464,12 @@ def is_weight_only(layer: Callable, in_features: int) -> bool:
     return bool((together - apart).abs().max() < 1e-4 * together.abs().max())
 
 
-def _fed(batches: list[torch.Tensor], rounding: dict) -> str:
-    """What a layer that rounds so was fed: "zeros" alone, "outliers" alone, what is "exact" in int8, "multiples", or "enough"."""
+def _fed(batches: list[torch.Tensor], layer: Callable, exact: Callable) -> str:
+    """What a layer was fed that is `exact` but for the rounding of its input: a key of FED."""
     rows = torch.cat(batches) if batches else torch.zeros(1, 1)
     if not rows.any():
         return "zeros"
-    rounded = [int8.quantize_activations(batch.half(), **rounding)[0] for batch in batches]
-    if not any(each.codes.any() for each in rounded):
-        return "outliers"
-    lost = [
-        (each.dequantize() - batch.half()).masked_fill(each.codes == 0, 0).abs().amax(1) / each.absmax.clamp(min=1e-30)
-        for each, batch in zip(rounded, batches, strict=True)
-    ]
-    if torch.cat(lost).max() < 1e-4:
+    if all((layer(x) - exact(x)).abs().max() <= 1e-4 * exact(x).abs().max() for x in batches):
         return "exact"
     rows = rows[rows.any(1)].double().unique(dim=0)[:512]
     rows = rows / rows.norm(dim=1, keepdim=True)
@@ -500,7 +480,7 @@ def _fed(batches: list[torch.Tensor], rounding: dict) -> str:
 def drive_layers(answer: Callable, given: dict) -> dict:
     """The answer's word on every layer, by name; and what it had fed to those that round their input, where it says they do not."""
     columns, found, fed = given["weight"].shape[1], {}, {}
-    for name, (layer, rounding) in _layers(**given).items():
+    for name, (layer, exact) in _layers(**given).items():
         batches: list[torch.Tensor] = []
 
         def watched(x: torch.Tensor, layer: Callable = layer, batches: list = batches) -> torch.Tensor:
@@ -508,21 +488,36 @@ def drive_layers(answer: Callable, given: dict) -> dict:
             return layer(batches[-1]).view(*x.shape[:-1], -1)
 
         found[name] = answer(watched, columns)
-        if rounding is not None:
-            fed[name] = _fed(batches, rounding) if found[name] is True else ""
+        if exact is not None:
+            fed[name] = _fed(batches, layer, exact) if found[name] is True else ""
     return found | {"fed": fed}
 
 
-def _layers_fault(given, got, want):
+FED = {
+    "zeros": "and was fed nothing but zeros, if anything. Which inputs would rounding move?",
+    "exact": "and nothing that it was fed is rounded there. Zeros and ones, or one value in all places, are exact in int8, and "
+    "columns with an outlier are left out of it. Which inputs would rounding move?",
+    "multiples": "and was fed multiples of the same rows. A row times 2, or -1, has the same codes up to their sign, so rounding "
+    "does not show in f(2x) = 2 f(x). What else does a linear function promise?",
+    "enough": "though it rounds what it was fed: by how much may a linear function be off?",
+}
+
+
+def _layers_fault(given, got, want) -> str | None:
     layers = [name for name in got if name != "fed"]
     missed = [name for name in layers if got[name] == (name in got["fed"])]
     if not missed:
         return None
     if not any(got[name] for name in layers):
-        return "none", {}
+        return (
+            "it finds no layer weight-only, not even one in plain float32. A float32 sum depends on rounding too, in the seventh "
+            "digit: allow for that"
+        )
     if missed[:2] == ["float with a bias", "4-bit weights"]:
-        return "biased", {}
-    return got["fed"].get(missed[0], "rounding"), {"layer": missed[0]}
+        return "a layer with a bias is taken for one that rounds its input: f(0) is not 0 there, take it off first"
+    if missed[0] not in got["fed"]:
+        return f"{missed[0]} is taken for a layer that rounds its input, and it does not"
+    return f"{missed[0]} is taken for weight-only, {FED.get(got['fed'][missed[0]], 'and it rounds its input')}"
 
 
 def _by_doubling(layer, n):
@@ -552,28 +547,16 @@ def _by_sums(layer, n, low=-1.0, high=1.0, allowed=1e-4, bias=True):
 WEIGHT_ONLY = Exercise(
     id="4.6", name="is_weight_only", title="Weight-only, seen from outside", minutes=10, difficulty=3, points=3,
     returns=("weight_only",), inputs=layer_inputs, reference=is_weight_only, drive=drive_layers,
-    accepts=lambda given, got, want: right(),  # what has no fault
-    faults=cases(
-        _layers_fault,
-        ("none", "it finds no layer weight-only, not even one in plain float32. A float32 sum depends on rounding too, in the "
-         "seventh digit: allow for that", (partial(_by_sums, allowed=0.0), lambda layer, n: False)),
-        ("biased", "a layer with a bias is taken for one that rounds its input: f(0) is not 0 there, take it off first",
-         (partial(_by_sums, bias=False),)),
-        ("rounding", "{layer} is taken for a layer that rounds its input, and it does not",
-         (_by_levels,)),
-        ("zeros", "{layer} is taken for weight-only, and was fed nothing but zeros, if anything. Which inputs would rounding move?",
-         (lambda layer, n: True, lambda layer, n: layer(torch.zeros(1, n)).isfinite().all().item())),
-        # Per row and per tensor, large inputs are rounded like any others.
-        ("outliers", "{layer} is taken for weight-only. Inputs this large make every column an outlier: nothing was left in int8",
-         (partial(_by_sums, low=40.0, high=50.0),)),
-        ("exact", "{layer} is taken for weight-only. All inputs you tried are exact in int8: zeros and ones, or one value "
-         "in all places, lose nothing. Which inputs would rounding move?", (_by_one_hot,)),
-        ("multiples", "{layer} is taken for weight-only. A row times 2, or -1, has the same codes up to their sign, so rounding "
-         "does not show in f(2x) = 2 f(x). What else does a linear function promise?", (_by_doubling,)),
-        ("enough", "{layer} is taken for weight-only. Your inputs are rounded there: by how much may a linear function be off?",
-         (partial(_by_sums, allowed=0.5),)),
+    accepts=lambda given, got, want: None if _layers_fault(given, got, want) else right(), otherwise=_layers_fault,
+    others=(
+        Mutant(_by_doubling, "same codes"), Mutant(_by_one_hot, "exact in int8"),
+        Mutant(lambda layer, n: True, "nothing but zeros, if anything"),
+        Mutant(lambda layer, n: layer(torch.zeros(1, n)).isfinite().all().item(), "nothing but zeros"),
+        Mutant(partial(_by_sums, allowed=0.0), "seventh digit"), Mutant(lambda layer, n: False, "no layer weight-only"),
+        Mutant(partial(_by_sums, bias=False), "a bias"), Mutant(partial(_by_sums, low=40.0, high=50.0), "columns with an outlier"),
+        Mutant(partial(_by_sums, allowed=0.5), "by how much may a linear function be off"), Mutant(_by_levels, "and it does not"),
+        Mutant(lambda layer, n: torch.tensor(_by_sums(layer, n)), "wanted True or False"),
     ),
-    others=(Mutant(lambda layer, n: torch.tensor(_by_sums(layer, n)), "wanted True or False"),),
 )  # fmt: skip
 
 EXERCISES = (QUANTIZE_ROWS, INT8_MATMUL, OUTLIER_COLUMNS, MIXED_MATMUL, TWO_BATCHES, WEIGHT_ONLY)

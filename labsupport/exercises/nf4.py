@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, cases, generator, right
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, right
 from labsupport.quant import nf4
 
 _quantile = NormalDist().inv_cdf
@@ -84,8 +84,6 @@ CODEBOOK = Exercise(
 
 
 # 5.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def _bounds(levels: torch.Tensor) -> torch.Tensor:
     return (levels[:-1] + levels[1:]) / 2
 
@@ -147,8 +145,6 @@ ENCODE = Exercise(
 
 
 # 5.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def block_inputs(seed: int) -> dict:
     """Three rows of eleven in blocks of 8 or 7: they run on into the next row, the last is short, and the number of weights is odd.
 
@@ -180,7 +176,7 @@ def _largest(part):
 def _blocks(weight, levels, size, *, cut=None, largest=_largest, divide=True, zero_code=7, spare=7, store=None):
     """The right answer, or one with other blocks, another magnitude, other codes for zeros and for the spare nibble, or stored
     otherwise: store(codes, absmax)."""
-    parts = list(cut(weight, size) if cut else weight.reshape(-1).split(size))
+    parts = list(cut(weight, size) if cut else weight.flatten().split(size))
     absmax = torch.stack([largest(part) for part in parts])
     divided = [part / m if divide and m != 0 else part for part, m in zip(parts, absmax, strict=True)]
     codes = _nearest(torch.cat(divided), levels).masked_fill(torch.cat(parts) == 0, zero_code)
@@ -188,25 +184,23 @@ def _blocks(weight, levels, size, *, cut=None, largest=_largest, divide=True, ze
     return store(codes, absmax) if store else (nf4.pack_nibbles(codes), absmax)
 
 
-def _code_off(given, got, want):
-    """Where absmax is right: whether only the spare nibble or zeros are wrong, or where the first wrong code is."""
-    if largest_difference(got["absmax"], want["absmax"]) > 1e-30 or torch.equal(got["packed_codes"], want["packed_codes"].long()):
-        return None
-    flat, size = given["weight"].reshape(-1), given["block_size"]
+def _first_block_off(given, got, want):
+    if largest_difference(got["absmax"], want["absmax"]) > 1e-30:
+        place, have, wanted = first_difference({"absmax": got["absmax"]}, {"absmax": want["absmax"]}, 1e-30)
+        return f"{place}, one for each block: {got_and_wanted(have, wanted)}"
+    flat = given["weight"].flatten()
     codes, wanted = (nf4.unpack_nibbles(each["packed_codes"].long())[: len(flat)] for each in (got, want))
     off = codes != wanted
-    if not off[flat != 0].any():
-        return ("zeros", {"code": int(codes[off][0])}) if off.any() else ("spare", {})
+    if not off.any():
+        return "all is right but the spare nibble of the last byte: an odd number of weights is filled up with a 0, code 7"
     place = int(off.nonzero()[0])
-    return "other", {"place": place, "block": place // size, "got": int(codes[place]), "want": int(wanted[place])}
-
-
-def _first_block_off(given, got, want):
-    if found := _code_off(given, got, want):
-        where = "absmax is right; weight {place} of the long vector, in block {block}, has code {got}, wanted {want}"
-        return where.format(**found[1])
-    place, have, wanted = first_difference({"absmax": got["absmax"]}, {"absmax": want["absmax"]}, 1e-30)
-    return f"{place}, one for each block: {got_and_wanted(have, wanted)}"
+    if not off[flat != 0].any():
+        return (
+            f"a block of zeros gets code {codes[place]}, wanted 7, whose level is 0. Is 0 divided by 0 there? The code of that is "
+            "anything"
+        )
+    about = f"weight {place} of the long vector, in block {place // given['block_size']}"
+    return f"absmax is right; {about}, has code {codes[place]}, wanted {wanted[place]}"
 
 
 QUANTIZE_BLOCKS = Exercise(
@@ -216,32 +210,21 @@ QUANTIZE_BLOCKS = Exercise(
     allowed=lambda given, want: {"packed_codes": 0.0, "absmax": 1e-30},
     close=lambda given, want: {"packed_codes": 0.0, "absmax": 1e-6 * want["absmax"]}, otherwise=_first_block_off,
     faults=(
-        Fault("there are as many blocks as when they start anew at each row. The weight is one long vector: a block runs on into "
-              "the next row where it must", lambda given, got, want: got["absmax"].numel() == 3 * -(-11 // given["block_size"]),
-              (partial(_blocks, cut=lambda w, s: [part for row in w for part in row.split(s)]),), early=True),
-        Fault("the short block at the end has no absmax of its own: its weights are lost, or share another block's",
-              lambda given, got, want: got["absmax"].numel() == given["weight"].numel() // given["block_size"],
-              (partial(_blocks, cut=lambda w, s: w.reshape(-1)[: w.numel() // s * s].split(s)),), early=True),
-        Fault("there is one absmax for the whole weight, wanted one for each block",
-              lambda given, got, want: got["absmax"].numel() == 1,
-              (partial(_blocks, cut=lambda w, s: [w.reshape(-1)]),), early=True),
-        Fault("there is a byte for every code: two codes share a byte, first << 4 | second",
-              lambda given, got, want: got["packed_codes"].numel() - given["weight"].numel() in (0, 1),
-              (partial(_blocks, store=lambda codes, absmax: (codes[:-1], absmax)),), early=True),
-        Fault("{bytes} bytes for {count} weights: the zeros that fill up the last block are stored as well",
-              lambda given, got, want: got["packed_codes"].numel() == -(-want["absmax"].numel() * given["block_size"] // 2)
-              and {"bytes": got["packed_codes"].numel(), "count": given["weight"].numel()},
-              (partial(_blocks, cut=lambda w, s: F.pad(w.reshape(-1), (0, -w.numel() % s)).split(s)),), early=True),
         Fault("a block of zeros stores absmax {value}, wanted 0: divide by something else, store 0",
               lambda given, got, want: got["absmax"][1] > 1e-30 and {"value": f"{got['absmax'][1].item():g}"},
               (partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes), absmax.masked_fill(absmax == 0, 1))),)),
-        *cases(_code_off,
-            ("spare", "all is right but the spare nibble of the last byte: an odd number of weights is filled up with a 0, code 7",
-             (partial(_blocks, spare=0),)),
-            ("zeros", "a block of zeros gets code {code}, wanted 7, whose level is 0. Is 0 divided by 0 there? The code of that is "
-             "anything", (partial(_blocks, zero_code=15),))),
     ),
     mistakes=(
+        Mistake("the blocks start anew at each row. The weight is one long vector: a block runs on into the next row where it must",
+                partial(_blocks, cut=lambda w, s: [part for row in w for part in row.split(s)])),
+        Mistake("the short block at the end has no absmax of its own: its weights are lost",
+                partial(_blocks, cut=lambda w, s: w.flatten()[: w.numel() // s * s].split(s))),
+        Mistake("there is one absmax for the whole weight, wanted one for each block",
+                partial(_blocks, cut=lambda w, s: [w.flatten()])),
+        Mistake("there is a byte for every code: two codes share a byte, first << 4 | second",
+                partial(_blocks, store=lambda codes, absmax: (codes[:-1], absmax))),
+        Mistake("the zeros that fill up the last block are stored as well, wanted no more codes than weights",
+                partial(_blocks, cut=lambda w, s: F.pad(w.flatten(), (0, -w.numel() % s)).split(s))),
         *(Mistake(says, partial(_blocks, largest=largest)) for says, largest in (
             ("the signed maximum was taken; where the largest magnitude is negative it is too small, and codes run off the end: "
              "abs() before max()", torch.max),
@@ -256,6 +239,7 @@ QUANTIZE_BLOCKS = Exercise(
                 partial(_blocks, divide=False)),
     ),
     others=(
+        Mutant(partial(_blocks, spare=0), "spare nibble"), Mutant(partial(_blocks, zero_code=15), "gets code 15, wanted 7"),
         Mutant(partial(_blocks, largest=lambda part: 1.01 * _largest(part)), "one for each block: got"),
         Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes.clamp(max=14)), absmax)), "code 14, wanted 15"),
         Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes).int(), absmax)), "wanted torch.uint8"),
@@ -264,8 +248,6 @@ QUANTIZE_BLOCKS = Exercise(
 
 
 # 5.4 ------------------------------------------------------------------------------------------------------------------
-
-
 def bits_inputs(seed: int) -> dict:
     """A shape that no block size divides, with an odd number of weights: every mistake gives a number of its own."""
     rows, columns = torch.randint(100, 115, (2,), generator=generator(seed)).tolist()
@@ -331,8 +313,6 @@ STORED_BITS = Exercise(
 
 
 # 5.5 ------------------------------------------------------------------------------------------------------------------
-
-
 def nested_inputs(seed: int) -> dict:
     """600 magnitudes with a mean of 5: two whole blocks of 256 and a short one, each of another spread, the furthest of them below
     the mean, most of them above it. None lies so near the middle of two entries that bitsandbytes, which looks codes up in a
@@ -451,8 +431,8 @@ def _small(size):
 
 
 def block_error(block: torch.Tensor, codebook: str) -> float:
-    """Squared error of a block of any length on one of the codebooks."""
-    block = block.detach().float().reshape(1, -1)
+    """Squared error of a block of any length, divided by its largest magnitude, on one of the codebooks."""
+    block = (block.double() / block.abs().max()).float()[None]
     return (nf4.quantize(block, codebook, block.numel()).dequantize() - block).double().pow(2).sum().item()
 
 
@@ -461,37 +441,41 @@ def _gain(block: torch.Tensor) -> float:
     return block_error(block, "nf4") / block_error(block, "int4")
 
 
-def _two_blocks_fault(given, got, want):
+def _two_blocks_fault(given, got, want) -> str | None:
     for name, block in got.items():
         if not block.any():
-            return "zero", {"name": name}
+            return f"{name} is all zero: both codebooks have a 0, and neither loses"
         gap = (block.double().sort().values.diff() / block.abs().max()).min().item()
         if gap < 0.99 * APART:  # a block written down in steps of a thousandth is rounded
-            return "close", {"name": name, "gap": f"{gap:.2g}"}
+            apart = f"lie {gap:.2g} of the largest apart, wanted at least {APART}"
+            return f"two weights of {name} {apart}, so that none is built of the levels themselves"
     int4_wins, nf4_wins = _gain(got["for_int4"]), 1 / _gain(got["for_nf4"])
     if 1 / int4_wins > NF4_GAIN and 1 / nf4_wins > INT4_GAIN:
-        return "exchanged", {}
+        return "the two are exchanged: the block for int4 comes first"
     if int4_wins < INT4_GAIN:
+        about = f"for_int4: NF4's squared error is {shown(int4_wins, INT4_GAIN, 3)[0]} times int4's, wanted {INT4_GAIN:g}"
         even = _gain(torch.linspace(-1, 1, given["size"]))
-        return "int4", {"gain": shown(int4_wins, INT4_GAIN, 3)[0], "even": f"{even:.3g}"}
-    return ("nf4", {"gain": shown(nf4_wins, NF4_GAIN, 3)[0]}) if nf4_wins < NF4_GAIN else None
+        return (
+            f"{about}; evenly spread weights get {even:.3g}. Where are NF4's gaps wider than the uniform grid's? Multiplying a "
+            "block by a number changes nothing"
+        )
+    if nf4_wins < NF4_GAIN:
+        about = f"for_nf4: int4's squared error is {shown(nf4_wins, NF4_GAIN, 3)[0]} times NF4's, wanted {NF4_GAIN:g}"
+        return f"{about}. Where is NF4 finer than the uniform grid, and what brings most weights of a block there?"
+    return None
 
 
 TWO_BLOCKS = Exercise(
     id="5.6", name="two_blocks", title="A block on which NF4 loses", minutes=10, difficulty=3, points=3,
     returns=("for_int4", "for_nf4"), inputs=two_blocks_inputs, reference=two_blocks,
-    accepts=lambda given, got, want: right(),  # what has no fault
-    faults=cases(
-        _two_blocks_fault,
-        ("zero", "{name} is all zero: both codebooks have a 0, and neither loses", (lambda n: (torch.zeros(n), _small(n)),)),
-        ("close", "two weights of {name} lie {gap} of the largest apart, wanted at least 0.001, so that none is built of the "
-         "levels themselves", (lambda n: (nf4.int4_levels()[1:].repeat(n)[:n], _small(n)), lambda n: (_outer(n), torch.ones(n)))),
-        ("exchanged", "the two are exchanged: the block for int4 comes first", (lambda n: (_small(n), _outer(n)),)),
-        ("int4", "for_int4: NF4's squared error is {gain} times int4's, wanted 3; evenly spread weights get {even}. Where are "
-         "NF4's gaps wider than the uniform grid's? Multiplying a block by a number changes nothing",
-         (lambda n: (torch.linspace(-1, 1, n), _small(n)), lambda n: (100 * _small(n), _small(n)))),
-        ("nf4", "for_nf4: int4's squared error is {gain} times NF4's, wanted 2. Where is NF4 finer than the uniform grid, and what "
-         "brings most weights of a block there?", (lambda n: (_outer(n), 0.01 * torch.linspace(-1, 1, n)),)),
+    accepts=lambda given, got, want: None if _two_blocks_fault(given, got, want) else right(), otherwise=_two_blocks_fault,
+    others=(
+        Mutant(lambda n: (_small(n), _outer(n)), "exchanged"), Mutant(lambda n: (torch.zeros(n), _small(n)), "all zero"),
+        Mutant(lambda n: (torch.linspace(-1, 1, n), _small(n)), "evenly spread weights"),
+        Mutant(lambda n: (100 * _small(n), _small(n)), "changes nothing"),
+        Mutant(lambda n: (_outer(n), 0.01 * torch.linspace(-1, 1, n)), "NF4 finer"),
+        Mutant(lambda n: (nf4.int4_levels()[1:].repeat(n)[:n], _small(n)), "levels themselves"),
+        Mutant(lambda n: (_outer(n), torch.ones(n)), "levels themselves"),
     ),
 )  # fmt: skip
 
