@@ -1,7 +1,7 @@
 """Products with 4-bit weights behind one call: `matmul(x, prepare(weight))`.
 
 Three backends: "triton" (compiled on a GPU, interpreted and slow on a CPU), "cpu" (PyTorch's own int4 product) and "twin" (plain
-PyTorch, tile by tile, anywhere). `prepare` brings a weight into a backend's layout, once; `matmul` multiplies with it, often.
+PyTorch, tile by tile, anywhere). `prepare` brings a weight into a backend's layout once; `matmul` multiplies with it many times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Int4Weight:
     """A weight of 4-bit codes in the layout of a backend.
 
     shape: [out_features, in_features]. dtype: of the activations it is for. codes: uint8, two to a byte. grids: scale and
-    zero_point [out, groups] (the latter uint8), or PyTorch's one tensor of both. unit: what the backend takes as a group.
+    zero_point [out, groups] (the latter uint8), or for "cpu" PyTorch's one tensor of both. unit: columns in a group, as the backend
+    counts them.
     """
 
     backend: Backend
@@ -49,9 +50,9 @@ def prepare(
     backend: Backend | None = None,
     device: str | torch.device | None = None,
 ) -> Int4Weight:
-    """Bring a 4-bit weight into the layout of a backend. dtype: of the activations. device: where the weight is, unless told.
+    """Bring a 4-bit weight into the layout of a backend. dtype: of the activations. device: by default the weight's.
 
-    Without a backend: Triton on a GPU, PyTorch's own product on a CPU where it takes the weight and is fast (bfloat16), otherwise
+    Without a backend: Triton on a GPU; on a CPU PyTorch's own product if it takes the weight and is fast (bfloat16); otherwise
     the twin. Raises ValueError for a weight that the backend cannot take, RuntimeError for a backend that is not installed.
     """
     if weight.bits != 4:
@@ -113,9 +114,12 @@ def matmul(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     if not len(flat):
         return x.new_empty(*x.shape[:-1], out_features)
     if weight.backend == "cpu":
-        product = cpu.multiply(flat, weight.codes, *weight.grids, weight.unit, out_features)
-    elif weight.backend == "triton":
-        product = w4a16.multiply(flat.contiguous(), weight.codes, *weight.grids, weight.unit)
+        (grids,) = weight.grids
+        product = cpu.multiply(flat, weight.codes, grids, weight.unit, out_features)
     else:
-        product = twin.multiply(flat, weight.codes, *weight.grids).to(x.dtype)
+        scale, zero_point = weight.grids
+        if weight.backend == "triton":
+            product = w4a16.multiply(flat.contiguous(), weight.codes, scale, zero_point, weight.unit)
+        else:
+            product = twin.multiply(flat, weight.codes, scale, zero_point).to(x.dtype)
     return product.reshape(*x.shape[:-1], out_features)

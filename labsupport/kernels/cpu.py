@@ -3,7 +3,7 @@
 `torch.ops.aten._weight_int4pack_mm_for_cpu` (PyTorch 2.6 and later; aten/src/ATen/native/cpu/int4mm_kernel.cpp) computes with
 (code - 8) * scale + zero, scale and zero both in the dtype of the activations. It wants out_features in multiples of 16 and groups
 of 32, 64, 128 or 256. The order of the packed bytes depends on the processor's instructions, so they are never to be stored or
-compared. It is fast in bfloat16 on processors with AVX-512 or AVX2; in other dtypes it is right and very slow.
+compared. It is fast in bfloat16 on processors with AVX-512 or AVX2; in other dtypes it is correct and very slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def available() -> bool:
 
 
 def group_for(group_size: int) -> int | None:
-    """The largest group that the kernel knows and that divides `group_size`; None where there is none."""
+    """The largest of the kernel's group sizes that divides `group_size`; None if none does."""
     return next((group for group in GROUPS if group_size % group == 0), None)
 
 
@@ -29,7 +29,7 @@ def scales_and_zeros(scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch
     """scale and zero_point [out, groups] in the form that the kernel reads, `dtype` [groups, out, 2].
 
     (code - 8) * scale + zero is (code - zero_point) * scale where zero = (8 - zero_point) * scale. The scale is rounded to `dtype`
-    first, and zero is made from the rounded one.
+    first, and zero is computed from the rounded scale.
     """
     rounded = scale.to(dtype)
     zero = ((8 - zero_point.float()) * rounded.float()).to(dtype)
@@ -42,7 +42,7 @@ def pack(
     """codes uint8 [out, in], scale and zero_point [out, groups] -> packed codes, scales and zeros, the kernel's group size.
 
     Rows are added until out_features is a multiple of 16; a longer group repeats its scale. Raises ValueError for groups that
-    are no multiple of 32.
+    are not a multiple of 32.
     """
     group = group_for(group_size)
     if group is None:

@@ -21,6 +21,8 @@ try:
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=int)
 
+__all__ = ["MISSING", "assembly", "available", "interpret", "launch", "tl"]
+
 MISSING = "Triton is not installed here (there are wheels for Linux only): pip install triton"
 
 
@@ -29,7 +31,7 @@ def available() -> bool:
 
 
 @cache
-def _compiled(kernel: Callable):
+def _compiled(kernel: Callable) -> Any:
     return triton.jit(kernel)
 
 
@@ -37,7 +39,7 @@ def launch(kernel: Callable, programs: tuple[int, ...], *tensors_and_sizes: Any,
     """Run `programs` instances of a kernel: compiled where its tensors are on a GPU, otherwise in the interpreter.
 
     settings: the kernel's constexpr arguments by name, and on a GPU num_warps and num_stages.
-    Raises RuntimeError without Triton; what a kernel raises in the interpreter comes out as it was raised.
+    Raises RuntimeError without Triton; what a kernel raises in the interpreter is raised unchanged.
     """
     if triton is None:
         raise RuntimeError(MISSING)
@@ -73,7 +75,7 @@ def interpret(kernel: Callable, programs: tuple[int, ...], *tensors_and_sizes: A
 
 @contextmanager
 def _interpreted_helpers() -> Iterator[None]:
-    """Let tl.sum and its like, which are compiled functions themselves, run in the interpreter; afterwards all is as before.
+    """Let functions like tl.sum, which are compiled functions themselves, run in the interpreter; afterwards undo that.
 
     Triton has an environment variable for it, TRITON_INTERPRET, but that has to be set before Triton is imported and then holds
     for the whole process, in which a GPU could no longer be used.
@@ -85,18 +87,18 @@ def _interpreted_helpers() -> Iterator[None]:
     places = [JITFunction, tl, tl.core, tl.math, tl.tensor, tl.dtype]
     places += [getattr(tl.core, name) for name in ("tensor_descriptor_base",) if hasattr(tl.core, name)]
     before = [dict(vars(place)) for place in places]
-    rewritten = {}
+    rewritten: dict[Callable, Callable] = {}
 
-    def call(self, *values, **named):
+    def call(self: Any, *values: Any, **named: Any) -> Any:
         if self.fn in rewritten:
             return rewritten[self.fn](*values, **named)
         helper = InterpretedFunction(self.fn)
-        found = helper(*values, **named)  # patches what it refers to, which takes milliseconds and lasts
+        result = helper(*values, **named)  # patches what it refers to, which takes milliseconds and lasts
         rewritten[self.fn] = helper.rewrite()
-        return found
+        return result
 
     JITFunction.__call__ = call
-    # A third of the time goes into watching whole numbers for overflow, of which the interpreter says nothing without its `debug`.
+    # A third of the time goes into looking for integer overflow, which the interpreter reports only with its `debug`.
     interpreter_semantic.builder.options = replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
     try:
         yield
@@ -112,27 +114,27 @@ def _interpreted_helpers() -> Iterator[None]:
 
 
 def _watch_addresses(spans: list[tuple[int, int]]) -> None:
-    """Have tl.load and tl.store look where they go, until `_interpreted_helpers` puts the plain ones back."""
+    """Have tl.load and tl.store check their addresses, until `_interpreted_helpers` puts the plain ones back."""
     import numpy as np
     from triton.runtime.interpreter import interpreter_semantic
 
-    def outside(pointer, mask) -> bool:
+    def outside(pointer: Any, mask: Any) -> bool:
         first = pointer.handle.data.astype(np.int64)
         last = first + pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
         inside = np.zeros(first.shape, bool)
         for start, end in spans:
             inside |= (first >= start) & (last <= end)
-        wanted = True if mask is None else getattr(getattr(mask, "handle", None), "data", mask)
-        return bool((~inside & np.asarray(wanted, bool)).any())
+        accessed = True if mask is None else getattr(getattr(mask, "handle", None), "data", mask)
+        return bool((~inside & np.asarray(accessed, bool)).any())
 
     plain_load, plain_store = tl.load, tl.store
 
-    def load(pointer, mask=None, other=None, **named):
+    def load(pointer: Any, mask: Any = None, other: Any = None, **named: Any) -> Any:
         if outside(pointer, mask):
             raise IndexError("tl.load reads outside of the tensors. Is a mask missing, or a stride wrong?")
         return plain_load(pointer, mask, other, **named, _semantic=interpreter_semantic)
 
-    def store(pointer, value, mask=None, **named):
+    def store(pointer: Any, value: Any, mask: Any = None, **named: Any) -> Any:
         if outside(pointer, mask):
             raise IndexError("tl.store writes outside of the tensors. Is a mask missing, or a stride wrong?")
         return plain_store(pointer, value, mask, **named, _semantic=interpreter_semantic)
@@ -141,7 +143,7 @@ def _watch_addresses(spans: list[tuple[int, int]]) -> None:
 
 
 def assembly(kernel: Callable, signature: dict[str, str], settings: dict[str, int], capability: int = 90, warps: int = 4) -> str:
-    """What a kernel becomes on an NVIDIA GPU of compute capability 9.0, as PTX text. No GPU is needed to compile.
+    """A kernel compiled for an NVIDIA GPU of that compute capability (90: 9.0), as PTX text. No GPU is needed to compile.
 
     signature: Triton's type of every argument, such as "*fp16" or "i32"; "constexpr" for those in settings. Pointers and sizes
     are taken to be multiples of 16, as those of real layers are. Raises RuntimeError without Triton.

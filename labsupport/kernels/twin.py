@@ -1,4 +1,4 @@
-"""The product with 4-bit weights in plain PyTorch, tile by tile: what the Triton kernels compute, in the order they do."""
+"""The product with 4-bit weights in plain PyTorch, tile by tile: what the Triton kernels compute, in the same order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 def multiply(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, rows: int = 256) -> torch.Tensor:
     """x [batch, in] times packed uint8 [out, in / 2], scale and zero_point [out, groups] -> float32 [batch, out].
 
-    A byte holds two codes, the first in its low nibble. `rows` rows of the weight are unpacked at a time and nothing of them is
-    kept. As in the kernels, whole numbers are multiplied, and a group's sum is scaled once.
+    A byte holds two codes, the first in its low nibble. `rows` rows of the weight are unpacked at a time, and not kept. As in the
+    kernels, whole numbers are multiplied, and a group's sum is scaled once.
     """
     groups = scale.shape[1]
     activations = x.float().view(len(x), groups, -1).transpose(0, 1)  # [groups, batch, size]

@@ -1,8 +1,8 @@
 """4-bit weights times 16-bit activations in Triton: one kernel for a single row of activations, one for a small batch.
 
 Both read codes from memory and never write a weight back. A weight is (code - zero_point) * scale. The difference is a small whole
-number, so it is multiplied as it is, exactly; the scale, which a whole group shares, is applied once to the group's sum. What is
-rounded is float32 sums and, at the end, the output.
+number and is multiplied exactly; the scale, which a whole group shares, is applied once to the group's sum. Only float32 sums
+are rounded, and at the end the output.
 
     x [batch, in] * packed uint8 [out, in / 2], scale [out, groups], zero_point uint8 [out, groups] -> out [batch, out]
 
@@ -30,7 +30,7 @@ def matvec(
     total = tl.zeros([ROWS], tl.float32)
     for first in range(0, units, UNITS):
         unit = first + tl.arange(0, UNITS)
-        # Where each byte of the tile is in a row of codes, and which of the tile's rows, units and bytes there really are.
+        # Where each byte of the tile is in a row of codes, and which of the tile's rows, units and bytes exist.
         place = unit[:, None] * (UNIT // 2) + byte[None, :]  # [UNITS, BYTES]
         real = (unit[:, None] < units) & (byte[None, :] < UNIT // 2)
         both = real[None, :, :] & (row[:, None, None] < rows)
@@ -61,11 +61,11 @@ def small_batch(
     for unit in range(units):
         place = unit * (UNIT // 2) + byte
         start = row.to(tl.int64) * (units * (UNIT // 2))
-        there = (row[None, :] < rows) & real[:, None]
-        codes = tl.load(packed + start[None, :] + place[:, None], mask=there, other=0)  # [BYTES, ROWS], the weight transposed
-        at = x + token.to(tl.int64)[:, None] * (units * UNIT) + 2 * place[None, :]
-        known = (token[:, None] < batch) & real[None, :]
-        even, odd = tl.load(at, mask=known, other=0.0), tl.load(at + 1, mask=known, other=0.0)  # [BATCH, BYTES]
+        of_weight = (row[None, :] < rows) & real[:, None]
+        codes = tl.load(packed + start[None, :] + place[:, None], mask=of_weight, other=0)  # [BYTES, ROWS], the weight transposed
+        pair = x + token.to(tl.int64)[:, None] * (units * UNIT) + 2 * place[None, :]
+        of_batch = (token[:, None] < batch) & real[None, :]
+        even, odd = tl.load(pair, mask=of_batch, other=0.0), tl.load(pair + 1, mask=of_batch, other=0.0)  # [BATCH, BYTES]
         group = row * (units // per_group) + unit // per_group
         step = tl.load(scale + group, mask=row < rows, other=0.0).to(tl.float32)
         zero = tl.load(zero_point + group, mask=row < rows, other=0).to(tl.float32)[None, :]
@@ -84,8 +84,8 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_po
     unit: an even divisor of the group size. Raises RuntimeError where Triton is missing.
     """
     if x.dtype == torch.bfloat16 and not x.is_cuda:
-        # Triton's interpreter has no bfloat16 of its own: its casts cut off instead of rounding, and its tl.dot multiplies the bits
-        # as whole numbers. float32 holds the same values.
+        # Triton's interpreter does not compute in bfloat16: its casts truncate instead of rounding, and its tl.dot multiplies the
+        # bits as whole numbers. float32 holds the same values.
         return multiply(x.float(), packed, scale, zero_point, unit).bfloat16()
     rows, (batch, columns) = len(packed), x.shape
     units = columns // unit

@@ -232,8 +232,8 @@ def _check_search(stacked: torch.Tensor, bits: int, group_size: int | None, rule
     return size
 
 
-def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """float32 [sum of out_features, in_features]."""
+def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+    """float32 [sum of out_features, in_features]. A single tensor is refused."""
     if isinstance(weights, torch.Tensor) or not weights:
         raise ValueError("weights is a tensor or empty, wanted a list of the weights that share an input")
     for index, weight in enumerate(weights):
