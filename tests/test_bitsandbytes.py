@@ -109,6 +109,7 @@ def test_more_than_one_chunk(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_every_linear_of_the_course_model(course, kind):
     for layer in models.linears(course[0]).values():
         for double_quant in (False, True):
@@ -459,6 +460,7 @@ def test_an_activation_beyond_float16_is_an_outlier_like_any_other():
 
 
 @pytest.mark.parametrize(("method", "double_quant"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
+@pytest.mark.slow
 def test_whole_model_equals_transformers_with_bitsandbytes(course, held_out, method, double_quant):
     model, _ = course
     theirs, _ = peers.load_with_bitsandbytes(method, str(models.course_model_dir()), double_quant)

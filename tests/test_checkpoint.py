@@ -21,6 +21,8 @@ from labsupport.model import evaluate, files, models, text
 from labsupport.pipeline import calibrate
 from labsupport.quant import gptq, packing, rtn
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {"samples": 3, "length": 48, "windows": 0}
 GROUP = 32
 WORDS = "def f(x):\n    return x + 1\n\nA longer line of prose, so that there is something to read.\n" * 60

@@ -16,6 +16,8 @@ from test_checkpoint import WORDS, make, run
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.model import text
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 4
 SLACK = 400  # bytes: counters and ids. The norms of one block are 512, its smallest matrix packed to 4 bits is 1024
 

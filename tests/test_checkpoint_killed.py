@@ -14,7 +14,7 @@ from test_checkpoint import GROUP, TEXTS, WORDS, make
 
 from labsupport import checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")]
 KILLS = 10
 
 

@@ -328,6 +328,8 @@ def test_a_file_in_the_way_and_a_name_too_long(source, words, tmp_path):
 LIMITED = """
 import resource, sys
 from labsupport.cli import app
+
+pytestmark = pytest.mark.slow
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
 app()
 """

@@ -134,6 +134,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.slow
 def test_check_runs_the_learners_notebook_and_counts_only_wrong_answers_against_it(
     kind: str, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
+@pytest.mark.slow
 def test_lab_serves_the_workbook_and_only_what_a_learner_needs(server: str, tmp_path: Path) -> None:
     status, listing = get(f"{server}/api/contents")
     assert status == 200
@@ -212,6 +214,7 @@ def test_lab_serves_the_workbook_and_only_what_a_learner_needs(server: str, tmp_
     assert "nbgrader" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_doctor_finds_the_course_model_and_its_text() -> None:
     found = {f.what: f for f in doctor.findings()}
     assert {"python", "torch", "transformers", "bitsandbytes", "device", "memory", "disk", "model", "text"} <= found.keys()

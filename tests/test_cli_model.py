@@ -41,6 +41,7 @@ def small_recipe(monkeypatch):
     monkeypatch.setattr(export, "_card", lambda directory, progress: "card")
 
 
+@pytest.mark.slow
 def test_train_writes_a_model_and_goes_on(small_recipe, tmp_path):
     out, run = tmp_path / "model", tmp_path / "run"
     arguments = ("train", "--out", out, "--run", run, "--no-compile")
@@ -55,6 +56,7 @@ def test_train_writes_a_model_and_goes_on(small_recipe, tmp_path):
     assert "holds a run with another seed: choose another directory" in refused.output
 
 
+@pytest.mark.slow
 def test_sweep_writes_rows(monkeypatch, tmp_path):
     settings = [{"bits": 4, "group_size": 128, "symmetric": False}]
     monkeypatch.setitem(sweep.SWEEPS, "rtn", lambda model: iter(settings))
@@ -86,6 +88,7 @@ def test_what_cannot_be_done_is_one_line(arguments, said):
     assert "Traceback" not in done.output
 
 
+@pytest.mark.slow
 def test_bench_times_every_quantizer_against_a_copy_and_the_peer():
     result = labs("bench", "--rows", 8, "--columns", 128, "--budget", 0.01)
     assert result.exit_code == 0, result.output

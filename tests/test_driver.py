@@ -169,6 +169,7 @@ def test_overrides(tiny, ids, method):
         assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_is_cut_into_windows_and_a_short_one_refused(tiny):
     long = torch.randint(0, 300, (64 * 512 + 5,), generator=torch.Generator().manual_seed(0))
 
@@ -211,6 +212,7 @@ def code(course):
     return calibrate.windows(text.tokenize(course[1], text.documents("code", "train")[::20], "code"), 8)
 
 
+@pytest.mark.slow
 def test_gptq_is_below_round_to_nearest_on_the_course_model(course, code, held_out):
     """Live, at 3 bits and on little text; the rows of `labs sweep gptq` say it of 4, 3 and 2 bits."""
     model, _ = course
@@ -220,6 +222,7 @@ def test_gptq_is_below_round_to_nearest_on_the_course_model(course, code, held_o
     assert evaluate.paired_bootstrap(a, b).high < 0
 
 
+@pytest.mark.slow
 def test_awq_is_below_round_to_nearest_with_outlier_channels(course, code, held_out):
     planted = models.plant_outliers(course[0])
     nearest, _ = quantize_model(planted, "rtn", bits=4)

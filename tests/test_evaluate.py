@@ -53,6 +53,7 @@ def losses_by_hand(model, stream, length):
     return found
 
 
+@pytest.mark.slow
 def test_perplexity_is_its_definition(model, stream):
     by_hand = losses_by_hand(model, stream, 16)
     assert len(by_hand) == 8 * 15

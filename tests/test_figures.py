@@ -250,6 +250,7 @@ def test_is_said_in_words(figure):
 
 
 @every_figure
+@pytest.mark.slow
 def test_is_shown_as_png_with_its_words(figure):
     data, about = figure._repr_mimebundle_()
     assert data["image/png"].startswith(b"\x89PNG")
@@ -295,6 +296,7 @@ def test_a_fault_is_noticed(change):
     assert len(list(unlabelled(broken(change)))) == 1
 
 
+@pytest.mark.slow
 def test_figures_do_without_pyplot():
     """Its global state keeps figures alive, and IPython then shows them its own way, without the words."""
     code = "import sys; from labsupport import figures; figures.course.map().png(); print('matplotlib.pyplot' in sys.modules)"

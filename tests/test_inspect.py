@@ -17,6 +17,8 @@ from labsupport.cli import app
 from labsupport.model import models
 from labsupport.quant import packing
 
+pytestmark = pytest.mark.slow
+
 ALL = {"windows": 0, "samples": 1, "length": 64}
 MADE = {
     "gptq": {"method": "rtn"},

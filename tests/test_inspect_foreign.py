@@ -20,6 +20,8 @@ from labsupport.cli import app
 from labsupport.model import models
 from labsupport.quant import packing, rtn
 
+pytestmark = pytest.mark.slow
+
 PLAIN = tuple(range(8))
 
 

@@ -228,6 +228,7 @@ print(*sorted(p.name for p in folder.glob("*.ipynb")))
 """
 
 
+@pytest.mark.slow
 def test_installed_as_a_wheel_it_finds_its_model_and_its_notebooks(tmp_path: Path) -> None:
     built = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, capture_output=True, text=True

@@ -163,6 +163,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("name", list(layers.SETTINGS))
+@pytest.mark.slow
 def test_gptq_equals_autogptq(name, one_thread):
     """Bit for bit, given the same Hessian; on a machine whose factorization rounds otherwise row by row, but for a few."""
     layer = golden.read_gptq()[name]

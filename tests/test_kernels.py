@@ -83,6 +83,7 @@ def agrees(backend: str, shape: tuple) -> None:
 @needs_triton
 @settings(max_examples=60, deadline=None)
 @given(shapes)
+@pytest.mark.slow
 def test_triton_agrees_with_float64(shape):
     agrees("triton", shape)
 
@@ -235,6 +236,7 @@ def test_without_triton_all_but_its_kernels_work(monkeypatch):
         language.assembly(w4a16.matvec, {}, {})
 
 
+@pytest.mark.slow
 def test_kernels_can_be_imported_where_triton_cannot():
     code = "import sys; sys.modules['triton'] = None; from labsupport import kernels; print(kernels.language.available())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -373,6 +375,7 @@ def test_a_rotation_holds_weights_of_its_own(backend):
 
 
 @pytest.mark.parametrize(("method", "allowed"), [("nf4", 0.2), ("int8", 0.03), ("int8 mixed", 0.03)])
+@pytest.mark.slow
 def test_the_peers_layers_multiply_by_the_weight(method, allowed):
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -430,6 +433,7 @@ def test_machines_that_claims_are_settled_from(name):
     assert found >= {(kernel, batch) for kernel in ("bf16", "int4", "int4, unfused", "bitsandbytes nf4") for batch in (1, 64)}
 
 
+@pytest.mark.slow
 def test_labs_bench_writes_what_it_measured(tmp_path):
     asked = [
         "bench",

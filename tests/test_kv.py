@@ -221,6 +221,7 @@ def test_one_pass_gives_the_logits_of_a_decode_step_by_step(scheme):
         assert (at_once - plain).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_one_pass_on_the_course_model_is_the_decode(course, held_out):
     model, stream = course[0], held_out
     scheme = Scheme(Part(2, "channel", 32, residual=16), Part(2, "token", 32, residual=16))
@@ -387,11 +388,13 @@ def rises(course, held_out):
     return found
 
 
+@pytest.mark.slow
 def test_with_planted_keys_per_channel_costs_at_most_half_of_per_token(rises):
     assert 0 < rises["planted", "channel"].change <= rises["planted", "token"].change / 2
     assert rises["planted", "token"].low > rises["planted", "channel"].high
 
 
+@pytest.mark.slow
 def test_as_trained_neither_axis_costs_much_at_4_bits(rises):
     """Reported as they are: without outliers the axis hardly matters, and planting changes nothing for per channel."""
     assert abs(rises["as trained", "token"].change) < 0.02

@@ -40,6 +40,7 @@ def test_card_holds_the_figures_that_a_reader_needs():
     assert len(training["losses"]) > 10
 
 
+@pytest.mark.slow
 def test_course_model_meets_its_bars(course, held_out):
     """At most 1.2 bits a byte on held-out code, on the text of whatever Python runs this."""
     result = evaluate.evaluate(course[0], held_out, windows=32)

@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTER, NAME = 2, "02_rounding"
 EXERCISES = exercises_of(CHAPTER)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Object of type")  # SQLAlchemy, about nbgrader's own code
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Object of type"),  # SQLAlchemy, about nbgrader's own code
+]
 
 MUTANT = """\
 from labsupport.exercises.registry import get

@@ -14,6 +14,7 @@ from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import int8, nf4, rtn
 
 
+@pytest.mark.slow
 def test_every_linear_holds_what_is_stored_and_nothing_else_moves(tiny):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     quantized, report = quantize_model(tiny, "rtn", bits=3, group_size=16)

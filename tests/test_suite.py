@@ -140,6 +140,7 @@ TRANSPORT = "import json, ipykernel\nassert json.load(open(ipykernel.get_connect
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no socket files")
+@pytest.mark.slow
 def test_kernels_share_no_ports(tmp_path: Path) -> None:
     """Those of `labs test` and those of `labs build`."""
     notebook = new_notebook(cells=[new_code_cell(TRANSPORT, id="one")])

@@ -35,6 +35,7 @@ def test_no_tests_of_the_library_and_no_tables():
     assert "subprocess.py" in names
 
 
+@pytest.mark.slow
 def test_stream_remembers_its_documents(tokenizer):
     documents = [text.Document("a", "one two"), text.Document("b", "three\n" * 30)]
     stream = text.tokenize(tokenizer, documents, "made up")

@@ -41,6 +41,7 @@ def test_learning_rate_is_a_trapezoid():
     assert [recipe(400).rate(s) for s in range(70)] == [r.rate(s) for s in range(70)]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
     whole, _, done = train.train(tmp_path / "a", recipe(8), save_every=4)
 

@@ -6,6 +6,8 @@ import torch
 
 from labsupport.figures import groups, levels, widgets
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG"
 
 

@@ -244,6 +244,7 @@ STEPS = st.sampled_from(["answer", "prediction", "prose", "update", "rename", "l
 
 
 @given(st.lists(STEPS, min_size=1, max_size=8))
+@pytest.mark.slow
 def test_whatever_a_learner_saved_is_still_in_the_workbook_or_its_backups(steps: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, book = course(Path(folder) / "notebooks"), Path(folder) / "workbook"

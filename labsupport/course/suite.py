@@ -72,9 +72,10 @@ def lint() -> list[Part]:
 
 
 def tests(workers: int, quick: bool = False) -> Part:
-    """Whatever is in tests/. quick: without those that are marked slow."""
+    """Whatever is in tests/. quick: without those that are marked slow, and exercises on few seeds."""
     spread = ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
-    return Part("tests", (*PYTHON, "pytest", "tests", *spread, *(("-m", "not slow") if quick else ())))
+    command = (*PYTHON, "pytest", "tests", *spread)
+    return Part("tests", (*command, "-m", "not slow"), {"SEEDS": "2"}) if quick else Part("tests", command)
 
 
 def notebook(root: Path, path: Path) -> Part:
