@@ -23,6 +23,47 @@ def keys_from_the_range(keys, bits, group_size):
     return codes.view(keys.shape).long(), scale, minimum
 
 
+def keys_with_a_scale_of_0(keys, bits, group_size):
+    """A channel that is constant in its group is stored as its minimum: read back exactly, with a scale of 0 and whatever codes."""
+    codes, scale, minimum = keys_from_the_range(keys, bits, group_size)
+    groups = keys.unflatten(2, (-1, group_size))
+    return codes, scale.masked_fill(groups.amax(3) == groups.amin(3), 0), minimum
+
+
+def bytes_layer_by_layer(config, tokens, batch):
+    heads, size = config["num_attention_heads"], 0.0
+    for _ in range(config["num_hidden_layers"]):
+        if "kv_lora_rank" in config:
+            size += 2 * batch * tokens * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        else:
+            width = config.get("head_dim") or config["hidden_size"] // heads
+            size += 4 * batch * tokens * width * config.get("num_key_value_heads", heads)
+    return size
+
+
+def layer_of_pairs(quantize):
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        pairs = []
+
+        def update(self, key_states, value_states, cache_kwargs=None):
+            self.pairs = [*self.pairs, (quantize(key_states), quantize(value_states), key_states.shape[2])]
+            keys = torch.cat([key.dequantize() for key, _, _ in self.pairs], dim=2)
+            return keys, torch.cat([value.dequantize() for _, value, _ in self.pairs], dim=2)
+
+        def get_seq_length(self):
+            return sum(tokens for _, _, tokens in self.pairs)
+
+    return Layer()
+
+
+def plant_in_float64(queries, keys, scale):
+    rows = torch.cat([scale, scale], 1).double()
+    shared = queries.shape[0] // keys.shape[0]
+    return queries / rows.repeat_interleave(shared, 0).view(-1, 1), keys * rows.view(-1, 1)
+
+
 def push_block_by_block(old, recent, new, residual, block, quantize):
     recent, old = torch.cat([recent, new], 2), list(old)
     while recent.shape[2] - residual >= block:
@@ -420,7 +461,8 @@ ANSWERS = [
     ("2.5", grid_that_stores_constants_exactly), ("2.6", sqnr_of_means), ("2.8", clip_row_by_row),
     ("3.1", groups_in_a_loop), ("3.2", bits_counted_up), ("3.3", orders_by_hand), ("3.4", interval_from_sorted),
     ("3.5", layers_sorted), ("3.6", spend_at_one_price),
-    ("9.2", keys_from_the_range), ("9.3", push_block_by_block), ("9.5", plant_in_a_loop), ("9.6", interaction_in_float32),
+    ("9.1", bytes_layer_by_layer), ("9.2", keys_from_the_range), ("9.2", keys_with_a_scale_of_0), ("9.3", push_block_by_block),
+    ("9.4", layer_of_pairs), ("9.5", plant_in_a_loop), ("9.5", plant_in_float64), ("9.6", interaction_in_float32),
     ("10.3", three_bit_by_bit), ("10.4", zeros_in_a_loop), ("10.5", layer_multiplied_out), ("10.6", awq_scattered),
     ("10.7", diagnosed_otherwise), ("11.2", tiled_row_by_row), ("11.3", dialect_multiplied_out), ("11.4", kernel_of_columns),
     ("11.5", crossover_tried_out),

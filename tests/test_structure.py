@@ -20,7 +20,6 @@ LINES_AT_MOST, CHAPTER_AT_MOST = 400, 600
 TOO_LONG = {
     "exercises/awq.py",
     "exercises/gptq_in_practice.py",
-    "exercises/kv_cache.py",
     "exercises/packing_and_checkpoints.py",
     "quant/gptq.py",
 }
