@@ -27,6 +27,7 @@ def run_parts(monkeypatch: pytest.MonkeyPatch, tests: suite.Part, *notebooks: su
     """The suite with other parts in place of its own: exit code, lines that it writes."""
     waiting = {Path(str(i)): notebook for i, notebook in enumerate(notebooks)}
     monkeypatch.setattr(suite, "lint", lambda: [part("lint", "fine")])
+    monkeypatch.setattr(suite, "types", lambda: part("types", "fine"))
     monkeypatch.setattr(suite, "tests", lambda count, quick: tests)
     monkeypatch.setattr(suite, "notebooks", lambda root, numbers: list(waiting))
     monkeypatch.setattr(suite, "notebook", lambda root, path: waiting[path])
@@ -39,7 +40,7 @@ def test_it_ends_with_one_closing_line_over_all_parts(monkeypatch: pytest.Monkey
     code, lines = run_parts(monkeypatch, part("a", "....\n4 passed, 1 warning in 1.0s"), notebook)
     assert code == 0
     assert re.fullmatch(r"=+ 6 passed, 1 warnings in [\d.]+s =+", lines[-1])
-    assert any(re.fullmatch(r"\[ 1/1\] b: ok, 2 passed after \d+ s", line) for line in lines)
+    assert any(re.fullmatch(r"\[ [12]/2\] b: ok, 2 passed after \d+ s", line) for line in lines)
 
 
 @pytest.mark.parametrize("place", ["tests", "notebook"])
@@ -81,9 +82,9 @@ def test_tests_keep_to_one_thread() -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_it_runs_lint_tests_and_every_notebook_in_both_forms() -> None:
-    commands = [" ".join(part.command) for part in suite.lint()]
-    for tool in ("ruff check", "ruff format --check", "lint-imports"):
+def test_it_runs_lint_types_and_every_notebook_in_both_forms() -> None:
+    commands = [" ".join(part.command) for part in (*suite.lint(), suite.types())]
+    for tool in ("ruff check", "ruff format --check", "lint-imports", "mypy"):
         assert any(tool in command for command in commands)
     found = {path: suite.notebook(ROOT, path) for path in suite.notebooks(ROOT)}
     assert found.keys() == {*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "solutions").glob("*.ipynb")}

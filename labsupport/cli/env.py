@@ -42,7 +42,7 @@ def test(
     numbers: Annotated[list[str] | None, typer.Argument(metavar="NN", help="Only these notebooks, in both forms.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out slow tests, and notebooks that have not changed.")] = False,
 ) -> None:
-    """Prove everything: lint, unit and property tests, every notebook in both forms."""
+    """Prove everything: lint, types, unit and property tests, every notebook in both forms."""
     from labsupport.course import suite
     from labsupport.course.build import BuildError
 

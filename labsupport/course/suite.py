@@ -1,4 +1,4 @@
-"""Everything that proves the course: `labs test`. Lint, unit and property tests, and every notebook in both forms."""
+"""Everything that proves the course: `labs test`. Lint, types, unit and property tests, and every notebook in both forms."""
 
 from __future__ import annotations
 
@@ -69,6 +69,10 @@ def lint() -> list[Part]:
         Part("ruff format", (*PYTHON, "ruff", "format", "--check", ".")),
         Part("imports", (str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo")),
     ]
+
+
+def types() -> Part:
+    return Part("types", (*PYTHON, "mypy"))
 
 
 def tests(workers: int, quick: bool = False) -> Part:
@@ -180,8 +184,9 @@ def run_all(root: Path, write: Write, numbers: list[str] | None = None, quick: b
         write(f"--- tests, {count} at a time\n")
         results.append(run(tests(count, quick), root, write))
         write(f"--- {results[-1].verdict}\n")
-    write(f"--- {len(paths)} notebooks, {count} at a time{' (those that changed)' * quick}\n")
-    results += run_beside([notebook(root, path) for path in paths], root, count, write)
+    write(f"--- {'types and ' * (not numbers)}{len(paths)} notebooks{' that changed' * quick}, {count} at a time\n")
+    beside = [notebook(root, path) for path in paths]
+    results += run_beside(beside if numbers else [types(), *beside], root, count, write)
     failures = [line for r in results for line in r.failures]
     for line in failures:
         write(f"{line}\n")
