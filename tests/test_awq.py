@@ -292,9 +292,9 @@ def calls_of(model: nn.Module, names: set[str], tokens: torch.Tensor) -> dict[st
 
 def as_the_golden_file() -> bool:
     """Whether this machine and its PyTorch round as those that the file is from."""
-    said = golden.about(golden.AWQ)
-    same_torch = torch.__version__.split("+")[0] == json.loads(said["versions"])["torch"]
-    return same_torch and said["processor"] == torch.backends.cpu.get_cpu_capability()
+    about = golden.about(golden.AWQ)
+    same_torch = torch.__version__.split("+")[0] == json.loads(about["versions"])["torch"]
+    return same_torch and about["processor"] == torch.backends.cpu.get_cpu_capability()
 
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -120,7 +120,7 @@ def test_streamed_codes_are_those_of_quantize_model(source, words, tmp_path, met
 
 
 def test_config_says_what_each_loader_asks_for(source, words, tmp_path):
-    def said(name, method, **settings):
+    def write_and_read_config(name, method, **settings):
         out = run(source, tmp_path / name, method, words, **settings)
         config = json.loads((out / "config.json").read_text())
         assert config.get("torch_dtype", config.get("dtype")) == "float16"
@@ -128,19 +128,19 @@ def test_config_says_what_each_loader_asks_for(source, words, tmp_path):
         assert (out / "generation_config.json").exists()
         return out, config["quantization_config"]
 
-    out, config = said("a", "gptq", symmetric=True)
+    out, config = write_and_read_config("a", "gptq", symmetric=True)
     wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
     assert wanted.items() <= config.items()
     assert wanted.items() <= json.loads((out / "quantize_config.json").read_text()).items()
-    assert said("b", "gptq", act_order=True, layout="gptq_v2")[1].items() >= {
+    assert write_and_read_config("b", "gptq", act_order=True, layout="gptq_v2")[1].items() >= {
         "desc_act": True, "sym": False, "checkpoint_format": "gptq_v2",
     }.items()  # fmt: skip
-    assert not said("c", "gptq", act_order=True, static_groups=True)[1]["desc_act"]
-    assert said("d", "rtn", group_size=-1)[1]["group_size"] == -1
-    out, config = said("e", "awq")
+    assert not write_and_read_config("c", "gptq", act_order=True, static_groups=True)[1]["desc_act"]
+    assert write_and_read_config("d", "rtn", group_size=-1)[1]["group_size"] == -1
+    out, config = write_and_read_config("e", "awq")
     assert {"quant_method": "awq", "version": "gemm", "zero_point": True, "bits": 4, "group_size": 32}.items() <= config.items()
     assert json.loads((out / "quant_config.json").read_text())["q_group_size"] == 32
-    config = said("f", "nf4", group_size=64)[1]
+    config = write_and_read_config("f", "nf4", group_size=64)[1]
     assert {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}.items() <= config.items()
 
 

@@ -47,9 +47,9 @@ def header(change):
         path = shards(directory)[1]
         content = path.read_bytes()
         end = 8 + int.from_bytes(content[:8], "little")
-        said = json.loads(content[8:end])
-        change({name: entry for name, entry in said.items() if name != "__metadata__"})
-        text = json.dumps(said).encode()
+        entries = json.loads(content[8:end])
+        change({name: entry for name, entry in entries.items() if name != "__metadata__"})
+        text = json.dumps(entries).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
     return spoil
@@ -394,10 +394,10 @@ def test_another_fault_of_ours_is_not_called_a_lack_of_memory():
     assert commands._is_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
 
 
-def unfinished(source, words, out, monkeypatch, at="block-002.json", **settings):
+def unfinished(source, words, out, monkeypatch, at="block-002.json", method="gptq", **settings):
     mend = stopping(monkeypatch, at, Stop())
     with pytest.raises(Stop):
-        run(source, out, "gptq", words, **settings)
+        run(source, out, method, words, **settings)
     mend()
 
 
@@ -437,27 +437,43 @@ def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_damaged_block_of_an_unfinished_run(source, words, tmp_path, monkeypatch):
-    unfinished(source, words, tmp_path / "out", monkeypatch)
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_damaged_block_of_an_unfinished_run(source, words, tmp_path, monkeypatch, method):
+    unfinished(source, words, tmp_path / "out", monkeypatch, method=method)
     path = tmp_path / "out.partial" / "model" / "model-00001-of-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=r"a file in .*out.partial was damaged, and the run is dropped: run again"):
-        run(source, tmp_path / "out", "gptq", words)
-    checkpoint.load(run(source, tmp_path / "out", "gptq", words))
+        run(source, tmp_path / "out", method, words)
+    checkpoint.load(run(source, tmp_path / "out", method, words))
+
+
+def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(source, words, tmp_path, monkeypatch):
+    unfinished(source, words, tmp_path / "out", monkeypatch)
+    left = [files.temporary_name(path) for path in (tmp_path / "out.partial").glob("*/*.safetensors")]
+    for path in left:
+        path.write_text("half")
+    seen = []
+    real = parts.Parts.begin
+    monkeypatch.setattr(parts.Parts, "begin", lambda self: (seen.append([path.exists() for path in left]), real(self)))
+    run(source, tmp_path / "out", "gptq", words)
+    assert seen[0] == [False] * len(left)
+    assert len(left) == 6  # three blocks, each as it will be stored and as the next ones need it
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
         (lambda model, words: os.utime(shards(model)[0], (1, 1)), "of another model, or of other files of this one"),
         (lambda model, words: change_config(model, rms_norm_eps=1e-3), "of another config.json"),
         (lambda model, words: words.write_text(WORDS[::-1]), "of another calibration text"),
     ],
 )
-def test_an_unfinished_run_of_something_else(copy, words, tmp_path, monkeypatch, change, said):
+def test_an_unfinished_run_of_something_else(copy, words, tmp_path, monkeypatch, change, difference):
     unfinished(copy, words, tmp_path / "out", monkeypatch)
     change(copy, words)
-    with pytest.raises(CheckpointError, match=f"holds an unfinished run {said}: ask for that again, or start over with --restart"):
+    with pytest.raises(
+        CheckpointError, match=f"holds an unfinished run {difference}: ask for that again, or start over with --restart"
+    ):
         run(copy, tmp_path / "out", "gptq", words)
     run(copy, tmp_path / "out", "gptq", words, restart=True)
 
@@ -504,8 +520,8 @@ def labs(home, *arguments):
 def test_an_id_that_was_never_downloaded(tmp_path):
     done = labs(tmp_path / "home", "quantize", "some/model", "--out", tmp_path / "out")
     assert done.returncode == 1
-    said = "no model 'some/model': neither a directory, nor downloaded before, nor an id that the hub answers for"
-    assert done.stderr == f"labs quantize: {said}\n"
+    message = "no model 'some/model': neither a directory, nor downloaded before, nor an id that the hub answers for"
+    assert done.stderr == f"labs quantize: {message}\n"
     assert not list(tmp_path.glob("out*"))
 
 

@@ -73,7 +73,7 @@ def test_sweep_writes_rows(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("sweep", "magic"), "sweep is 'magic', wanted one of rtn, layers"),
         (("sweep", "rtn", "--model", "."), "--out is needed for a model other than the course model"),
@@ -81,10 +81,10 @@ def test_sweep_writes_rows(monkeypatch, tmp_path):
         (("train", "--tokens", "1"), "8192"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(arguments, said):
+def test_what_cannot_be_done_is_one_line(arguments, message):
     done = labs(*arguments)
     assert done.exit_code != 0
-    assert said in done.output
+    assert message in done.output
     assert "Traceback" not in done.output
 
 

@@ -80,13 +80,13 @@ def test_a_good_checkpoint_has_no_fault(made, name):
     assert found.nbytes == report["bytes"]
     assert found.bits_per_weight == pytest.approx(report["bits_per_weight"])
     assert any("measure perplexity" in line for line in found.unknown)
-    said = " ".join(found.known)
-    assert ("zero-points: all read as" in said) == name.endswith("sym")
+    known = " ".join(found.known)
+    assert ("zero-points: all read as" in known) == name.endswith("sym")
     if name == "gptq-8":  # a step is a sixteenth of one at 4 bits, and weights are not that well balanced
-        assert "zero-points" in said or any("whether zero-points are one off" in line for line in found.unknown)
+        assert "zero-points" in known or any("whether zero-points are one off" in line for line in found.unknown)
     elif name != "nf4":
-        assert "zero-points" in said
-    assert ("order of outputs in a word" in said) == name.startswith("awq")
+        assert "zero-points" in known
+    assert ("order of outputs in a word" in known) == name.startswith("awq")
 
 
 def relabeled(version):
@@ -144,13 +144,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "where", "said"), FAULTS, ids=[f"{name}-{where}-{i}" for i, (name, _, where, _) in enumerate(FAULTS)]
+    ("name", "spoil", "where", "message"), FAULTS, ids=[f"{name}-{where}-{i}" for i, (name, _, where, _) in enumerate(FAULTS)]
 )
-def test_what_shapes_do_not_show_is_found(spoiled, name, spoil, where, said):
+def test_what_shapes_do_not_show_is_found(spoiled, name, spoil, where, message):
     findings = [finding for finding in spoiled(name, spoil).findings if finding.where == where]
     assert len(findings) == 1
-    assert re.search(said, findings[0].message), findings[0].message
-    assert findings[0].certain == ("symmetric" in said)
+    assert re.search(message, findings[0].message), findings[0].message
+    assert findings[0].certain == ("symmetric" in message)
 
 
 def test_a_wrong_order_is_not_taken_for_a_wrong_zero_point_nor_the_other_way(spoiled):
@@ -187,7 +187,7 @@ def bad_scale(value):
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "where", "said"),
+    ("name", "spoil", "where", "message"),
     [
         ("gptq", drop("qzeros"), NAME, "lacks qzeros"),
         ("gptq", drop("g_idx"), NAME, "lacks g_idx"),
@@ -222,8 +222,8 @@ def bad_scale(value):
         ("gptq", lambda t, config: t.update(more=torch.zeros(2)), "more", "is not known to the architecture"),
     ],
 )
-def test_what_is_missing_or_does_not_fit(spoiled, name, spoil, where, said):
-    if said.endswith("architecture"):
+def test_what_is_missing_or_does_not_fit(spoiled, name, spoil, where, message):
+    if message.endswith("architecture"):
         first = []
         real = spoil
 
@@ -232,7 +232,7 @@ def test_what_is_missing_or_does_not_fit(spoiled, name, spoil, where, said):
                 first.append(real(tensors, config))
 
     found = spoiled(name, spoil)
-    assert any(finding.where == where and said in finding.message for finding in found.findings), list(found.lines())
+    assert any(finding.where == where and message in finding.message for finding in found.findings), list(found.lines())
     assert list(found.lines())[-1].endswith(("fault", "faults"))
 
 
@@ -255,9 +255,9 @@ def test_damaged_files_and_pickles_are_findings(made, tmp_path):
     (directory / "pytorch_model.bin").write_bytes(b"")
     path = sorted(directory.glob("*.safetensors"))[2]
     path.write_bytes(path.read_bytes()[:-8])
-    said = [str(finding) for finding in checkpoint.inspect(directory).findings]
-    assert said[0].startswith("pytorch_model.bin: is a pickle, which can run code when it is loaded; it was not read")
-    assert f"{path.name} is damaged" in said[1]
+    findings = [str(finding) for finding in checkpoint.inspect(directory).findings]
+    assert findings[0].startswith("pytorch_model.bin: is a pickle, which can run code when it is loaded; it was not read")
+    assert f"{path.name} is damaged" in findings[1]
 
 
 @pytest.mark.parametrize(

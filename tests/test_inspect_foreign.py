@@ -40,8 +40,8 @@ def by_autoawq(directory, name, change=lambda key, tensor: tensor):
     packed = {key.replace("/", "."): tensor for key, tensor in found.items() if key.endswith(("/qweight", "/qzeros", "/scales"))}
     linears = {key.rpartition(".")[0] for key in packed}
     rest = {key: value.half() for key, value in tiny.floats(model.weights).items() if key.removesuffix(".weight") not in linears}
-    said = {"bits": 4, "group_size": chosen.group_size, "modules_to_not_convert": None, "quant_method": "awq"}
-    config = tiny.SHAPES[name].config | {"quantization_config": said | {"version": "gemm", "zero_point": True}}
+    settings = {"bits": 4, "group_size": chosen.group_size, "modules_to_not_convert": None, "quant_method": "awq"}
+    config = tiny.SHAPES[name].config | {"quantization_config": settings | {"version": "gemm", "zero_point": True}}
     return write(directory, config, {key: change(key, tensor) for key, tensor in (packed | rest).items()})
 
 
@@ -50,9 +50,9 @@ def test_a_model_by_autoawq_is_right(tmp_path, name):
     found = checkpoint.inspect(by_autoawq(tmp_path / "model", name))
     assert found.findings == []
     assert found.linears == len(models.linears(checkpoint.load(tmp_path / "model")[0]))
-    said = " ".join(found.known)
-    assert "one too high or low would show as a whole step" in said
-    assert "order of outputs in a word" in said
+    known = " ".join(found.known)
+    assert "one too high or low would show as a whole step" in known
+    assert "order of outputs in a word" in known
 
 
 def test_a_model_by_autoawq_with_its_words_in_plain_order(tmp_path):
@@ -88,7 +88,7 @@ def by_autogptq(directory, case, **changes):
     norms = (f"{block}input_layernorm", f"{block}post_attention_layernorm", "model.norm")
     tensors |= {f"{name}.weight": torch.ones(96).half() for name in norms}
     tensors["model.embed_tokens.weight"] = torch.randn(48, 96, generator=generator).half()
-    said = {
+    settings = {
         "bits": case.bits, "group_size": pack.GROUP, "damp_percent": 0.01, "desc_act": case.order, "static_groups": False,
         "sym": case.symmetric, "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None,
         "quant_method": "gptq", "checkpoint_format": "gptq",
@@ -96,7 +96,7 @@ def by_autogptq(directory, case, **changes):
     config = {
         "model_type": "llama", "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3,
         "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 48, "tie_word_embeddings": True,
-        "quantization_config": said | changes,
+        "quantization_config": settings | changes,
     }  # fmt: skip
     return write(directory, config, tensors, f"gptq_model-{case.bits}bit-{pack.GROUP}g.safetensors")
 
@@ -199,7 +199,7 @@ def test_a_head_that_is_packed_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("settings", "message"),
     [
         ({"bits": "4"}, "has bits '4', the gptq layout has 2, 3, 4, 8"),
         ({"bits": 0}, "has bits 0, the gptq layout has 2, 3, 4, 8"),
@@ -212,8 +212,8 @@ def test_a_head_that_is_packed_too(tmp_path):
         ({"quant_method": None}, "has quant_method None, wanted gptq, awq or bitsandbytes"),
     ],
 )
-def test_settings_that_no_checkpoint_has(tmp_path, said, message):
-    directory = by_autogptq(tmp_path / "model", BY_AUTOGPTQ[0], **said)
+def test_settings_that_no_checkpoint_has(tmp_path, settings, message):
+    directory = by_autogptq(tmp_path / "model", BY_AUTOGPTQ[0], **settings)
     for look in (checkpoint.inspect, checkpoint.load):
         with pytest.raises(CheckpointError, match=message):
             look(directory)
@@ -240,7 +240,7 @@ def only_pickles(directory):
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         (plain_model, "is not a quantized checkpoint: config.json has no quantization_config\n"),
         (older, "config.json has no quantization_config (quantize_config.json is there, which only older loaders read)"),
@@ -251,11 +251,11 @@ def only_pickles(directory):
         (only_pickles, "holds its weights as pickles (pytorch_model.bin), which can run code: wanted safetensors"),
     ],
 )
-def test_what_is_no_checkpoint_is_said_in_words(tmp_path, made, said):
+def test_what_is_no_checkpoint_is_said_in_words(tmp_path, made, message):
     made(tmp_path / "thing")
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "thing")], catch_exceptions=False)
     assert done.exit_code == 1
-    assert said in done.output
+    assert message in done.output
 
 
 @pytest.fixture(scope="module")

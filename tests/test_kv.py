@@ -274,11 +274,11 @@ def test_generate_accepts_it(scheme):
     again = QuantizedCache(model, scheme)
     with torch.no_grad():
         follow = model(ids, past_key_values=again).logits[:, -1:].argmax(-1)
-        said = [follow]
+        generated = [follow]
         for _ in range(11):
             follow = model(follow, past_key_values=again).logits.argmax(-1)
-            said.append(follow)
-    assert torch.equal(tokens[:, 9:], torch.cat(said, dim=1))
+            generated.append(follow)
+    assert torch.equal(tokens[:, 9:], torch.cat(generated, dim=1))
     if scheme is kv.FLOAT:
         plain = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert torch.equal(plain, tokens)
@@ -405,7 +405,7 @@ def test_as_trained_neither_axis_costs_much_at_4_bits(rises):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"bits": 1}, "bits is 1, wanted a whole number from 2 to 8, 'fp8', or 16"),
         ({"bits": 4.0}, "bits is 4.0"),
@@ -420,13 +420,13 @@ def test_as_trained_neither_axis_costs_much_at_4_bits(rises):
         ({"bits": "fp8", "scale": "1"}, "scale is '1'"),
     ],
 )
-def test_parts_that_make_no_sense(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_parts_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
         Part(**settings)
 
 
 @pytest.mark.parametrize(
-    ("x", "part", "error", "said"),
+    ("x", "part", "error", "message"),
     [
         (torch.zeros(2, 3, 4), Part(4), ValueError, r"states has shape \[2, 3, 4\], wanted \[batch, heads, tokens, width\]"),
         (torch.zeros(1, 1, 4, 8, dtype=torch.int64), Part(4), TypeError, "states is torch.int64"),
@@ -440,8 +440,8 @@ def test_parts_that_make_no_sense(settings, said):
         (torch.zeros(1, 1, 4, 8), Part(16), ValueError, "nothing to quantize"),
     ],
 )
-def test_states_that_cannot_be_quantized(x, part, error, said):
-    with pytest.raises(error, match=said):
+def test_states_that_cannot_be_quantized(x, part, error, message):
+    with pytest.raises(error, match=message):
         kv.quantize(x, part)
 
 
@@ -449,7 +449,7 @@ GOOD = (2, 2, 3, 16)
 
 
 @pytest.mark.parametrize(
-    ("keys", "values", "said"),
+    ("keys", "values", "message"),
     [
         ((3, 2, 1, 16), (3, 2, 1, 16), r"keys has shape \[3, 2, 1, 16\], wanted batch, heads and width \[2, 2, 16\]"),
         ((2, 4, 1, 16), (2, 4, 1, 16), "keys has shape"),
@@ -458,11 +458,11 @@ GOOD = (2, 2, 3, 16)
         ((2, 2, 0, 16), (2, 2, 0, 16), "none of them 0"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_stored(keys, values, said):
+def test_what_does_not_fit_is_refused_and_nothing_is_stored(keys, values, message):
     layer = QuantizedLayer(Scheme(Part(4, "token", 8), Part(4, "token", 8)))
     layer.update(states(*GOOD), states(*GOOD))
     before = layer.nbytes
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         layer.update(torch.ones(keys), torch.ones(values))
     assert layer.nbytes == before
     assert layer.get_seq_length() == 3

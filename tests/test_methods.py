@@ -150,6 +150,21 @@ def test_a_recipe_follows_the_record(toy, tiny):
         Recipe.of("toy", group_size=64).check_model(models.linears(tiny))
 
 
+def test_a_linear_that_two_blocks_share_is_quantized_once(tiny, monkeypatch):
+    weights = []
+
+    def counted(weight, bits=4):
+        weights.append(weight)
+        return rtn.quantize(weight, bits, None)
+
+    monkeypatch.setitem(METHODS, "counted", Method("counted", quantize=counted))
+    model = models.duplicate(tiny)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    _, report = quantize_model(model, "counted")
+    assert report.layers.keys() == models.linears(model).keys()
+    assert len(weights) == len(report.layers) == 3 * 7 - 3
+
+
 class FirstToken:
     """Made up: rounds at what the first token of the text says, so that it needs text."""
 

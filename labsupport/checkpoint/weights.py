@@ -22,7 +22,7 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written, or quantized as asked."""
+    """A checkpoint cannot be read, written or quantized."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
