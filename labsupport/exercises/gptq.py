@@ -324,26 +324,22 @@ FACTOR = Exercise(
 def _loop(
     weight, hessian, scale, zero_point, bits, factor=None, original=False, divide=1, sign=-1.0, reach=None, clamp=True, stored=None
 ):
-    """The loop in float64, right or with one thing changed.
+    """The loop in float64, right or with one thing changed. Returns codes, and each weight as it was when rounded, in steps.
 
-    Returns codes, how near a rounding came to a tie, and how many were clamped.
     stored: what is returned of a code before and after the clamp; by default the latter.
     """
-    work = weight.double().clone()
+    work, scale, zero = weight.double().clone(), scale[:, 0].double(), zero_point[:, 0].double()
     upper = (factor or _upper)(hessian)
-    codes, nearest, clipped = torch.zeros_like(work), 1.0, 0
+    codes, steps = [], []
     for i in range(work.shape[1]):
-        steps = work[:, i] / scale[:, 0].double()
-        rounded = steps.round() + zero_point[:, 0]
+        steps.append(work[:, i] / scale)
+        rounded = steps[-1].round() + zero
         code = rounded.clamp(0, 2**bits - 1) if clamp else rounded
-        codes[:, i] = stored(rounded, code) if stored else code
-        nearest = min(nearest, (0.5 - (steps - steps.round()).abs()).min().item())
-        clipped += int((code != rounded).sum())
-        value = (code - zero_point[:, 0]) * scale[:, 0]
-        error = ((weight.double() if original else work)[:, i] - value) / upper[i, i] ** divide
+        codes.append(stored(rounded, code) if stored else code)
+        error = ((weight if original else work)[:, i] - (code - zero) * scale) / upper[i, i] ** divide
         stop = work.shape[1] if reach is None else i + 1 + reach
         work[:, i + 1 : stop] += sign * error[:, None] * upper[i, i + 1 : stop]
-    return codes, nearest, clipped
+    return torch.stack(codes, 1), torch.stack(steps, 1)
 
 
 def _loop_answer(**how):
@@ -357,9 +353,10 @@ def _loop_case(seed: int) -> dict:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         given = {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point, "bits": 3}
-        codes, nearest, clipped = _loop(**given)
+        codes, steps = _loop(**given)
+        rounded = steps.round()
         # A float32 inverse of condition 100 moves a weight by some 1e-4 of a step.
-        if nearest < 2e-3 or not clipped:
+        if (steps - rounded).abs().max() > 0.5 - 2e-3 or torch.equal(rounded + zero_point, codes):
             continue
         mistaken = [mistake.answer(*given.values()) for mistake in LOOP_MISTAKES]
         if all(not torch.equal(a, b) for i, a in enumerate([codes, *mistaken]) for b in mistaken[i:]):
