@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from labsupport import figures
 from labsupport.evidence.roofline import Device
@@ -196,6 +199,52 @@ def unlabelled(figure: CourseFigure) -> Iterator[str]:
                 yield f"{axis.get_title(loc='left')!r}: {own!r} names no unit"
 
 
+def tensors(value) -> Iterator[torch.Tensor]:
+    match value:
+        case torch.Tensor():
+            yield value
+        case dict():
+            yield from tensors(list(value.values()))
+        case list() | tuple():
+            for entry in value:
+                yield from tensors(entry)
+        case Evaluation():
+            yield value.loss
+
+
+def words(figure: CourseFigure) -> Iterator[Text]:
+    """All text that is drawn, without ticks beyond the ends of their axis."""
+    beyond = set()
+    for axis in figure.axes:
+        for line in (axis.xaxis, axis.yaxis):
+            low, high = sorted(line.get_view_interval())
+            slack = 1e-6 * (high - low)
+            for tick in [*line.get_major_ticks(), *line.get_minor_ticks()]:
+                if not low - slack <= tick.get_loc() <= high + slack or not axis.axison:
+                    beyond |= {tick.label1, tick.label2}
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and text not in beyond:
+            yield text
+
+
+def illegible(figure: CourseFigure) -> Iterator[str]:
+    """Words that are small, cut off at the figure's edge, or drawn over others; a figure that a page would make smaller."""
+    if figure.get_size_inches()[0] > base.WIDTH:
+        yield f"{figure.get_size_inches()[0]} inches wide, wanted at most {base.WIDTH}"
+    figure.draw_without_rendering()
+    boxes = [(text, text.get_window_extent()) for text in words(figure)]
+    for text, box in boxes:
+        if text.get_fontsize() < base.SMALL:
+            yield f"{text.get_text()!r} is {text.get_fontsize()} points high"
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1 or box.y1 > figure.bbox.y1 + 1:
+            yield f"{text.get_text()!r} is cut off"
+    for (one, first), (other, second) in combinations(boxes, 2):
+        width = min(first.x1, second.x1) - max(first.x0, second.x0)
+        height = min(first.y1, second.y1) - max(first.y0, second.y0)
+        if width > 1 and height > 1 and not one.get_rotation() % 90 and not other.get_rotation() % 90:
+            yield f"{one.get_text()!r} is over {other.get_text()!r}"
+
+
 @pytest.fixture(scope="module")
 def drawn() -> dict[Callable, CourseFigure]:
     return {}
@@ -225,9 +274,9 @@ MANY = [f"part {i}" for i in range(12)]
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: groups.bill({part: [1.0] for part in MANY[:4]}, ["a"]),
-        lambda: layouts.besides_codes({part: [1.0] for part in MANY[:5]}, ["a"]),
-        lambda: kernels.traffic({"a": {part: 1.0 for part in MANY[:5]}}, "Moved"),
+        lambda: groups.bill({part: [1.0] for part in MANY}, ["a"]),
+        lambda: layouts.besides_codes({part: [1.0] for part in MANY}, ["a"]),
+        lambda: kernels.traffic({"a": {part: 1.0 for part in MANY}}, "Moved"),
         lambda: cache.weights_and_cache([1, 2], {"a": [1.0, 2.0]}, {part: 1.0 for part in MANY[:3]}),
         lambda: cache.against_size({part: (4.0, (0.01, 0.0, 0.02)) for part in MANY}, "Caches"),
     ],
@@ -264,6 +313,31 @@ def test_axes_are_labelled_with_units(figure):
 
 
 @every_figure
+def test_words_can_be_read(figure):
+    assert list(illegible(figure)) == []
+
+
+@pytest.mark.parametrize(
+    "form", [lambda t: t.bfloat16(), lambda t: t.double(), lambda t: t.requires_grad_()], ids=["bf16", "f64", "grad"]
+)
+@pytest.mark.parametrize("draw", [d for d in DRAWERS if list(tensors(SAMPLES[d]))], ids=named)
+def test_a_tensor_of_any_kind_can_be_drawn(draw, form):
+    def changed(value):
+        match value:
+            case torch.Tensor():
+                return form(value.clone()) if value.is_floating_point() else value
+            case dict():
+                return {key: changed(entry) for key, entry in value.items()}
+            case list() | tuple():
+                return type(value)(changed(entry) for entry in value)
+            case Evaluation():
+                return replace(value, loss=changed(value.loss))
+        return value
+
+    draw(*changed(SAMPLES[draw])).draw_without_rendering()
+
+
+@every_figure
 def test_nothing_is_drawn_at_no_number(figure):
     for axis in figure.axes:
         for line in axis.get_lines():
@@ -281,6 +355,25 @@ def broken(change: Callable[[Axes], object]) -> CourseFigure:
 
 def test_a_good_figure_has_no_fault():
     assert list(unlabelled(broken(lambda axis: None))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda axis: axis.text(1, 1, "tiny", fontsize=7), "'tiny' is 7.0 points high"),
+        (lambda axis: axis.text(0, 0, "gone", transform=axis.figure.transFigure, ha="right"), "'gone' is cut off"),
+        (lambda axis: [axis.text(0.5, 1.5, word) for word in ("one", "other")], "'one' is over 'other'"),
+        (lambda axis: axis.figure.set_size_inches(9, 3), "9.0 inches wide, wanted at most 7.6"),
+    ],
+)
+def test_words_that_cannot_be_read_are_noticed(change, fault):
+    assert fault in list(illegible(broken(change)))
+
+
+def test_long_names_are_broken_into_lines():
+    _, axes = base.new("Two panels.", 1, 2)
+    base.label(axes[0], "A title that is longer than half of a small figure", "an axis with quite a long name (of columns)", "x")
+    assert axes[0].get_title(loc="left").count("\n") == axes[0].get_xlabel().count("\n") == 1
 
 
 @pytest.mark.parametrize(

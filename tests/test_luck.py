@@ -17,6 +17,8 @@ from labsupport.exercises.judging import INTERNAL
 from labsupport.exercises.judging import test as judged
 from labsupport.exercises.session import CHECK_SEEDS
 
+pytestmark = pytest.mark.slow
+
 EXERCISES = registry.all_exercises()
 # Changes after which a reference is still right, by exercise: a part of "line -> changed line", and why.
 STILL_RIGHT: dict[str, dict[str, str]] = {

@@ -166,8 +166,8 @@ def _exercise_faults(lab: Lab, exercise: Any) -> Iterator[str]:
     heading = re.compile(rf"^#{{2,4}} .*?(?<![\d.]){re.escape(id)}(?![\d.]*\d).*\((\d+) minutes?, difficulty (\d) of 5\)$", re.M)
     found = [(lab.place(c), tuple(map(int, m.groups()))) for c in lab.prose for m in heading.finditer(c.source)]
     if [facts for _, facts in found] != [(exercise.minutes, exercise.difficulty)]:
-        said = f"({exercise.minutes} minutes, difficulty {exercise.difficulty} of 5)"
-        yield f"exercise {id}: wanted one heading with {id} that ends in {said}, found {[facts for _, facts in found]}"
+        ending = f"({exercise.minutes} minutes, difficulty {exercise.difficulty} of 5)"
+        yield f"exercise {id}: wanted one heading with {id} that ends in {ending}, found {[facts for _, facts in found]}"
     elif not found[0][0] < lab.place(answer) < lab.place(check):
         yield f"exercise {id}: heading, answer and check are not in this order"
 
@@ -317,7 +317,7 @@ def good_lab() -> Lab:
     code = [cell for cell in cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
-        cell.outputs = cell.outputs or [new_output("stream", text="said\n")]
+        cell.outputs = cell.outputs or [new_output("stream", text="printed\n")]
     return Lab(new_notebook(cells=cells), False, (exercise,), forms.SETUP, {"02_good.ipynb", "03_next.ipynb"})
 
 

@@ -11,6 +11,8 @@ from labsupport.exercises.attempts import attempt, run
 from labsupport.exercises.form import Exercise
 from labsupport.exercises.judging import INTERNAL, assess
 
+pytestmark = pytest.mark.slow
+
 EXERCISES = registry.all_exercises()
 
 

@@ -122,9 +122,9 @@ def test_the_table_lists_all_chapters_and_says_which_are_planned():
 @pytest.mark.parametrize("number", sorted(REAL))
 def test_minutes_are_those_of_the_notebook(number):
     notebook = build.read(build.sources(ROOT, [str(number)])[0])
-    said = re.search(r"About (\d+) minutes", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
-    assert said, "the notebook does not say how long it takes"
-    assert re.search(rf"^\| {number:02} \|.*\| {said[1]} minutes \|$", README, re.MULTILINE), f"it says {said[1]} minutes"
+    stated = re.search(r"About (\d+) minutes", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
+    assert stated, "the notebook does not say how long it takes"
+    assert re.search(rf"^\| {number:02} \|.*\| {stated[1]} minutes \|$", README, re.MULTILINE), f"it says {stated[1]} minutes"
 
 
 def test_the_map_is_of_this_course():

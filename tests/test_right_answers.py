@@ -1,5 +1,6 @@
 """Right answers that look otherwise than the reference are accepted: another order of operations, a loop, another dtype."""
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -96,6 +97,147 @@ def zeros_in_a_loop(zero_point, version):
     for output in range(len(zero_point)):
         words[:, output // 8] |= stored[output] << 4 * (output % 8)
     return words
+
+
+def blocks_as_autogptq(weight, factor, scale, zero_point, bits, block_size):
+    """Updates begin with the column that was just rounded; codes in uint8, the work in float64."""
+    work, writes = weight.double(), 0
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for first in range(0, weight.shape[1], block_size):
+        block, u = work[:, first : first + block_size], factor[first : first + block_size].double()
+        errors = torch.zeros_like(block)
+        for i in range(block.shape[1]):
+            code = (torch.round(block[:, i] / scale[:, 0]) + zero_point[:, 0]).clamp(0, 2**bits - 1)
+            codes[:, first + i] = code
+            errors[:, i] = (block[:, i] - scale[:, 0] * (code - zero_point[:, 0])) / u[i, first + i]
+            update = errors[:, i, None] * u[i, first + i : first + block.shape[1]]
+            block[:, i:] -= update
+            writes += update.numel()
+        update = errors @ u[:, first + block.shape[1] :]
+        work[:, first + block.shape[1] :] -= update
+        writes += update.numel()
+    return codes, writes
+
+
+def order_scattered_back(weight, hessian, solve):
+    order = (-hessian.diagonal()).argsort()
+    values = torch.empty_like(weight)
+    values[:, order] = solve(weight[:, order], hessian[order[:, None], order])
+    return values
+
+
+def groups_filled_one_by_one(diagonal, group_size):
+    groups = [0] * len(diagonal)
+    for turn, column in enumerate(sorted(range(len(diagonal)), key=lambda i: -diagonal[i])):
+        groups[column] = turn // group_size
+    return groups, 1 + sum(a != b for a, b in itertools.pairwise(groups))
+
+
+def prepared_in_float64(weight, hessian, damping):
+    live = (hessian.diagonal() > 0).double()
+    filled = hessian.double() + torch.diag(1 - live)
+    return weight * live, filled + torch.diag(torch.full((len(live),), damping * filled.trace().item() / len(live)))
+
+
+def topic_of(tokens, start):
+    """The sixty tokens that are most like one of them: its topic."""
+    unit = tokens / tokens.norm(dim=1, keepdim=True)
+    return (unit @ unit[start]).argsort(descending=True)[:60]
+
+
+def mislead_by_the_first_of_a_topic(tokens, count):
+    return topic_of(tokens, 3).sort().values[:count]
+
+
+def mislead_by_the_last_of_another(tokens, count):
+    other = next(i for i in range(len(tokens)) if i not in topic_of(tokens, 0))
+    return topic_of(tokens, other).sort().values[-count:].int()
+
+
+def mislead_by_clusters(tokens, count):
+    """Four means, begun with tokens that are far from each other; any forty of the second cluster."""
+    centers = tokens[:1]
+    for _ in range(3):
+        centers = torch.cat([centers, tokens[torch.cdist(tokens, centers).amin(1).argmax()][None]])
+    for _ in range(10):
+        cluster = torch.cdist(tokens, centers).argmin(1)
+        centers = torch.stack([tokens[cluster == i].mean(0) for i in range(4)])
+    return (cluster == 1).nonzero()[:, 0][10 : 10 + count]
+
+
+def runs_by_hand(weight, hessian, scale, zero_point, runs):
+    rounded = (weight.double() / scale).round() + zero_point
+    first = [int((run - rounded.clamp(0, 7)).abs().sum(0).argmin()) for run in runs]
+    return first, next(i for i, column in enumerate(first) if hessian[column, column] < hessian.diagonal().max())
+
+
+def saliency_token_by_token(inputs):
+    total = torch.zeros(inputs.shape[2], dtype=torch.float64)
+    for window in inputs:
+        for token in window:
+            total += token.abs()
+    return total / (inputs.shape[0] * inputs.shape[1])
+
+
+def kept_by_a_threshold(weight, quantized, importance, share):
+    least = importance.sort(descending=True).values[math.ceil(len(importance) * share) - 1]
+    return torch.where(importance >= least, weight, quantized)
+
+
+def kink_row_by_row(group, channel):
+    kinks = []
+    for row in group.double().tolist():
+        weight = row[channel]
+        kinks.append((max(row) if weight > 0 else min(row)) * (1 / weight) if weight else math.inf)
+    return torch.tensor(kinks)
+
+
+def search_of_mean_losses(weights, inputs, quantize, bits, group_size):
+    gram, loudness = inputs.double().T @ inputs.double(), inputs.abs().sum(0) / len(inputs)
+    scales, losses = [], []
+    for step in range(20):
+        scale = torch.maximum(loudness ** (step / 20), torch.tensor(1e-4))
+        scales.append(scale * (scale.max() * scale.min()) ** -0.5)
+        errors = [(quantize(w * scales[-1], bits, group_size).dequantize() / scales[-1] - w).double() for w in weights]
+        losses.append(sum(((error @ gram) * error).sum() for error in errors) / len(inputs))
+    return scales[int(torch.stack(losses).argmin())], torch.stack(losses)
+
+
+def fold_by_diagonal_matrices(block, scales):
+    layers = dict(block.named_modules())
+    before = {"attention": "input_layernorm", "o": "self_attn.v_proj", "mlp": "post_attention_layernorm", "down": "mlp.up_proj"}
+    readers = {"attention": "qkv", "o": "o", "mlp": ("gate", "up"), "down": ("down",)}
+    for group, scale in scales.items():
+        if group == "o" and len(layers["self_attn.v_proj"].weight) != len(scale):
+            continue
+        for name, layer in layers.items():
+            if name.endswith(tuple(f".{reader}_proj" for reader in readers[group])):
+                layer.weight.copy_(layer.weight @ scale.diag())
+        for parameter in layers[before[group]].parameters():
+            parameter.copy_((1 / scale).diag() @ parameter)
+
+
+def clip_by_a_running_best(weight, inputs, quantize, bits, group_size):
+    groups = weight.unflatten(1, (-1, group_size))
+    largest = groups.abs().amax(2)
+    best, least = largest, torch.full_like(largest, math.inf)
+    for share in torch.linspace(1, 0.55, 10):
+        limit = (largest * share)[:, :, None]
+        error = quantize(torch.maximum(torch.minimum(groups, limit), -limit).flatten(1), bits, group_size).dequantize() - weight
+        parts = [inputs[:, i : i + group_size] @ error[:, i : i + group_size].T for i in range(0, weight.shape[1], group_size)]
+        loss = torch.stack([part.square().mean(0) for part in parts], 1)
+        best, least = torch.where(loss < least, largest * share, best), torch.minimum(loss, least)
+    return best
+
+
+def bug_of_least_mismatch(weights, inputs, losses, quantize, bits, group_size):
+    found = {}
+    for group, layers in weights.items():
+        error = torch.cat([quantize(w, bits, group_size).dequantize() - w for w in layers])
+        for fed, x in inputs.items():
+            if x.shape[1] == error.shape[1] and fed != group:
+                found[abs((error @ x.T).norm() ** 2 - losses[group][0])] = group, fed
+    return found[min(found)]
 
 
 def three_bit_by_bit(qweight):
@@ -451,6 +593,11 @@ def hessians_of_inputs(size):
 ANSWERS = [
     ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),
     ("6.4", factor_from_the_far_end), ("6.5", loop_with_shrinking_inverses), ("6.6", hessians_of_inputs),
+    ("7.1", blocks_as_autogptq), ("7.2", order_scattered_back), ("7.3", groups_filled_one_by_one), ("7.4", prepared_in_float64),
+    ("7.5", mislead_by_the_first_of_a_topic), ("7.5", mislead_by_the_last_of_another), ("7.5", mislead_by_clusters),
+    ("7.6", runs_by_hand),
+    ("8.1", saliency_token_by_token), ("8.2", kept_by_a_threshold), ("8.3", kink_row_by_row), ("8.4", search_of_mean_losses),
+    ("8.5", fold_by_diagonal_matrices), ("8.6", clip_by_a_running_best), ("8.7", bug_of_least_mismatch),
     ("5.1", codebook_in_float64), ("5.2", encode_by_distance), ("5.3", blocks_one_by_one), ("5.4", ledger_in_bits),
     ("5.5", nested_by_distance), ("5.6", blocks_in_thousandths), ("5.7", lloyd_by_distance),
     ("4.1", rows_in_float64), ("4.2", product_of_values), ("4.3", columns_in_a_loop), ("4.4", mixed_in_a_loop),

@@ -146,13 +146,13 @@ def test_reset_with_keep_answers_carries_answers_and_predictions_into_the_new_te
     edit(book, "guess", "prediction = 7")
     edit(book, "below", "print('scratch')")
     course(source, "second")
-    said = workbook.reset(book, "02", keep_answers=True, source=source)
+    lines = workbook.reset(book, "02", keep_answers=True, source=source)
     now = sources(mine(book))
     assert now["cell-answer-2-1"] == "def f(x): return x"
     assert now["guess"] == "prediction = 7"
     assert now["intro"] == "second"
     assert now["below"] == "print(42)"
-    assert "2 answers and predictions were carried over" in said
+    assert "2 answers and predictions were carried over" in lines
     assert workbook.lay_out(book, source) == []
 
 
@@ -174,8 +174,8 @@ def test_a_stub_that_was_never_filled_in_is_replaced_by_the_new_stub(book: Path,
 def test_an_answer_without_a_place_any_more_is_named_and_in_the_backup(book: Path, source: Path) -> None:
     edit(book, "cell-answer-2-1", "def f(x): return x")
     course(source, answers=("answer-2-9",))
-    said = workbook.reset(book, "2", keep_answers=True, source=source)
-    assert any(line.startswith("answer-2-1 is no longer in this notebook") for line in said)
+    lines = workbook.reset(book, "2", keep_answers=True, source=source)
+    assert any(line.startswith("answer-2-1 is no longer in this notebook") for line in lines)
     assert sources(backups(book)[0])["cell-answer-2-1"] == "def f(x): return x"
 
 
@@ -184,9 +184,9 @@ def test_of_an_answer_cell_that_was_copied_the_last_is_carried_and_the_learner_t
     notebook = nbformat.read(mine(book), as_version=4)
     notebook.cells += [code("copied", "def f(x): return 2", grade_id="answer-2-1"), code("blank", STUB, grade_id="answer-2-1")]
     nbformat.write(notebook, mine(book))
-    said = workbook.reset(book, "2", keep_answers=True, source=source)
+    lines = workbook.reset(book, "2", keep_answers=True, source=source)
     assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 2"
-    assert "answer-2-1 had 2 cells: the last was carried over, the others are in the backup" in said
+    assert "answer-2-1 had 2 cells: the last was carried over, the others are in the backup" in lines
 
 
 def test_a_solution_cell_whose_name_was_deleted_is_not_an_error(book: Path, source: Path) -> None:

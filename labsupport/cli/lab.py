@@ -32,8 +32,8 @@ def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | 
 
 def jupyter_environment() -> dict[str, str]:
     """nbgrader's instructor panels and server extensions are off: they are for teachers, and crowd a learner's window."""
-    ours = str(PACKAGE / "jupyter")
-    paths = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
+    settings = str(PACKAGE / "jupyter")
+    paths = os.pathsep.join(filter(None, [settings, os.environ.get("JUPYTER_CONFIG_PATH")]))
     # The kernel is this environment's too, whatever "python3" a user has installed elsewhere.
     return os.environ | {"JUPYTER_CONFIG_PATH": paths, "JUPYTER_PREFER_ENV_PATH": "1"}
 
@@ -93,19 +93,19 @@ def check(number: Chapter, folder: Folder = None) -> None:
 
     try:
         path = workbook.chapter(number)
-        mine = (folder or workbook.default_dir()).resolve() / path.name
-        notebook = workbook.read(mine)
+        copy = (folder or workbook.default_dir()).resolve() / path.name
+        notebook = workbook.read(copy)
     except (workbook.WorkbookError, OSError) as error:
         fail("check", error)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"running {mine.name}", total=len(notebook.cells) + 1)
+        task = progress.add_task(f"running {copy.name}", total=len(notebook.cells) + 1)
         try:
             outcome = check_notebook(
-                notebook, int(path.name[:2]), mine.parent, lambda index: progress.update(task, completed=index)
+                notebook, int(path.name[:2]), copy.parent, lambda index: progress.update(task, completed=index)
             )
         except RuntimeError as error:  # nbclient raises it when a kernel dies
-            fail("check", f"the kernel died while running {mine.name}, perhaps for lack of memory ({error})")
+            fail("check", f"the kernel died while running {copy.name}, perhaps for lack of memory ({error})")
     for line in (*outcome.checks, *outcome.errors):
         typer.echo(line)
     if outcome.tally:

@@ -145,15 +145,15 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     from labsupport.evidence import bench as benches
     from labsupport.evidence.machine import describe
 
-    console, here, found = Console(), describe(), []
+    console, machine, found = Console(), describe(), []
     command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")
     command += f" --rows {own[0]} --columns {own[1]}" if own else ""
-    path = out or (None if own else benches.measurements_path(here))
+    path = out or (None if own else benches.measurements_path(machine))
     if path:
         benches.check_writable(path)
     table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of limit", "as bf16")
     with console.status("timing"):
-        about = benches.about(command, here, budget)
+        about = benches.about(command, machine, budget)
         dense = {}
         for row in benches.products((own,) if own else benches.SHAPES, budget=budget):
             found.append(row)

@@ -121,17 +121,16 @@ def freshness_faults(notebook: NotebookNode) -> Iterator[str]:
     yield from output_faults(notebook)
 
 
-def sync_faults(have: NotebookNode, want: NotebookNode) -> Iterator[str]:
+def sync_faults(student: NotebookNode, wanted_form: NotebookNode) -> Iterator[str]:
     """Where a student form is not the one that its source makes. Outputs, counts and timings are not compared."""
-    mine, made = ([essence(cell) for cell in notebook.cells] for notebook in (have, want))
-    ids = [cell["id"] for cell in made]
-    if [cell["id"] for cell in mine] != ids:
+    found, wanted = ([essence(cell) for cell in notebook.cells] for notebook in (student, wanted_form))
+    if [cell["id"] for cell in found] != [cell["id"] for cell in wanted]:
         yield "its cells are not those of its source, or not in their order"
         return
-    for one, other in zip(mine, made, strict=True):
+    for cell, wanted_cell in zip(found, wanted, strict=True):
         for key in ("type", "source", "metadata"):
-            if one[key] != other[key]:
-                yield f"cell {one['id']}: its {key} is not what its source makes"
+            if cell[key] != wanted_cell[key]:
+                yield f"cell {cell['id']}: its {key} is not what its source makes"
 
 
 def check(source: Path) -> list[str]:

@@ -56,9 +56,9 @@ def chapters(source: Path | None = None) -> dict[int, Path]:
 def chapter(number: str, source: Path | None = None) -> Path:
     """The notebook of a chapter given as "2", "02" or "02_rounding". Raises WorkbookError listing the chapters."""
     known = chapters(source)
-    asked = re.fullmatch(r"(\d{1,2})(_\w+)?(\.ipynb)?", number)
-    path = known.get(int(asked.group(1))) if asked else None
-    if path is None or (asked.group(2) and path.stem != number.removesuffix(".ipynb")):
+    parsed = re.fullmatch(r"(\d{1,2})(_\w+)?(\.ipynb)?", number)
+    path = known.get(int(parsed.group(1))) if parsed else None
+    if path is None or (parsed.group(2) and path.stem != number.removesuffix(".ipynb")):
         raise WorkbookError(f"there is no chapter {number!r}; the chapters are {', '.join(p.stem for p in known.values())}")
     return path
 

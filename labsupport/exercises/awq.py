@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, largest_difference, right, shape_fault, wrong
+from labsupport.exercises.compare import difference, first_difference, got_and_wanted
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.pipeline import fold as folding
 from labsupport.quant import awq, rtn
 
-N_GRID = 20
-# Another order of the same float32 operations may move a code that lies on a tie, or the last bit of a float16 scale: of some
-# thousand codes that is worth less than this in a sum of squares.
+N_GRID, STEPS = 20, 10  # ratios i / N_GRID that are tried; limits 1 - i / N_GRID
+# Float32 operations in another order may move a code that lies on a tie: of some thousand, worth less in a sum of squares.
 LOSS = 1e-2
-
-
-def _read_back(weight: torch.Tensor, quantize: Callable, bits: int, group_size: int) -> torch.Tensor:
-    return quantize(weight, bits, group_size).dequantize()
+SAME_SCALE = 1e-5  # relatively: powers, a product and a square root in float32
+SAME_LIMIT = 2**-20  # relatively: 1 - step / 20 or a sum of such steps, and a product; the next limit is 5 % off
 
 
 def _uneven(tokens: int, channels: int, generator: torch.Generator) -> torch.Tensor:
@@ -28,8 +27,6 @@ def _uneven(tokens: int, channels: int, generator: torch.Generator) -> torch.Ten
 
 
 # 8.1 ------------------------------------------------------------------------------------------------------------------
-
-
 def saliency_inputs(seed: int) -> dict:
     """Windows of tokens: a channel that swings around 0, one that is loud once, one that is steady, one that never speaks."""
     g = generator(seed)
@@ -41,67 +38,42 @@ def saliency_inputs(seed: int) -> dict:
     return {"inputs": inputs.view(3, 20, 12)}
 
 
-SALIENCY_MISTAKES: dict[str, Callable] = {
-    "the mean was taken before the magnitude: a channel that swings between -5 and 5 then counts as silent. abs() first": (
-        lambda x: x.mean((0, 1)).abs()
-    ),
-    "this is the largest magnitude: one token decides for a channel that is quiet in all others. Take the mean": (
-        lambda x: x.abs().amax((0, 1))
-    ),
-    "this is the root mean square, in which rare large values count more. AWQ takes the mean magnitude": (
-        lambda x: x.pow(2).mean((0, 1)).sqrt()
-    ),
-    "this is the sum over tokens, wanted the mean": lambda x: x.abs().sum((0, 1)),
-    "the magnitudes were not taken: the mean of a channel may be negative or 0, however loud it is": lambda x: x.mean((0, 1)),
-    "only the first window was looked at": lambda x: x[0].abs().mean(0),
-}
-
-
-def judge_saliency(given: dict, got: dict, want: dict) -> Verdict:
-    inputs, found = given["inputs"], got["saliency"]
-    if isinstance(found, torch.Tensor) and found.shape == inputs.shape[:2]:
-        return wrong("there is one value for each token, wanted one for each channel: the mean runs over tokens")
-    if isinstance(found, torch.Tensor) and found.shape == (inputs.shape[0], inputs.shape[2]):
-        return wrong("each window has a mean of its own: tokens of all windows count alike")
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    # A float32 sum of 60 magnitudes, the largest channel's being the most.
-    allowed = 60 * 2**-24 * want["saliency"].max().item()
-    off = largest_difference(found, want["saliency"])
-    if off <= allowed:
-        return right(off, allowed)
-    for said, mistake in SALIENCY_MISTAKES.items():
-        if largest_difference(found, mistake(inputs)) <= 60 * allowed:
-            return wrong(said)
-    place = int((found - want["saliency"]).abs().argmax())
-    return wrong(f"channel {place} got {found[place].item():.4f}, wanted {want['saliency'][place].item():.4f}")
-
-
 SALIENCY = Exercise(
     id="8.1", name="saliency", title="How loud is a channel?", minutes=5, difficulty=1, points=2,
-    returns=("saliency",), inputs=saliency_inputs, reference=awq.saliency, judge=judge_saliency,
-    mutants=(
-        *(Mutant(rule, said[:30]) for said, rule in SALIENCY_MISTAKES.items()),
-        Mutant(lambda x: x.abs().mean(2), "for each token"),
-        Mutant(lambda x: x.abs().mean(1), "each window"),
-        Mutant(lambda x: x.abs().mean((0, 1)) + 0.01, "wanted"),
+    returns=("saliency",), inputs=saliency_inputs, reference=awq.saliency,
+    # A float32 sum of 60 magnitudes, the largest channel's being the most; a mistake's output may be that sum, 60 times a mean.
+    allowed=lambda given, want: 60 * 2**-24 * want["saliency"].max().item(),
+    close=lambda given, want: 60 * 60 * 2**-24 * want["saliency"].max().item(),
+    faults=(
+        Fault("there is one value for each token, wanted one for each channel: the mean runs over tokens",
+              lambda given, got, want: got["saliency"].shape == (3, 20), (lambda x: x.abs().mean(2),), early=True),
+        Fault("each window has a mean of its own: tokens of all windows count alike",
+              lambda given, got, want: got["saliency"].shape == (3, 12), (lambda x: x.abs().mean(1),), early=True),
     ),
+    mistakes=(
+        Mistake("the mean was taken before the magnitude: a channel that swings between -5 and 5 then counts as silent. abs() "
+                "first", lambda x: x.mean((0, 1)).abs()),
+        Mistake("this is the largest magnitude: one token decides for a channel that is quiet in all others. Take the mean",
+                lambda x: x.abs().amax((0, 1))),
+        Mistake("this is the root mean square, in which rare large values count more. AWQ takes the mean magnitude",
+                lambda x: x.pow(2).mean((0, 1)).sqrt()),
+        Mistake("this is the sum over tokens, wanted the mean", lambda x: x.abs().sum((0, 1))),
+        Mistake("the magnitudes were not taken: the mean of a channel may be negative or 0, however loud it is",
+                lambda x: x.mean((0, 1))),
+        Mistake("only the first window was looked at", lambda x: x[0].abs().mean(0)),
+    ),
+    others=(Mutant(lambda x: x.abs().mean((0, 1)) + 0.01, "wanted"),),
 )  # fmt: skip
 
 
 # 8.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def keep_inputs(seed: int) -> dict:
-    """More rows than columns, so that rows can be mistaken for channels; shares that are no whole number of them."""
+    """More rows than columns, which can be mistaken for channels; a share that is a whole number of them, and a little more."""
     g = generator(seed)
     weight = torch.randn(160, 150, generator=g)
-    return {
-        "weight": weight,
-        "quantized": torch.round(weight * 2) / 2,
-        "importance": torch.rand(150, generator=g),
-        "share": (0.01, 0.03)[seed % 2],
-    }
+    share = 0.02 * int(torch.randint(1, 5, (1,), generator=g))  # 3, 6, 9 or 12 columns, in float32 as well
+    importance = torch.rand(150, generator=g)
+    return {"weight": weight, "quantized": (weight * 2).round() / 2, "importance": importance, "shares": (share, share + 2e-5)}
 
 
 def keep_channels(weight: torch.Tensor, quantized: torch.Tensor, importance: torch.Tensor, share: float) -> torch.Tensor:
@@ -109,310 +81,244 @@ def keep_channels(weight: torch.Tensor, quantized: torch.Tensor, importance: tor
     return _kept(weight, quantized, importance, share)
 
 
-def _kept(weight, quantized, importance, share, count=lambda n: -int(-n // 1), largest=True, rows=False, others=False):
+def _kept(weight, quantized, importance, share, count=lambda n: -int(-n // 1), largest=True, rows=False):
     chosen = importance.topk(count(share * len(importance)), largest=largest).indices
-    if others:
-        weight, quantized = quantized, weight
+    place = chosen if rows else (slice(None), chosen)
     mixed = quantized.clone()
-    if rows:
-        mixed[chosen] = weight[chosen]
-    else:
-        mixed[:, chosen] = weight[:, chosen]
+    mixed[place] = weight[place]
     return mixed
 
 
-KEEP_MISTAKES: dict[str, Callable] = {
-    "rows were kept, which are outputs. A channel of the input meets a column": partial(_kept, rows=True),
-    "the least important channels were kept": partial(_kept, largest=False),
-    "the important channels were rounded and all others kept": partial(_kept, others=True),
-    "the number of channels was rounded down: 1 % of 50 channels would be none. Round up": partial(_kept, count=int),
-    "all channels were rounded: nothing is kept": lambda w, q, importance, share: q.clone(),
-    "the channels with the largest weights were kept. Which ones matter is said by importance": (
-        lambda w, q, importance, share: _kept(w, q, w.abs().mean(0), share)
-    ),
-}
-
-
-def judge_keep(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    found = got["protected"].float()
-    if torch.equal(found, want["protected"]):
-        return right()
-    for said, mistake in KEEP_MISTAKES.items():
-        if torch.equal(found, mistake(*given.values())):
-            return wrong(said)
-    kept = (found == given["weight"]).all(0)
-    right_kept = (want["protected"] == given["weight"]).all(0)
-    if int(kept.sum()) != int(right_kept.sum()):
-        return wrong(
-            f"{int(kept.sum())} of {len(kept)} columns are as before, wanted {int(right_kept.sum())}: {given['share']:.0%}, up"
-        )
-    place = int((found != want["protected"]).any(0).nonzero()[0])
-    return wrong(f"column {place} is {'kept' if kept[place] else 'not kept'}, wanted it otherwise")
+def _columns_differ(given: dict, got: dict, want: dict) -> str:
+    name = next(name for name in want if (got[name] != want[name]).any())
+    kept, to_keep = ((outputs[name] == given["weight"]).all(0) for outputs in (got, want))
+    if kept.sum() != to_keep.sum():
+        return f"{kept.sum()} of {len(kept)} columns are as before, wanted {to_keep.sum()}: {name.split()[-1]} of all, rounded up"
+    column = int((got[name] != want[name]).any(0).nonzero()[0])
+    rounded = (got[name] == given["quantized"])[:, column].all()
+    found = "weight" if kept[column] else "quantized" if rounded else "neither weight nor quantized"
+    return f"column {column} is as in {found}, wanted it as in {'weight' if to_keep[column] else 'quantized'}"
 
 
 KEEP = Exercise(
     id="8.2", name="keep_channels", title="Keep one percent", minutes=6, difficulty=1, points=2,
-    returns=("protected",), inputs=keep_inputs, reference=keep_channels, judge=judge_keep,
-    mutants=(
-        *(Mutant(rule, said[:30]) for said, rule in KEEP_MISTAKES.items()),
+    returns=("protected",), inputs=keep_inputs, reference=keep_channels, otherwise=_columns_differ,
+    drive=lambda answer, given: {f"protected at share {s:g}": answer(*[*given.values()][:3], s) for s in given["shares"]},
+    mistakes=(
+        *mistakes_by_option(_kept, {
+            "rows were kept, which are outputs. A channel of the input meets a column": {"rows": True},
+            "the least important channels were kept": {"largest": False},
+            "the number of channels was rounded down: 1 % of 50 channels would be none. Round up": {"count": int},
+            "where the share is a whole number of channels there is one too many: int(n) + 1 does not round up": {
+                "count": lambda n: int(n) + 1},
+        }),
+        Mistake("the important channels were rounded and all others kept",
+                lambda weight, quantized, importance, share: _kept(quantized, weight, importance, share)),
+        Mistake("all channels were rounded: nothing is kept", lambda w, q, importance, share: q.clone()),
+        Mistake("the channels with the largest weights were kept. Which ones matter is said by importance",
+                lambda w, q, importance, share: _kept(w, q, w.abs().mean(0), share)),
+    ),
+    others=(
         Mutant(partial(_kept, count=lambda n: int(n) + 2), "columns are as before"),
+        Mutant(lambda w, q, importance, share: _kept(w, q, importance.roll(1), share), "wanted it as in"),
+        Mutant(lambda w, q, importance, share: _kept(w, q + 1, importance, share), "neither weight nor quantized"),
     ),
 )  # fmt: skip
 
 
 # 8.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def kink_inputs(seed: int) -> dict:
-    """Rows in which the channel is a middling weight of either sign, an end of the range, 0, or among weights of one sign."""
+    """Rows whose weight of the channel is small or middling, of either sign, an end of the range, 0, or among those of one sign."""
     g = generator(seed)
     channel = int(torch.randint(1, 15, (1,), generator=g))
-    group = torch.randn(7, 16, generator=g)
-    group[:, 0], group[:, 15] = 3.0, -2.0  # the ends of each row's range, at unequal distance
-    group[0, channel], group[1, channel] = 0.7 + torch.rand(1, generator=g).item(), -0.4 - torch.rand(1, generator=g).item()
-    group[2, channel], group[3, channel] = 3.5, -2.5
-    group[4, channel] = 0
-    group[5:] = group[5:].abs() * torch.tensor([[1.0], [-1.0]])
-    group[5:, channel] = torch.tensor([0.8, -0.8])
+    group = torch.randn(9, 16, generator=g).clamp(-1.9, 2.9)
+    group[:, 0] = 3 + torch.rand(9, generator=g)  # the ends of each row's range, at unequal distance
+    group[:, 15] = -2 - torch.rand(9, generator=g)
+    group[7], group[8] = group[7].abs(), -group[8].abs()
+    above, below = (0.4 + torch.rand(2, generator=g)).tolist()
+    group[:, channel] = torch.tensor([above, -below, 0.01, -0.01, 4.5, -3.5, 0, 0.8, -0.8])
     return {"group": group, "channel": channel}
 
 
 def kink(group: torch.Tensor, channel: int) -> torch.Tensor:
     """By how much each row's weight of a channel can be multiplied before its step grows. [out, size] -> float [out]."""
-    return _kink(group, channel)
+    return _kink(group[:, channel], group)
 
 
-def _kink(group: torch.Tensor, channel: int) -> torch.Tensor:
-    weight = group[:, channel]
-    end = torch.where(weight > 0, group.amax(1), group.amin(1))
-    return torch.where(weight == 0, torch.full_like(end, torch.inf), end / weight)
+def _kink(weight: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """How many times each weight [out] fits between 0 and the end of its row of others [out, size], on its side of 0."""
+    end = torch.where(weight > 0, others.amax(1), others.amin(1))
+    return torch.where(weight == 0, torch.inf, end / weight)
 
 
-def _others(group: torch.Tensor, channel: int) -> torch.Tensor:
-    rest = torch.cat([group[:, :channel], group[:, channel + 1 :]], dim=1)
-    weight = group[:, channel]
-    return torch.where(weight == 0, torch.inf, torch.where(weight > 0, rest.amax(1), rest.amin(1)) / weight)
+def _kinks(of: Callable) -> Callable:
+    """An answer: of(right kinks [out], weights of the channel [out], group [out, size])."""
+    return lambda group, channel: of(_kink(group[:, channel], group), group[:, channel], group)
 
 
-KINK_MISTAKES: dict[str, Callable] = {
-    "magnitudes were compared: a negative weight may only grow to the lower end of its row's range, a positive one to the upper": (
-        lambda w, c: w.abs().amax(1) / w[:, c].abs()
-    ),
-    "every weight was held against the largest of its row: a negative one grows toward the other end": (
-        lambda w, c: w.amax(1) / w[:, c]
-    ),
-    "this is the inverse: the share of the range that the weight takes, not by how much it may grow": lambda w, c: 1 / _kink(w, c),
-    "the weight itself was left out of its row's range: where it is the end, s = 1 leaves the step as it is": _others,
-    "this is how far the other end of the range is away: a positive weight grows toward the largest of its row": (
-        lambda w, c: torch.where(w[:, c] > 0, w.amin(1), w.amax(1)) / w[:, c]
-    ),
-    "the whole range was divided by the weight: only one end is in the way": lambda w, c: (w.amax(1) - w.amin(1)) / w[:, c].abs(),
-}
-
-
-def judge_kink(given: dict, got: dict, want: dict) -> Verdict:
-    wanted, found = want["kink"], got["kink"]
-    if isinstance(found, torch.Tensor) and found.numel() == 1:
-        return wrong("there is one number, wanted one for each row: every row has a group, and a step, of its own")
-    if isinstance(found, torch.Tensor) and found.shape == given["group"].shape[1:]:
-        return wrong("there is a value for each channel, wanted one for each row: the range is taken along a row")
-    if fault := shape_fault({"kink": found.nan_to_num() if isinstance(found, torch.Tensor) else found}, want):
-        return wrong(fault)
-    free = wanted.isinf()
-    for said, mistake in KINK_MISTAKES.items():
-        if torch.allclose(found[~free], mistake(*given.values())[~free], rtol=1e-5):
-            return wrong(said)
-    off = ((found - wanted).abs() / wanted)[~free].max().item()
-    allowed = 2**-22  # a quotient of two float32, and perhaps a reciprocal on the way
-    if not off <= allowed:
-        row = int(((found - wanted).abs() / wanted).masked_fill(free, 0).nan_to_num(nan=9e9).argmax())
-        weight = given["group"][row, given["channel"]].item()
-        return wrong(f"row {row}, whose weight is {weight:.3f}, got {found[row].item():.4f}, wanted {wanted[row].item():.4f}")
-    if not (found[free] == torch.inf).all():
-        return wrong(f"a weight of 0 stays 0 however it is multiplied: wanted infinity, got {found[free][0].item():g}")
-    return right(off, allowed)
+def _kink_differs(given: dict, got: dict, want: dict) -> str:
+    row = int((~torch.isclose(got["kink"].double(), want["kink"].double(), rtol=2**-22, atol=0)).nonzero()[0])
+    found, weight = got["kink"][row].item(), given["group"][row, given["channel"]].item()
+    if weight == 0:
+        return f"a weight of 0 stays 0 however it is multiplied: wanted infinity, got {found:g}"
+    return f"row {row}, whose weight is {weight:.3f}, {got_and_wanted(found, want['kink'][row].item())}"
 
 
 KINK = Exercise(
     id="8.3", name="kink", title="Find the kink", minutes=10, difficulty=3, points=3,
-    returns=("kink",), inputs=kink_inputs, reference=kink, judge=judge_kink,
-    mutants=(
-        *(Mutant(rule, said[:40]) for said, rule in KINK_MISTAKES.items()),
-        Mutant(lambda w, c: _kink(w, c).nan_to_num(posinf=1.0), "a weight of 0"),
-        Mutant(lambda w, c: _kink(w, c).min(), "one for each row"),
-        Mutant(lambda w, c: w.amax(0) / w[0].abs(), "along a row"),
-        Mutant(lambda w, c: _kink(w, c) * 1.01, "got"),
+    returns=("kink",), inputs=kink_inputs, reference=kink, otherwise=_kink_differs,
+    # A quotient of two float32, and perhaps a reciprocal on the way. Where infinity is wanted, nothing else will do.
+    allowed=lambda given, want: 2**-22 * want["kink"].nan_to_num(posinf=0.0),
+    close=lambda given, want: 1e-5 * want["kink"],  # infinite in the row of 0: what is done about it is another thing
+    faults=(
+        Fault("there is one number, wanted one for each row: every row has a group, and a step, of its own",
+              lambda given, got, want: got["kink"].numel() == 1, (_kinks(lambda k, w, group: k.min()),), early=True),
+        Fault("there is a value for each channel, wanted one for each row: the range is taken along a row",
+              lambda given, got, want: got["kink"].shape == (16,), (lambda group, _: group.amax(0) / group[0].abs(),), early=True),
+    ),
+    mistakes=(
+        Mistake("magnitudes were compared: a negative weight may only grow to the lower end of its row's range, a positive one to "
+                "the upper", _kinks(lambda k, w, group: group.abs().amax(1) / w.abs())),
+        Mistake("every weight was held against the largest of its row: a negative one grows toward the other end",
+                _kinks(lambda k, w, group: group.amax(1) / w)),
+        Mistake("this is the inverse: the share of the range that the weight takes, not by how much it may grow",
+                _kinks(lambda k, w, group: 1 / k)),
+        Mistake("the weight itself was left out of its row's range: where it is the end, s = 1 leaves the step as it is",
+                lambda group, channel: _kink(group[:, channel], torch.cat([group[:, :channel], group[:, channel + 1 :]], 1))),
+        Mistake("this is how far the other end of the range is away: a positive weight grows toward the largest of its row",
+                _kinks(lambda k, w, group: torch.where(w > 0, group.amin(1), group.amax(1)) / w)),
+        Mistake("the whole range was divided by the weight: only one end is in the way",
+                _kinks(lambda k, w, group: (group.amax(1) - group.amin(1)) / w.abs())),
+    ),
+    others=(
+        Mutant(_kinks(lambda k, w, group: k * 1.01), "got"),
+        Mutant(_kinks(lambda k, w, group: k.nan_to_num(posinf=1.0)), "a weight of 0 stays 0"),
+        Mutant(_kinks(lambda k, w, group: w * k / w), "wanted infinity, got nan"),
     ),
 )  # fmt: skip
 
 
 # 8.4 ------------------------------------------------------------------------------------------------------------------
-
-
-def search_inputs(seed: int) -> dict:
-    """Two weights that share an input with a few loud channels, and one that never saw any. The best ratio lies inside."""
-    weights, inputs = _layers(seed)
-    return {
-        "weights": [w.clone() for w in weights], "inputs": inputs.clone(), "quantize": rtn.quantize, "bits": 3, "group_size": 16,
-    }  # fmt: skip
-
-
 @cache
-def _layers(seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def search_inputs(seed: int) -> dict:
+    """Two weights that share an input with loud channels, and one that never saw any. One ratio, not at an end, is the best."""
     g = generator(seed)
     while True:
-        weights = [torch.randn(rows, 32, generator=g) for rows in (20, 12)]
+        weights = [torch.randn(rows, 32, generator=g) for rows in (18, 11)]
         inputs = _uneven(40, 32, g)
         inputs[:, torch.randperm(31, generator=g)[:2]] *= 6
         inputs[:, 31] = 0
-        losses = awq.search(weights, inputs.T @ inputs, awq.saliency(inputs), 3, 16).losses
-        order = losses.sort().values
-        if 3 <= int(losses.argmin()) <= 15 and order[1] > 1.005 * order[0]:
-            return weights, inputs
+        given = {"weights": weights, "inputs": inputs, "quantize": rtn.quantize, "bits": 3, "group_size": 8}
+        losses = _searched(**given)[1]
+        least, second = losses.sort().values[:2]
+        if 3 <= int(losses.argmin()) <= 15 and second > (1 + 2 * LOSS) * least:
+            return given
 
 
-def search(
-    weights: list[torch.Tensor], inputs: torch.Tensor, quantize: Callable, bits: int, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def search(weights: list, inputs: torch.Tensor, quantize: Callable, bits: int, group_size: int) -> tuple:
     """labsupport's search, by llm-awq's rule and through the Gram matrix: the best scale, and the loss at each ratio."""
     found = awq.search(weights, inputs.T @ inputs, awq.saliency(inputs), bits, group_size, n_grid=N_GRID)
     return found.scale, found.losses.float()
 
 
 def _searched(
-    weights, inputs, quantize, bits, group_size,
-    divide=True, invert=False, on_weights=False, keep=False, first_only=False, ratios=None, loud=None, smallest=1e-4,
-    middle=True, worst=False,
+    weights, inputs, quantize, bits, group_size, divide=True, invert=False, on_weights=False, first_only=False, last=N_GRID,
+    loud=lambda x: x.abs().mean(0), smallest=1e-4, middle=True, choose=torch.argmin, carry_on=False,
 ):  # fmt: skip
-    """The search, written out, with every step that can go wrong as an option."""
+    """The search, all ratios at once, with every step that can go wrong as an option."""
     stacked = weights[0] if first_only else torch.cat(weights)
-    mean_abs = inputs.abs().mean(0) if loud is None else loud(inputs)
-    losses, scales, held = [], [], stacked
-    for ratio in ratios or [i / N_GRID for i in range(N_GRID)]:
-        s = mean_abs.pow(ratio).clamp(min=smallest)
-        s = s / (s.max() * s.min()).sqrt() if middle else s
-        s = 1 / s if invert else s
-        values = _read_back((held if keep else stacked) * s, quantize, bits, group_size)
-        values = values / s if divide else values
-        held = values
-        error = values - stacked
-        losses.append((error if on_weights else inputs @ error.T).pow(2).sum().item())
-        scales.append(s)
-    best = losses.index((max if worst else min)(losses))
-    return scales[best], torch.tensor(losses)
+    scales = loud(inputs).pow(torch.arange(N_GRID)[:, None] / last).clamp(min=smallest)  # [ratios, in]
+    if middle:
+        scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+    s = (1 / scales if invert else scales)[:, None]
+    values = quantize((stacked * s).flatten(0, 1), bits, group_size).dequantize().view(N_GRID, *stacked.shape) / (
+        s if divide else 1
+    )
+    if carry_on:
+        left = accumulate(s, lambda held, scale: quantize(held * scale, bits, group_size).dequantize() / scale, initial=stacked)
+        values = torch.stack([*left][1:])
+    losses = (values - stacked if on_weights else (values - stacked) @ inputs.T).pow(2).sum((1, 2))
+    return s[choose(losses), 0], losses
 
 
-SOME = [0, 5, 10, 15, 19]  # steps at which mistakes are told apart; one that runs on from step to step needs all
-SEARCH_MISTAKES: dict[str, dict] = {
-    "the rounded weight was not divided by s again: the output is then that of another input": {"divide": False},
-    "s is upside down: the loud channels were shrunk and the quiet ones stretched": {"invert": True},
-    "the loss is that of the weights. Rounding to nearest makes it least without any scale; the error of the output counts": {
-        "on_weights": True
-    },
-    "only the first weight was looked at: all that read this input share the scale, and all their outputs count": {
-        "first_only": True
-    },
-    "the last ratio is 1 and there are other steps before it: wanted i / 20 for i from 0 to 19": {
-        "ratios": [i / (N_GRID - 1) for i in range(N_GRID)]
-    },
-    "the scale is made of the largest magnitudes, wanted the means": {"loud": lambda x: x.abs().amax(0)},
-    "the scale is made of means without magnitudes: abs() before mean()": {"loud": lambda x: x.mean(0).abs()},
-    "the scales are right but for a common factor, which float16 steps round otherwise: divide each by the square root of its "
-    "largest times its smallest": {"middle": False},
-    "a ratio starts from what the ratio before it left behind, and not from the weight as it came": {"keep": True},
-}
+def _relative(losses: torch.Tensor) -> torch.Tensor:
+    """A factor on all losses (a mean for a sum) changes nothing about which is least."""
+    return losses.double() / losses[0].double()
 
 
-def judge_search(given: dict, got: dict, want: dict) -> Verdict:
-    losses = got["losses"]
-    if isinstance(losses, torch.Tensor) and losses.shape == want["losses"].shape and not losses.isfinite().all():
-        return wrong(
-            "losses are not finite: a channel that never saw an input has mean 0, so scale 0 at every ratio but the first. Keep it "
-            "above 0 with clamp"
-        )
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    losses, wanted = losses.double(), want["losses"].double()
-    # A factor on all losses (a mean for a sum) changes nothing about which is least.
-    apart = _apart(losses, wanted)
-    if apart > LOSS:
-        for said, options in SEARCH_MISTAKES.items():
-            ratios = options.get("ratios") or [i / N_GRID for i in range(N_GRID)]
-            steps = list(range(N_GRID)) if "keep" in options else SOME
-            mistaken = _searched(**given, **options | {"ratios": [ratios[i] for i in steps]})[1].double()
-            if _apart(losses[steps], mistaken) <= LOSS:
-                return wrong(said)
-        place = int((losses * wanted[0] / losses[0] / wanted - 1).abs().argmax())
-        factor = (losses / losses[0] / (wanted / wanted[0]))[place].item()
-        return wrong(f"at the ratio {place / N_GRID:g} the loss is {factor:.3f} times what it should be beside the one at 0")
-    best = int(wanted.argmin())
-    mean_abs = awq.saliency(given["inputs"])
-    near = [i for i in range(N_GRID) if wanted[i] <= wanted[best] * (1 + LOSS)]  # losses this near may change places
-    scale = got["scale"]
-    off = min(_relative(scale, awq.scale_at(i / N_GRID, mean_abs)) for i in near)
-    if off <= 1e-5:  # powers, a product and a square root in float32
-        return right(max(off, 0.0), 1e-5)
-    if min(_relative(scale / scale[0], s / s[0]) for s in (awq.scale_at(i / N_GRID, mean_abs) for i in near)) <= 1e-5:
-        return wrong(next(said for said, options in SEARCH_MISTAKES.items() if "middle" in options))
-    for i in range(N_GRID):
-        if _relative(scale, awq.scale_at(i / N_GRID, mean_abs)) <= 1e-5:
-            return wrong(
-                f"the losses are right, and the scale is that of the ratio {i / N_GRID:g}: wanted {best / N_GRID:g}'s, "
-                "whose loss is the least"
-            )
-    return wrong("the losses are right, and the scale is that of none of the ratios")
+def _search_gap(got: dict, theirs: dict) -> tuple[float, float, bool]:
+    have, want = ({**outputs, "losses": _relative(outputs["losses"])} for outputs in (got, theirs))
+    return difference(have, want, {"scale": SAME_SCALE * want["scale"], "losses": LOSS * want["losses"]})
 
 
-def _apart(losses: torch.Tensor, wanted: torch.Tensor) -> float:
-    return (losses / losses[0] / (wanted / wanted[0]) - 1).abs().max().item()
-
-
-def _relative(scale: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((scale.float() - wanted).abs() / wanted).max().item()
+def _search_differs(given: dict, got: dict, want: dict) -> str:
+    if not got["losses"][0] > 0:
+        return f"losses[0], of plain rounding: {got_and_wanted(got['losses'][0].item(), want['losses'][0].item())}"
+    factors = _relative(got["losses"]) / _relative(want["losses"])
+    place = int((factors - 1).abs().argmax())
+    if abs(factors[place] - 1) > LOSS:
+        return f"at the ratio {place / N_GRID:g} the loss is {factors[place]:.3f} times what it should be beside the one at 0"
+    scales = [awq.scale_at(step / N_GRID, awq.saliency(given["inputs"])) for step in range(N_GRID)]
+    gaps = [((got["scale"] - scale).abs() / scale).max().item() for scale in scales]
+    if min(gaps) > SAME_SCALE:
+        return "the losses are right, and the scale is that of none of the ratios"
+    found, best = (place / N_GRID for place in (gaps.index(min(gaps)), int(want["losses"].argmin())))
+    return f"the losses are right, and the scale is that of the ratio {found:g}: wanted {best:g}'s, whose loss is the least"
 
 
 SEARCH = Exercise(
     id="8.4", name="search", title="Search the scale", minutes=15, difficulty=3, points=4,
-    returns=("scale", "losses"), inputs=search_inputs, reference=search, judge=judge_search,
-    mutants=(
-        *(Mutant(partial(_searched, **options), said[:30]) for said, options in SEARCH_MISTAKES.items()),
-        Mutant(partial(_searched, smallest=0.0, middle=False), "never saw an input"),
+    returns=("scale", "losses"), inputs=search_inputs, reference=search, otherwise=_search_differs,
+    accepts=lambda given, got, want: right(*_search_gap(got, want)[:2]) if _search_gap(got, want)[2] else None,
+    alike=lambda given, got, theirs: _search_gap(got, theirs)[2],
+    faults=(
+        Fault("losses are not finite. A channel that never saw an input has mean 0, so its scale at every ratio but the first is 0 "
+              "unless clamp keeps it above", lambda given, got, want: not got["losses"].isfinite().all(),
+              (partial(_searched, smallest=0.0, middle=False),), early=True),
+    ),
+    mistakes=mistakes_by_option(_searched, {
+        "the rounded weight was not divided by s again: the output is then that of another input": {"divide": False},
+        "s is upside down: the loud channels were shrunk and the quiet ones stretched": {"invert": True},
+        "the loss is that of the weights. Rounding to nearest makes it least without any scale; the error of the output "
+        "counts": {"on_weights": True},
+        "only the first weight was looked at: all that read this input share the scale, and all their outputs count": {
+            "first_only": True},
+        "the last ratio is 1 and there are other steps before it: wanted i / 20 for i from 0 to 19": {"last": N_GRID - 1},
+        "the scale is made of the largest magnitudes, wanted the means": {"loud": lambda x: x.abs().amax(0)},
+        "the scale is made of means without magnitudes: abs() before mean()": {"loud": lambda x: x.mean(0).abs()},
+        "the scales are right but for a common factor, which float16 steps round otherwise: divide each by the square root of "
+        "its largest times its smallest": {"middle": False},
+        "a ratio starts from what the ratio before it left behind, and not from the weight as it came": {"carry_on": True},
+    }),
+    others=(
         Mutant(partial(_searched, smallest=0.0), "weight holds NaN"),
-        Mutant(partial(_searched, worst=True), "whose loss is the least"),
+        Mutant(partial(_searched, choose=torch.argmax), "whose loss is the least"),
         Mutant(lambda *given: (awq.scale_at(0.95, awq.saliency(given[1])), _searched(*given)[1]), "the ratio 0.95"),
         Mutant(lambda *given: (awq.saliency(given[1]).clamp(min=1e-4), _searched(*given)[1]), "none of the ratios"),
         Mutant(lambda *given: (_searched(*given)[0], _searched(*given)[1] ** 2), "beside the one at 0"),
+        Mutant(lambda *given: (_searched(*given)[0], 0 * _searched(*given)[1]), "of plain rounding"),
     ),
 )  # fmt: skip
 
 
 # 8.5 ------------------------------------------------------------------------------------------------------------------
-
-HEADS, WIDTH, INNER = 4, 16, 24
+HEADS, WIDTH, INNER = 4, 20, 28
+KEY_HEADS = {"every head its own": HEADS, "grouped-query": HEADS // 2}
 
 
 class Block(nn.Module):
-    """A Llama block in small, its parts named as in transformers; rotary positions and the mask are left out.
-
-    key_heads: as many as there are heads, or fewer, shared by several of them: grouped-query attention.
-    """
+    """A small Llama block, its parts named as in transformers, without positions and mask. Heads may share key_heads."""
 
     def __init__(self, key_heads: int):
         super().__init__()
         shared = WIDTH // HEADS * key_heads
-        self.input_layernorm = nn.RMSNorm(WIDTH, eps=1e-6)
-        self.self_attn = nn.Module()
-        self.self_attn.q_proj = nn.Linear(WIDTH, WIDTH)
-        self.self_attn.k_proj = nn.Linear(WIDTH, shared, bias=False)
-        self.self_attn.v_proj = nn.Linear(WIDTH, shared)
-        self.self_attn.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(WIDTH, eps=1e-6)
-        self.mlp = nn.Module()
-        self.mlp.gate_proj = nn.Linear(WIDTH, INNER, bias=False)
-        self.mlp.up_proj = nn.Linear(WIDTH, INNER)
-        self.mlp.down_proj = nn.Linear(INNER, WIDTH, bias=False)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(WIDTH, eps=1e-6)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(WIDTH, WIDTH), "k_proj": nn.Linear(WIDTH, shared, bias=False),
+            "v_proj": nn.Linear(WIDTH, shared), "o_proj": nn.Linear(WIDTH, WIDTH, bias=False)})  # fmt: skip
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(WIDTH, INNER, bias=False), "up_proj": nn.Linear(WIDTH, INNER),
+            "down_proj": nn.Linear(INNER, WIDTH, bias=False)})  # fmt: skip
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, WIDTH] -> the same."""
@@ -425,19 +331,21 @@ class Block(nn.Module):
         return hidden + mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
-KEY_HEADS = {"every head its own": HEADS, "grouped-query": HEADS // 2}
-
-
 def fold_inputs(seed: int) -> dict:
-    """Weights of two blocks, with and without heads that share keys and values; scales for the four inputs of a block."""
+    """The weights of two blocks, with and without heads that share keys and values; scales for the four inputs of a block."""
     g = generator(seed)
     blocks = {}
     for kind, key_heads in KEY_HEADS.items():
-        shapes = {name: parameter.shape for name, parameter in Block(key_heads).state_dict().items()}
-        blocks[kind] = {name: torch.randn(shape, generator=g) / 4 + 0.5 * (len(shape) == 1) for name, shape in shapes.items()}
-    sizes = {"attention": WIDTH, "o": WIDTH, "mlp": WIDTH, "down": INNER}
-    scales = {name: torch.exp(torch.randn(size, generator=g)) for name, size in sizes.items()}
+        values = [torch.randn(p.shape, generator=g) / 4 + 0.5 * (p.ndim == 1) for p in Block(key_heads).parameters()]
+        blocks[kind] = nn.utils.parameters_to_vector(values)  # one tensor is copied much sooner than a module
+    scales = {name: torch.exp(torch.randn(INNER if name == "down" else WIDTH, generator=g)) for name in GROUPS}
     return {"blocks": blocks, "scales": scales, "hidden": torch.randn(9, WIDTH, generator=g)}
+
+
+def _block(kind: str, weights: torch.Tensor) -> Block:
+    block = Block(KEY_HEADS[kind])
+    nn.utils.vector_to_parameters(weights.clone(), block.parameters())
+    return block
 
 
 GROUPS = {
@@ -456,39 +364,31 @@ def fold_block(block: nn.Module, scales: dict[str, torch.Tensor]) -> None:
 
 
 def drive_fold(answer: Callable, given: dict) -> dict:
-    """Every parameter of both blocks afterwards, and how far their outputs have moved, relatively."""
-    found = {}
-    for kind, weights in given["blocks"].items():
-        block = Block(KEY_HEADS[kind])
-        block.load_state_dict({name: weight.clone() for name, weight in weights.items()})
-        before = block(given["hidden"])
+    """All parameters of each block afterwards, one after the other."""
+    blocks = {kind: _block(kind, weights) for kind, weights in given["blocks"].items()}
+    for block in blocks.values():
         answer(block, {name: scale.clone() for name, scale in given["scales"].items()})
-        moved = (block(given["hidden"]) - before).abs().max() / before.abs().max()
-        found |= {f"{kind}: {name}": parameter for name, parameter in block.state_dict().items()}
-        found |= {f"{kind}: moved": moved.item()}
-    return found
+    return {kind: nn.utils.parameters_to_vector(block.parameters()) for kind, block in blocks.items()}
 
 
 def _folded(
-    block, scales, left_out=(), multiply=(), forget_bias=False, reader_bias=False, rows=False, invert=False, everywhere=False,
-    undivided=(),
+    block, scales, left_out=(), multiply=(), undivided=(), forget_bias=False, reader_bias=False, rows=False, invert=False,
+    everywhere=False,
 ):  # fmt: skip
     """Folding with what can go wrong: linears left out, what is multiplied where it must be divided, and so on."""
+    shared = block.self_attn.v_proj.out_features != block.self_attn.o_proj.in_features
     for name, group in GROUPS.items():
-        shared = block.self_attn.v_proj.out_features != block.self_attn.o_proj.in_features
         if name == "o" and shared and not everywhere:
             continue
         s = 1 / scales[name] if invert else scales[name]
-        for linear in (block.get_submodule(n) for n in group.linears if n.rsplit(".", 1)[1] not in left_out):
-            if rows and linear.weight.shape[0] == linear.weight.shape[1]:
-                linear.weight.mul_(s[:, None])
-            else:
-                linear.weight.mul_(s)
+        for linear in (block.get_submodule(n) for n in group.linears if n.split(".")[1].removesuffix("_proj") not in left_out):
+            by_row = rows and linear.weight.shape[0] == linear.weight.shape[1]
+            linear.weight.mul_(s[:, None] if by_row else s)
             if reader_bias and linear.bias is not None and len(linear.bias) == len(s):
                 linear.bias.mul_(s)
-        before = block.get_submodule(group.before)
         if name in undivided:
             continue
+        before = block.get_submodule(group.before)
         part = s[: len(before.weight)]
         factor = part if name in multiply else 1 / part
         before.weight.mul_(factor if before.weight.ndim == 1 else factor[:, None])
@@ -496,77 +396,58 @@ def _folded(
             before.bias.mul_(factor)
 
 
-FOLD_MISTAKES: dict[str, dict] = {
-    "nothing has changed: weights are changed in place, with copy_, mul_ or div_": {
-        "left_out": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "undivided": tuple(GROUPS),
-    },
-    "the norms are multiplied by the scale like the linears behind them; what comes before is divided": {
-        "multiply": ("attention", "mlp")
-    },
-    "everything before is multiplied by the scale, and so is what reads it: s counts twice": {"multiply": tuple(GROUPS)},
-    "q_proj is scaled, k_proj and v_proj are not: all three read the norm that has been divided": {
-        "left_out": ("k_proj", "v_proj")
-    },
-    "gate_proj is scaled and up_proj is not: both read the norm that has been divided": {"left_out": ("up_proj",)},
-    "up_proj is scaled and gate_proj is not: both read the norm that has been divided": {"left_out": ("gate_proj",)},
-    "the linears are scaled, and nothing before them is divided": {"undivided": tuple(GROUPS)},
-    "the norms are divided; v_proj and up_proj, which come before o_proj and down_proj, are not": {"undivided": ("o", "down")},
-    "the bias of v_proj and up_proj is not divided: it is part of what o_proj and down_proj read": {"forget_bias": True},
-    "the bias of a linear is multiplied by its input's scale: a bias does not meet the input": {"reader_bias": True},
-    "the rows of the linears are scaled: a channel of the input meets a column": {"rows": True},
-    "the scale is upside down: weights are divided by it and what comes before is multiplied. The function is unchanged, but "
-    "the loud channels are now rounded more coarsely": {"invert": True},
-    "with grouped-query attention two heads of o_proj read one head of v_proj, so no scale of o_proj can be folded: leave both": {
-        "everywhere": True
-    },
-}  # fmt: skip
-
-
-def judge_fold(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault({name: got.get(name) for name in want}, want):
-        return wrong(fault)
-    # A product and a quotient of float32, or a product and a product with a reciprocal.
-    allowed = 3 * 2**-24
-    if (off := _furthest(got, want)) <= allowed:
-        return right(off, allowed)
-    for said, options in FOLD_MISTAKES.items():
-        if _furthest(got, drive_fold(partial(_folded, **options), given)) <= 2 * allowed:
-            return wrong(said)
-    name = max(_parameters(want), key=lambda n: ((got[n] - want[n]).abs().max() / want[n].abs().max()).item())
-    kind, _, parameter = name.partition(": ")
-    return wrong(f"{parameter} is not what it should be ({kind}); the block's output moves by {100 * got[f'{kind}: moved']:.2g} %")
-
-
-def _parameters(outputs: dict) -> list[str]:
-    return [name for name, value in outputs.items() if isinstance(value, torch.Tensor)]
-
-
-def _furthest(got: dict, want: dict) -> float:
-    return max(((got[name] - want[name]).abs() / want[name].abs().clamp(min=1e-30)).max().item() for name in _parameters(want))
+def _fold_differs(given: dict, got: dict, want: dict) -> str:
+    kind = first_difference(got, want, FOLD.allowed(given, want))[0].split("[")[0]
+    changed, wanted, before = (_block(kind, values[kind].float()) for values in (got, want, given["blocks"]))
+    off = {name: ((changed.get_parameter(name) - p).abs().max() / p.abs().max()).item() for name, p in wanted.named_parameters()}
+    outputs, outputs_before = changed(given["hidden"]), before(given["hidden"])
+    moved = (outputs - outputs_before).abs().max() / outputs_before.abs().max()
+    return f"{max(off, key=off.get)} is not what it should be ({kind}); the block's output moves by {100 * moved:.2g} %"
 
 
 FOLD = Exercise(
     id="8.5", name="fold_block", title="Fold four scales into a block", minutes=15, difficulty=4, points=4,
-    returns=(), inputs=fold_inputs, reference=fold_block, judge=judge_fold, drive=drive_fold,
-    mutants=(
-        *(Mutant(partial(_folded, **options), said[:40]) for said, options in FOLD_MISTAKES.items()),
-        Mutant(partial(_folded, left_out=("down_proj",)), "down_proj.weight is not"),
+    returns=(), inputs=fold_inputs, reference=fold_block, drive=drive_fold, otherwise=_fold_differs,
+    # A product and a quotient of float32, or a product and a product with a reciprocal; and that twice.
+    allowed=lambda given, want: {kind: 3 * 2**-24 * values.abs() for kind, values in want.items()},
+    alike=lambda given, got, theirs: difference(got, theirs, {kind: 2**-21 * values.abs() for kind, values in theirs.items()})[2],
+    mistakes=(
+        Mistake("nothing has changed: weights are changed in place, with copy_, mul_ or div_", lambda block, scales: None),
+        *mistakes_by_option(_folded, {
+            "the norms are multiplied by the scale like the linears behind them; what comes before is divided": {
+                "multiply": ("attention", "mlp")},
+            "everything before is multiplied by the scale, and so is what reads it: s counts twice": {"multiply": tuple(GROUPS)},
+            "q_proj is scaled, k_proj and v_proj are not: all three read the norm that has been divided": {"left_out": "kv"},
+            "gate_proj is scaled and up_proj is not: both read the norm that has been divided": {"left_out": ("up",)},
+            "up_proj is scaled and gate_proj is not: both read the norm that has been divided": {"left_out": ("gate",)},
+            "the linears are scaled, and nothing before them is divided": {"undivided": tuple(GROUPS)},
+            "the norms are divided; v_proj and up_proj, which come before o_proj and down_proj, are not": {
+                "undivided": ("o", "down")},
+            "the bias of v_proj and up_proj is not divided: it is part of what o_proj and down_proj read": {"forget_bias": True},
+            "the bias of a linear is multiplied by its input's scale: a bias does not meet the input": {"reader_bias": True},
+            "the rows of the linears are scaled: a channel of the input meets a column": {"rows": True},
+            "the scale is upside down: weights are divided by it and what comes before is multiplied. The function is unchanged, "
+            "but the loud channels are now rounded more coarsely": {"invert": True},
+            "with grouped-query attention two heads of o_proj read one head of v_proj, so no scale of o_proj can be folded: leave "
+            "both": {"everywhere": True},
+        }),
     ),
+    others=(Mutant(partial(_folded, left_out=("down",)), "down_proj.weight is not"),),
 )  # fmt: skip
 
 
 # 8.6 ------------------------------------------------------------------------------------------------------------------
-
-STEPS = 10
-
-
 def clip_inputs(seed: int) -> dict:
-    """Weights whose groups differ in how far their tails reach, and inputs of unequal size that share directions."""
+    """Far tails, inputs that share directions, one best limit a group: the last of them for a large weight of a silent channel."""
     g = generator(seed)
-    weight = torch.randn(12, 48, generator=g)
-    weight = weight * (1 + weight.abs())
     inputs = _uneven(30, 48, g) + _uneven(30, 6, g) @ torch.randn(6, 48, generator=g)
-    return {"weight": weight, "inputs": inputs, "quantize": rtn.quantize, "bits": 3, "group_size": 16}
+    inputs[:, 5] *= 1e-3
+    weight = torch.randn(80, 48, generator=g)
+    weight = weight * (1 + weight.abs())
+    weight[:12, 5] = 40 * weight[:12, 5].sign()
+    given = {"weight": weight, "inputs": inputs, "quantize": rtn.quantize, "bits": 3, "group_size": 12}
+    least, second = clip_losses(**given).sort(0).values[:2]
+    return {**given, "weight": weight[(second > (1 + 2 * LOSS) * least).all(1)][:11]}
 
 
 def best_clip(weight: torch.Tensor, inputs: torch.Tensor, quantize: Callable, bits: int, group_size: int) -> torch.Tensor:
@@ -574,155 +455,102 @@ def best_clip(weight: torch.Tensor, inputs: torch.Tensor, quantize: Callable, bi
     return awq.search_clip(weight, inputs.T @ inputs, bits, group_size)
 
 
-def _clipped(
-    weight, inputs, quantize, bits, group_size,
-    against=None, on_weights=False, whole_row=False, upper_only=False, worst=False, signed=False, steps=STEPS, furthest=False,
-):  # fmt: skip
-    """The search of clips, written out, with every step that can go wrong as an option. [out, groups]."""
-    losses = clip_losses(weight, inputs, quantize, bits, group_size, against, on_weights, upper_only, steps, furthest)
+def _clipped(weight, inputs, quantize, bits, group_size, whole_row=False, choose=torch.argmin, signed=False, **options):
+    """The search of clips, written out, with every step that can go wrong as an option. float [out, groups]."""
+    losses = clip_losses(weight, inputs, quantize, bits, group_size, **options)
     groups = weight.unflatten(1, (-1, group_size))
     largest = groups.amax(2) if signed else groups.abs().amax(2)
     if whole_row:
         losses = losses.sum(2, keepdim=True).expand_as(losses)
-    chosen = losses.argmax(0) if worst else losses.argmin(0)
-    return largest * (1 - chosen / N_GRID)
+    return largest * (1 - choose(losses, 0) / N_GRID)
 
 
 def clip_losses(
-    weight, inputs, quantize, bits, group_size, against=None, on_weights=False, upper_only=False, steps=STEPS, furthest=False
-) -> torch.Tensor:
+    weight, inputs, quantize, bits, group_size, against_clipped=False, on_weights=False, upper_only=False, steps=STEPS,
+    furthest=False,
+) -> torch.Tensor:  # fmt: skip
     """The squared error of each group's part of the output, at each step of the limit. float64 [steps, out, groups]."""
-    groups = weight.unflatten(1, (-1, group_size))
-    x = inputs.double().unflatten(1, (-1, group_size))
-    losses = []
-    for step in range(steps):
-        limit = (groups.abs().amax(2) * (1 - step / N_GRID))[..., None]
-        clipped = (groups.minimum(limit) if upper_only else groups.clamp(-limit, limit)).flatten(1)
-        values = _read_back(clipped, quantize, bits, group_size)
-        error = (values - (clipped if against == "clipped" else weight)).double().unflatten(1, (-1, group_size))
-        off = torch.einsum("ngc,ogc->nog", x, error)
-        losses.append(error.pow(2).sum(2) if on_weights else off.abs().amax(0) if furthest else off.pow(2).sum(0))
-    return torch.stack(losses)
+    groups, x = weight.unflatten(1, (-1, group_size)), inputs.double().unflatten(1, (-1, group_size))
+    limit = (groups.abs().amax(2) * (1 - torch.arange(steps)[:, None, None] / N_GRID))[..., None]
+    clipped = groups.minimum(limit) if upper_only else groups.clamp(-limit, limit)  # [steps, out, groups, size]
+    values = quantize(clipped.flatten(2).flatten(0, 1), bits, group_size).dequantize().view_as(clipped)
+    error = (values - (clipped if against_clipped else groups)).double()
+    off = torch.einsum("ngc,sogc->nsog", x, error)
+    return error.pow(2).sum(3) if on_weights else off.abs().amax(0) if furthest else off.pow(2).sum(0)
 
 
-CLIP_MISTAKES: dict[str, dict] = {
-    "the rounded weight was compared with the clipped one: then clipping itself costs nothing": {"against": "clipped"},
-    "the error of the weights was taken, wanted that of the outputs: what a weight meets decides what clipping it costs": {
-        "on_weights": True
-    },
-    "all groups of a row are clipped by the same share: each group has a grid, and a limit, of its own": {"whole_row": True},
-    "large weights below 0 were not clipped: the limit holds on both sides": {"upper_only": True},
-    "the limit with the largest loss was taken, wanted the least": {"worst": True},
-    "the limit starts from the largest weight, wanted the largest magnitude: where the longest tail is negative it is too small": {
-        "signed": True
-    },
-    "the limit was chosen by the worst token, wanted the sum of squares over all of them": {"furthest": True},
-    "nothing is clipped: these are the largest magnitudes themselves": {"steps": 1},
-}
-
-
-def judge_clip(given: dict, got: dict, want: dict) -> Verdict:
-    limit = got["limit"]
-    if isinstance(limit, torch.Tensor) and limit.numel() in (1, len(given["weight"])):
-        return wrong(f"there is a limit for each {'row' if limit.numel() > 1 else 'weight matrix'}, wanted one for each group")
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    limit = limit.float()
-    largest = given["weight"].unflatten(1, (-1, given["group_size"])).abs().amax(2)
-    step = (1 - limit / largest) * N_GRID
-    chosen = step.round().long().clamp(0, STEPS - 1)
-    losses = clip_losses(**given)
-    ratio = losses.gather(0, chosen[None])[0] / losses.amin(0)
-    off_grid = ((step - step.round()).abs() > 1e-3) | (step.round() < 0) | (step.round() >= STEPS)
-    if not off_grid.any() and ratio.max() <= 1 + LOSS:
-        return right(ratio.max().item() - 1, LOSS)
-    for said, options in CLIP_MISTAKES.items():
-        if torch.allclose(limit, _clipped(**given, **options), rtol=1e-5):
-            return wrong(said)
-    if off_grid.any():
-        row, group = off_grid.nonzero()[0].tolist()
-        return wrong(
-            f"row {row}, group {group}: the limit is {(limit / largest)[row, group].item():.3f} of the largest magnitude, which is "
-            f"none of 1, 0.95, ..., 0.55"
+def _clip_differs(given: dict, got: dict, want: dict) -> str:
+    limit, largest = got["limit"], given["weight"].unflatten(1, (-1, given["group_size"])).abs().amax(2)
+    row, group = place = tuple(((limit - want["limit"]).abs() > SAME_LIMIT * want["limit"]).nonzero()[0].tolist())
+    share = (limit / largest)[place].item()
+    step = round((1 - share) * N_GRID)
+    if step not in range(STEPS) or abs(1 - step / N_GRID - share) > 1e-4:
+        found = f"is {share:.4f} of the largest magnitude, which is none of 1, 0.95, ..., 0.55"
+    else:
+        losses = clip_losses(**given)[:, row, group]
+        found = (
+            f"{limit[place]:.4f} leaves {losses[step] / losses.min():.2f} times the error of the best, {want['limit'][place]:.4f}"
         )
-    row, group = divmod(int(ratio.argmax()), limit.shape[1])
-    return wrong(
-        f"row {row}, group {group}: the limit {limit[row, group].item():.4f} leaves {ratio.max().item():.2f} times the error "
-        f"of the best, {want['limit'][row, group].item():.4f}"
-    )
+    return f"row {row}, group {group}: the limit {found}"
 
 
 CLIP = Exercise(
     id="8.6", name="best_clip", title="Where to clip a group", minutes=12, difficulty=3, points=3,
-    returns=("limit",), inputs=clip_inputs, reference=best_clip, judge=judge_clip,
-    mutants=(
-        *(Mutant(partial(_clipped, **options), said[:40]) for said, options in CLIP_MISTAKES.items()),
-        Mutant(lambda *given: _clipped(*given).amax(1), "for each row"),
-        Mutant(lambda *given: _clipped(*given).amax(), "for each weight matrix"),
-        Mutant(lambda *given: 0.9 * _clipped(*given, steps=1) - 0.01, "none of 1, 0.95"),
-        Mutant(lambda *given: _clipped(*given).roll(1, 0), "row"),
+    returns=("limit",), inputs=clip_inputs, reference=best_clip, otherwise=_clip_differs,
+    allowed=lambda given, want: SAME_LIMIT * want["limit"],
+    faults=(
+        Fault("there is a limit for each row, wanted one for each group", lambda given, got, want: got["limit"].numel() == 11,
+              (lambda *given: _clipped(*given).amax(1),), early=True),
+        Fault("there is a limit for each weight matrix, wanted one for each group",
+              lambda given, got, want: got["limit"].numel() == 1, (lambda *given: _clipped(*given).amax(),), early=True),
     ),
+    mistakes=mistakes_by_option(_clipped, {
+        "the rounded weight was compared with the clipped one: then clipping itself costs nothing": {"against_clipped": True},
+        "the error of the weights was taken, wanted that of the outputs: what a weight meets decides what clipping it costs": {
+            "on_weights": True},
+        "all groups of a row are clipped by the same share: each group has a grid, and a limit, of its own": {"whole_row": True},
+        "large weights below 0 were not clipped: the limit holds on both sides": {"upper_only": True},
+        "the limit with the largest loss was taken, wanted the least": {"choose": torch.argmax},
+        "the limit starts from the largest weight, wanted the largest magnitude: where the longest tail is negative it is too "
+        "small": {"signed": True},
+        "the limit was chosen by the worst token, wanted the sum of squares over all of them": {"furthest": True},
+        "nothing is clipped: these are the largest magnitudes themselves": {"steps": 1}}),
+    others=(Mutant(lambda *given: 0.9 * _clipped(*given, steps=1) - 0.01, "none of 1, 0.95"),
+            Mutant(partial(_clipped, steps=STEPS - 1), "times the error of the best"),
+            Mutant(partial(_clipped, steps=STEPS + 1), "none of 1, 0.95")),
 )  # fmt: skip
 
 
 # 8.7 ------------------------------------------------------------------------------------------------------------------
-
 READERS = {"attention": 2, "o": 1, "mlp": 2, "down": 1}  # how many linears read each input of a block
 
 
-def bug_inputs(seed: int) -> dict:
-    """A block whose inputs are of one width, but for the last: and losses of which one was computed with another's input.
-
-    The faulty one is neither the largest nor the smallest, and no loss of another input comes near it by chance.
-    """
-    found = _faulty(seed)
-    return {
-        "weights": {name: [w.clone() for w in layers] for name, layers in found[0].items()},
-        "inputs": {name: x.clone() for name, x in found[1].items()},
-        "losses": {name: list(losses) for name, losses in found[2].items()},
-        "quantize": rtn.quantize, "bits": 3, "group_size": 16,
-    }  # fmt: skip
-
-
 @cache
-def _faulty(seed: int) -> tuple[dict, dict, dict]:
+def bug_inputs(seed: int) -> dict:
+    """Losses of a block's four searches. One, neither the largest nor the least, had another's input; no other fits by chance."""
     g = generator(seed)
     widths = {"attention": 32, "o": 32, "mlp": 32, "down": 48}
+    settings = {"quantize": rtn.quantize, "bits": 3, "group_size": 8}
+    pairs = [(name, fed) for name in widths for fed in widths if widths[name] == widths[fed]]
     while True:
         inputs = {name: 2 ** (2 * torch.rand(1, generator=g)) * _uneven(30, width, g) for name, width in widths.items()}
-        weights = {name: [torch.randn(12, widths[name], generator=g) for _ in range(count)] for name, count in READERS.items()}
-        names = ("attention", "o", "mlp")
-        place, other = torch.randperm(3, generator=g)[:2].tolist()
-        group, fed = names[place], names[other]
-        really = inputs | {group: inputs[fed]}
-        at_0 = {name: _plain_loss(weights[name], x, rtn.quantize, 3, 16) for name, x in really.items()}
-        ends = (max(at_0, key=at_0.get), min(at_0, key=at_0.get))
-        near = [
-            (name, other)
-            for name in names
-            for other in names
-            if abs(_plain_loss(weights[name], inputs[other], rtn.quantize, 3, 16) / at_0[name] - 1) < 10 * LOSS
-        ]
-        if group not in ends and set(near) == {(name, name) for name in names if name != group} | {(group, fed)}:
-            losses = {
-                name: awq.search(weights[name], x.T @ x, awq.saliency(x), 3, 16).losses.tolist() for name, x in really.items()
-            }
-            return weights, inputs, losses
+        weights = {name: [torch.randn(11, widths[name], generator=g) for _ in range(count)] for name, count in READERS.items()}
+        group, other = (("attention", "o", "mlp")[place] for place in torch.randperm(3, generator=g)[:2].tolist())
+        fed = {name: name for name in READERS} | {group: other}
+        losses = {pair: _plain_loss(weights[pair[0]], inputs[pair[1]], **settings) for pair in pairs}
+        written = [losses[pair] for pair in fed.items()]
+        near = {(name, x) for name, x in pairs if abs(losses[name, x] / losses[name, fed[name]] - 1) < 10 * LOSS}
+        if losses[group, other] not in (min(written), max(written)) and near == set(fed.items()):
+            searched = {name: search(weights[name], inputs[x], **settings)[1].tolist() for name, x in fed.items()}
+            return {"weights": weights, "inputs": inputs, "losses": searched, **settings}
 
 
 def _plain_loss(weights, x, quantize, bits: int, group_size: int) -> float:
     """What rounding costs the outputs when nothing is scaled: the loss at ratio 0."""
-    return sum((x @ (_read_back(w, quantize, bits, group_size) - w).T).pow(2).sum().item() for w in weights)
+    return sum((x @ (quantize(w, bits, group_size).dequantize() - w).T).pow(2).sum().item() for w in weights)
 
 
-def find_the_bug(
-    weights: dict[str, list[torch.Tensor]],
-    inputs: dict[str, torch.Tensor],
-    losses: dict[str, list[float]],
-    quantize: Callable,
-    bits: int,
-    group_size: int,
-) -> tuple[str, str]:
+def find_the_bug(weights: dict, inputs: dict, losses: dict, quantize: Callable, bits: int, group_size: int) -> tuple[str, str]:
     """The group whose losses are of another group's input, and that other. At ratio 0 every scale is 1, so nothing is searched."""
     return _find(weights, inputs, losses, quantize, bits, group_size)
 
@@ -736,47 +564,36 @@ def _find(weights, inputs, losses, quantize, bits, group_size) -> tuple[str, str
     return "", ""
 
 
-def judge_bug(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
+def _bug_differs(given: dict, got: dict, want: dict) -> str:
+    for name, value in got.items():
+        if value not in READERS:
+            return f"{name} is {value!r}, wanted one of {', '.join(READERS)}"
     group, fed = got["group"], got["fed"]
-    if (group, fed) == (want["group"], want["fed"]):
-        return right()
-    if (group, fed) == (want["fed"], want["group"]):
-        return wrong(f"the two are exchanged: the losses said to be of {fed} come first, then the input that they really are of")
-    for name, value in (("group", group), ("fed", fed)):
-        if value not in given["weights"]:
-            return wrong(f"{name} is {value!r}, wanted one of {', '.join(given['weights'])}")
+    if (fed, group) == (want["group"], want["fed"]):
+        return f"the two are exchanged: {fed}, whose losses are not its own, comes first, then the input that they are of"
     if group == fed:
-        return wrong(f"{group} on its own input is as it should be: wanted the group that is on another's")
+        return f"{group} on the input of {fed} is as it should be: wanted the group that is on another's"
+    if group == want["group"] and fed == "down":
+        return f"{group} it is, but its weights cannot be multiplied with the input of {fed}: the widths differ"
+    x = given["inputs"][fed if group == want["group"] else group]
+    loss = _plain_loss(given["weights"][group], x, given["quantize"], given["bits"], given["group_size"])
+    times = f"{loss / given['losses'][group][0]:.3f} times what is written down for ratio 0"
     if group != want["group"]:
-        settings = (given["quantize"], given["bits"], given["group_size"])
-        ratio = _plain_loss(given["weights"][group], given["inputs"][group], *settings) / given["losses"][group][0]
-        return wrong(f"on its own input {group} loses {ratio:.3f} times what is said of it at ratio 0: that one is sound")
-    if given["inputs"][fed].shape != given["inputs"][group].shape:
-        return wrong(f"{group} it is, but its weights cannot be multiplied with the input of {fed}: the widths differ")
-    return wrong(f"{group} it is, but on the input of {fed} it would lose something else at ratio 0")
-
-
-def _by_size(losses: dict[str, list[float]], end: Callable) -> tuple[str, str]:
-    """The group that stands out by the size of its loss, and a guess."""
-    group = end(losses, key=lambda name: losses[name][0])
-    return group, "attention" if group == "down" else "down"
+        return f"on its own input {group} loses {times}: that one is sound"
+    return f"{group} it is, but on the input of {fed} it would lose {times}"
 
 
 BUG = Exercise(
     id="8.7", name="find_the_bug", title="Find the bug", minutes=10, difficulty=3, points=3,
-    returns=("group", "fed"), inputs=bug_inputs, reference=find_the_bug, judge=judge_bug,
-    mutants=(
-        Mutant(lambda *given: _find(*given)[::-1], "exchanged"),
-        Mutant(lambda w, x, losses, *_: _by_size(losses, max), "that one is sound"),
-        Mutant(lambda w, x, losses, *_: _by_size(losses, min), "that one is sound"),
-        Mutant(lambda *given: (_find(*given)[0],) * 2, "wanted the group that is on another's"),
+    returns=("group", "fed"), inputs=bug_inputs, reference=find_the_bug, otherwise=_bug_differs,
+    others=(
+        Mutant(lambda *given: ("qkv", "o"), "group is 'qkv', wanted one of attention"),
+        Mutant(lambda *given: (_find(*given)[0], "v_proj"), "fed is 'v_proj', wanted one of attention"),
+        Mutant(lambda *given: _find(*given)[::-1], "the two are exchanged"),
+        Mutant(lambda *given: (_find(*given)[0],) * 2, "is as it should be: wanted the group that is on another's"),
+        Mutant(lambda *given: ("down", "attention"), "on its own input down loses 1.000 times"),
         Mutant(lambda *given: (_find(*given)[0], "down"), "the widths differ"),
-        Mutant(
-            lambda *given: (_find(*given)[0], ({"attention", "o", "mlp"} - set(_find(*given))).pop()), "something else"
-        ),
-        Mutant(lambda *given: ("qkv", "o"), "wanted one of attention"),
+        Mutant(lambda *given: (_find(*given)[0], ({"attention", "o", "mlp"} - {*_find(*given)}).pop()), "it would lose"),
     ),
 )  # fmt: skip
 

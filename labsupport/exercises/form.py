@@ -20,6 +20,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ class Mistake:
 
     says: str
     answer: Callable
+
+
+def mistakes_by_option(answer: Callable, options: Mapping[str, Mapping[str, Any]]) -> tuple[Mistake, ...]:
+    """Mistakes that one function makes when it is called with other keyword arguments, which stand by their sentences."""
+    return tuple(Mistake(says, partial(answer, **keywords)) for says, keywords in options.items())
 
 
 @dataclass(frozen=True)

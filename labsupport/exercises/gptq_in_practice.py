@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 
-from labsupport.exercises.base import Exercise, Mutant, Verdict, generator, right, shape_fault, wrong
+from labsupport.exercises.compare import got_and_wanted
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Verdict, generator, right
 from labsupport.quant import gptq, grid, rtn
 
 CONDITION = 100.0  # Hessians of these exercises are no worse, so that float32 is enough for whatever way an answer takes
@@ -26,22 +28,47 @@ def _hessian(columns: int, g: torch.Generator, own: float = 1.6) -> torch.Tensor
             return hessian
 
 
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same, whatever their dtypes."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _by_first(first: str, second: str, reference: Callable, differ: Callable = lambda given: (0,)) -> Callable:
+    """Exercise.alike for a tensor and a number that follows from it: where the tensor is wrong, the number does not count.
+
+    differ(given): by how much the number may be larger than a mistake's and still be its.
+    """
+
+    def alike(given: dict, got: dict, theirs: dict) -> bool:
+        if not _same(got[first], theirs[first]):
+            return False
+        return got[second] - theirs[second] in differ(given) or not _same(got[first], reference(*given.values())[0])
+
+    return alike
+
+
 # 7.1 ------------------------------------------------------------------------------------------------------------------
-
-
+@cache
 def block_inputs(seed: int) -> dict:
-    """Five rows, 22 columns in blocks of 8, so that the last one is short; no weight on its way near the middle of two levels.
+    """Seven rows, 17 columns in blocks of 5, so that the last one is short; no weight on its way near the middle of two levels.
 
-    Every wrong way gives codes of its own.
+    But for two of column 0, which no error has reached: they lie in the middle exactly, and go to the even level. Every wrong way
+    gives codes of its own.
     """
     g = generator(seed)
     while True:
-        weight, hessian = torch.randn(5, 22, generator=g), _hessian(22, g, own=1.2)
-        factor = gptq.autogptq_factor(hessian)
+        weight, hessian = torch.randn(7, 17, generator=g), _hessian(17, g, own=1.2)
+        weight[:2] = weight[:2].clamp(-1.4, 1.9)
+        weight[:2, 12], weight[:2, 15] = 2.0, -1.5  # a step of a half
+        weight[:2, 0] = torch.tensor([0.25, -0.25])
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
-        given = {"weight": weight, "factor": factor, "scale": scale, "zero_point": zero_point, "bits": 3, "block_size": 8}
-        ways = [_blocks(*given.values(), **rule) for rule in ({}, *BLOCK_RULES.values())]
-        if _nearest_tie(given) > UNDECIDED and len({codes.numpy().tobytes() for codes in ways}) == len(ways):
+        factor = gptq.autogptq_factor(hessian)
+        given = {"weight": weight, "factor": factor, "scale": scale, "zero_point": zero_point, "bits": 3, "block_size": 5}
+        steps: list[torch.Tensor] = []
+        ways = [_blocks(*given.values(), steps=steps)[0], *(_blocks(*given.values(), **rule)[0] for rule in BLOCK_RULES.values())]
+        middle = (torch.cat(steps, 1).frac().abs() - 0.5).abs()
+        middle[:2, 0] = 1
+        if middle.min() > UNDECIDED and len({codes.numpy().tobytes() for codes in ways}) == len(ways):
             return given
 
 
@@ -55,171 +82,141 @@ def solve_blocks(
     return q.codes.float(), _writes(*weight.shape, block_size)
 
 
-def _writes(rows: int, columns: int, block_size: int) -> int:
-    """Inside each block a column writes to those after it; after a block all that is left is written once."""
+def _writes(rows: int, columns: int, block_size: int, whole: bool = False) -> int:
+    """Inside each block a column writes to those after it; after a block all that is left is written once.
+
+    whole: counts the last block, which is shorter, like the others.
+    """
     total = 0
     for first in range(0, columns, block_size):
-        size = min(block_size, columns - first)
-        total += size * (size - 1) // 2 + columns - first - size
+        size = block_size if whole else min(block_size, columns - first)
+        total += size * (size - 1) // 2 + max(columns - first - size, 0)
     return rows * total
 
 
 def _blocks(
     weight: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, block_size: int,
     reach: str = "block", lazy: str = "all", divide: bool = True, sign: int = -1, original: bool = False, tail: bool = True,
-    ties: list | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The blocked loop, plainly, and ways to get it wrong."""
-    work, columns = weight.clone(), weight.shape[1]
+    rounded: Callable = torch.round, steps: list | None = None, count: Callable = _writes,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """The blocked loop, plainly, and ways to get it wrong. steps: gets each column as it is before it is rounded, in steps."""
+    work, (rows, columns) = weight.clone(), weight.shape
     codes, error = torch.zeros_like(weight), torch.zeros_like(weight)
     for first in range(0, columns if tail else columns // block_size * block_size, block_size):
         last = min(first + block_size, columns)
         for i in range(first, last):
-            q = grid.quantize(work[:, i : i + 1], scale, zero_point, bits)
-            if ties is not None:
-                steps = work[:, i : i + 1] / scale
-                ties.append((steps - steps.floor() - 0.5).abs().min().item())
-            before = weight if original else work
-            error[:, i : i + 1] = before[:, i : i + 1] - grid.dequantize(q, scale, zero_point)
+            column = work[:, i : i + 1]
+            if steps is not None:
+                steps.append(column / scale)
+            codes[:, i : i + 1] = q = (rounded(column / scale) + zero_point).clamp(0, 2**bits - 1)
+            error[:, i : i + 1] = (weight[:, i : i + 1] if original else column) - grid.dequantize(q, scale, zero_point)
             if divide:
                 error[:, i] /= factor[i, i]
-            codes[:, i] = q[:, 0]
             end = last if reach == "block" else columns
             work[:, i + 1 : end] += sign * error[:, i : i + 1] * factor[i, i + 1 : end]
-        if lazy == "all":
-            work[:, last:] += sign * error[:, first:last] @ factor[first:last, last:]
-        elif lazy == "last column":
-            work[:, last:] += sign * error[:, last - 1 : last] * factor[last - 1, last:]
-        elif lazy == "next block":
-            end = min(last + block_size, columns)
-            work[:, last:end] += sign * error[:, first:last] @ factor[first:last, last:end]
-    return codes
-
-
-def _nearest_tie(given: dict) -> float:
-    ties: list[float] = []
-    _blocks(*given.values(), ties=ties)
-    return min(ties)
+        end = {"none": last, "next block": min(last + block_size, columns)}.get(lazy, columns)
+        begin = last - 1 if lazy == "last column" else first
+        work[:, last:end] += sign * error[:, begin:last] @ factor[begin:last, last:end]
+    return codes, count(rows, columns, block_size)
 
 
 BLOCK_RULES: dict[str, dict] = {
     "columns after a block never hear of it: each block is solved as if it came first. After its last column, subtract the block's "
     "errors times its rows of the factor from everything behind it": {"lazy": "none"},
     "columns behind the block are updated twice, by each column at once and by the block again: inside a block, stop at its end": {
-        "reach": "row"
-    },
+        "reach": "row"},
     "only the last column of a block is subtracted from what is behind it: wanted all of its errors, as one matrix product": {
-        "lazy": "last column"
-    },
+        "lazy": "last column"},
     "a block is subtracted from the next block alone: everything behind it answers to it": {"lazy": "next block"},
     "the error is not divided by the factor's diagonal": {"divide": False},
     "the error is added where it must be subtracted: later columns make the error larger": {"sign": 1},
     "the error is taken against the weight as it came, not as the columns before it have left it": {"original": True},
     "the last block, which is shorter, was left out": {"tail": False},
-}
+    "half-way values go up: floor(x + 0.5). torch.round takes them to the even level, as everybody here does": {
+        "rounded": lambda x: (x + 0.5).floor()},
+}  # fmt: skip
 
 
-def judge_blocks(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    codes = got["codes"].float()
-    if not torch.equal(codes, codes.round()):
-        return wrong("codes are whole numbers, these are not: return the codes, not the values that they stand for")
-    if not torch.equal(codes, want["codes"]):
-        for said, rule in BLOCK_RULES.items():
-            if torch.equal(codes, _blocks(*given.values(), **rule)):
-                return wrong(said)
-        if torch.equal(codes, grid.quantize(given["weight"], given["scale"], given["zero_point"], given["bits"])):
-            return wrong("this is rounding to nearest: no update reaches a later column. Row i of the factor says how they answer")
-        column = int((codes != want["codes"]).any(0).nonzero()[0])
-        return wrong(
-            f"column {column} is the first with a wrong code; blocks start at every {given['block_size']}th. Right up to there"
-        )
-    rows, columns = given["weight"].shape
-    wanted, writes = want["writes"], got["writes"]
-    # An update may include the column that was just rounded, as AutoGPTQ's does: one more write for every weight.
-    slack = rows * columns
-    if wanted <= writes <= wanted + slack:
-        return right()
-    eager = rows * columns * (columns - 1) // 2
-    if eager <= writes <= eager + slack:
-        return wrong(f"codes are right, and {writes} writes are those of updating all later columns after every column. Be lazy")
-    if wanted <= writes * rows <= wanted + slack:
-        return wrong(f"writes is {writes}, which counts columns: an update writes a weight in each of the {rows} rows")
-    return wrong(f"codes are right; writes is {writes}, wanted {wanted}: rows times columns of every slice that is updated")
+def _inclusive(given: dict) -> tuple[int, int]:
+    """An update may begin with the column that was just rounded, as AutoGPTQ's does: then each weight is written once more."""
+    return 0, given["weight"].numel()
 
 
-def _eager(weight, factor, scale, zero_point, bits, block_size):
-    columns = weight.shape[1]
-    return _blocks(weight, factor, scale, zero_point, bits, columns), len(weight) * columns * (columns - 1) // 2
+def _blocks_differ(given: dict, got: dict, want: dict) -> str:
+    if not _same(got["codes"], want["codes"]):
+        column = int((got["codes"] != want["codes"]).any(0).nonzero()[0])
+        return f"column {column} is the first with a wrong code; blocks start at every {given['block_size']}th. Right up to there"
+    counts = got_and_wanted(got["writes"], want["writes"])
+    return f"codes are right; writes: {counts}. Count rows times columns of every slice that is updated"
 
 
-def _with_writes(count: Callable[[int], int] = lambda n: n, **rule):
-    def answer(weight, factor, scale, zero_point, bits, block_size):
-        codes = _blocks(weight, factor, scale, zero_point, bits, block_size, **rule)
-        return codes, count(_writes(*weight.shape, block_size))
-
-    return answer
-
-
-def _values(weight, factor, scale, zero_point, bits, block_size):
-    codes = _blocks(weight, factor, scale, zero_point, bits, block_size)
-    return grid.dequantize(codes, scale, zero_point), _writes(*weight.shape, block_size)
-
-
-def _transposed(weight, factor, scale, zero_point, bits, block_size):
-    return _blocks(weight, factor.T, scale, zero_point, bits, block_size), _writes(*weight.shape, block_size)
+def _not_whole(given: dict, got: dict, want: dict) -> dict | None:
+    fractions = got["codes"][got["codes"].frac() != 0]
+    return {"value": fractions[0].item()} if len(fractions) else None
 
 
 SOLVE_BLOCKS = Exercise(
     id="7.1", name="solve_blocks", title="Lazy updates", minutes=20, difficulty=4, points=5,
-    returns=("codes", "writes"), inputs=block_inputs, reference=solve_blocks, judge=judge_blocks,
-    mutants=(
-        *(Mutant(_with_writes(**rule), said[:45]) for said, rule in BLOCK_RULES.items()),
-        Mutant(_eager, "Be lazy"),
-        Mutant(_with_writes(lambda n: n // 5), "counts columns"),
-        Mutant(_with_writes(lambda n: 3 * n), "rows times columns"),
-        Mutant(_values, "not the values"),
-        Mutant(_transposed, "rounding to nearest"),
+    returns=("codes", "writes"), inputs=block_inputs, reference=solve_blocks, otherwise=_blocks_differ,
+    accepts=lambda given, got, want: (
+        right() if _same(got["codes"], want["codes"]) and got["writes"] - want["writes"] in _inclusive(given) else None
+    ),
+    alike=_by_first("codes", "writes", lambda *given: _blocks(*given), _inclusive),
+    faults=(
+        Fault("codes are whole numbers, {value:.4g} is not: return the codes, not the values that they stand for", _not_whole,
+              answers=(lambda *given: (grid.dequantize(_blocks(*given)[0], *given[2:4]), _blocks(*given)[1]),)),
+    ),
+    mistakes=(
+        *(Mistake(sentence, partial(_blocks, **rule)) for sentence, rule in BLOCK_RULES.items()),
+        Mistake("this is rounding to nearest: no update reaches a later column. Row i of the factor says how they answer",
+                lambda weight, factor, *grids: _blocks(weight, factor.T, *grids)),
+        Mistake("codes are right, and the writes are those of updating all later columns after every column. Be lazy",
+                partial(_blocks, count=lambda rows, columns, block_size: rows * columns * (columns - 1) // 2)),
+        Mistake("codes are right, and writes counts columns: an update writes a weight in each of the rows",
+                partial(_blocks, count=lambda rows, columns, block_size: _writes(1, columns, block_size))),
+        Mistake("codes are right, and writes counts the last block like the others: it is shorter",
+                partial(_blocks, count=partial(_writes, whole=True))),
+    ),
+    others=(
+        Mutant(partial(_blocks, count=lambda *sizes: 3 * _writes(*sizes)), "Count rows times columns"),
+        Mutant(lambda *given: (_blocks(*given)[0].roll(1, 1), 0), "is the first with a wrong code"),
     ),
 )  # fmt: skip
 
 
 # 7.2 ------------------------------------------------------------------------------------------------------------------
-
-ORDER_BITS = 3
-
-
+@cache
 def order_inputs(seed: int) -> dict:
     """Six rows, ten columns; the order by H's diagonal is not its own inverse, nor that of the weights' sizes."""
     g = generator(seed)
     while True:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g, own=0.9)
-        order = hessian.diagonal().argsort(descending=True)
-        steady = len({_ordered(weight, hessian, damping).numpy().tobytes() for damping in (0.0099, 0.01, 0.0101)}) == 1
-        orders = [order, order.argsort(), order.flip(0), _by_weight(weight), torch.arange(10)]
-        different = len({tuple(o.tolist()) for o in orders}) == len(orders)
-        wrong_ways = [_undo(weight, hessian, back) for back in BACK.values()]
-        wrong_ways += [_solve(weight[:, o], hessian[o][:, o])[:, o.argsort()] for o in orders[1:]]
-        wrong_ways += [_solve(weight[:, order], hessian)[:, orders[1]], _solve(weight, hessian[order][:, order])[:, orders[1]]]
-        if steady and different and not any(torch.equal(_undo(weight, hessian), way) for way in wrong_ways):
+        values = [_ordered(weight, hessian, damping) for damping in (0.01, 0.0099, 0.0101)]
+        wrong = [mutant.answer(weight, hessian, _solve) for mutant in SOLVE_IN_ORDER.mutants]
+        orders = {tuple(order.tolist()) for order in _orders(weight, hessian)}
+        if len(orders) == 5 and all(map(_same, values, values[1:])) and not any(_same(values[0], other) for other in wrong):
             return {"weight": weight, "hessian": hessian}
 
 
-def _by_weight(weight: torch.Tensor) -> torch.Tensor:
-    return weight.pow(2).sum(0).argsort(descending=True)
+LOUDEST, AS_THEY_CAME, QUIETEST, INVERSE, WEIGHTS = range(5)
+
+
+def _orders(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Orders of the columns, by the names above: LOUDEST first is right, INVERSE is its inverse; WEIGHTS goes by their sizes."""
+    order = hessian.diagonal().argsort(descending=True)
+    return order, torch.arange(len(order)), order.flip(0), order.argsort(), weight.pow(2).sum(0).argsort(descending=True)
 
 
 def _solve(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """GPTQ from the left to the right, one grid a row. What no Hessian could be is no error here: then it rounds."""
+    """GPTQ from the left to the right, 3 bits, one grid a row. What no Hessian could be is no error here: then it rounds."""
     try:
-        return gptq.quantize(weight, hessian, ORDER_BITS, None).dequantize()
+        return gptq.quantize(weight, hessian, 3, None).dequantize()
     except ValueError:
-        return rtn.quantize(weight, ORDER_BITS, None).dequantize()
+        return rtn.quantize(weight, 3, None).dequantize()
 
 
 def _ordered(weight: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
-    return gptq.quantize(weight, hessian, ORDER_BITS, None, act_order=True, damping=damping).dequantize()
+    return gptq.quantize(weight, hessian, 3, None, act_order=True, damping=damping).dequantize()
 
 
 def solve_in_order(weight: torch.Tensor, hessian: torch.Tensor, solve: Callable) -> torch.Tensor:
@@ -228,211 +225,172 @@ def solve_in_order(weight: torch.Tensor, hessian: torch.Tensor, solve: Callable)
 
 
 def drive_order(answer: Callable, given: dict) -> dict:
-    """The answer's values, and what it passed to `solve` at its last call."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """The answer's values, and what it passed to `solve` at its last call: two matrices, or two numbers if it never did."""
+    passed = torch.zeros(1), torch.zeros(1)
 
     def solve(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-        calls.append((weight.clone(), hessian.clone()))
+        nonlocal passed
+        passed = weight.clone(), hessian.clone()
         return _solve(weight, hessian)
 
     values = answer(given["weight"], given["hessian"], solve)
-    weight, hessian = calls[-1] if calls else (torch.zeros(0), torch.zeros(0))
-    return {"values": values, "solved_weight": weight, "solved_hessian": hessian}
+    return {"values": values, "solved_weight": passed[0], "solved_hessian": passed[1]}
 
 
-# Ways to bring the solution into another order that is not the weight's.
-BACK: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "the result is still in the order in which it was solved: column 0 holds the loudest column. Permute it back": lambda v, o: v,
-    "the result was permuted by `order` once more. Back leads its inverse, argsort(order)": lambda v, o: v[:, o],
-}
+def _permuted(weight: torch.Tensor, hessian: torch.Tensor, columns: int, hessian_rows: int, hessian_columns: int) -> tuple:
+    """weight and hessian, their axes in these of the _orders."""
+    orders = _orders(weight, hessian)
+    return weight[:, orders[columns]], hessian[orders[hessian_rows]][:, orders[hessian_columns]]
 
 
-def _undo(weight: torch.Tensor, hessian: torch.Tensor, back: Callable | None = None) -> torch.Tensor:
-    order = hessian.diagonal().argsort(descending=True)
-    solved = _solve(weight[:, order], hessian[order][:, order])
-    return solved[:, order.argsort()] if back is None else back(solved, order)
+def _order_answer(*axes: int, back: Callable = lambda values, order: values[:, order.argsort()]) -> Callable:
+    return lambda weight, hessian, solve: back(solve(*_permuted(weight, hessian, *axes)), _orders(weight, hessian)[axes[0]])
 
 
-def judge_order(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault({"values": got["values"]}, {"values": want["values"]}):
-        return wrong(fault)
-    if torch.equal(got["values"], want["values"]):
-        return right()
-    weight, hessian = given.values()
-    order = hessian.diagonal().argsort(descending=True)
-    solved_weight, solved_hessian = got["solved_weight"], got["solved_hessian"]
-    if not solved_weight.numel():
-        return wrong("solve was never called, and the values are not those of act-order")
-    seen_as = {
-        "hessian went into solve with its rows permuted and its columns not: index both axes, hessian[order][:, order]": (
-            hessian[order]
-        ),
-        "hessian went into solve with its columns permuted and its rows not: index both axes, hessian[order][:, order]": (
-            hessian[:, order]
-        ),
-    }
-    for said, matrix in seen_as.items():
-        if torch.equal(solved_hessian, matrix):
-            return wrong(said)
-    weight_moved, hessian_moved = not torch.equal(solved_weight, weight), not torch.equal(solved_hessian, hessian)
-    if not weight_moved and not hessian_moved:
-        return wrong("solve was given weight and hessian as they came: this is column order")
-    if not hessian_moved:
-        return wrong("the columns of weight are permuted and hessian is not: each column meets the statistics of another")
-    if not weight_moved:
-        return wrong("hessian is permuted and weight is not: each column meets the statistics of another")
-    orders = {
-        "the quietest column goes first: argsort ascends unless told descending=True": order.flip(0),
-        "weight and hessian are permuted by the inverse of the order: argsort says which column goes first": order.argsort(),
-        "columns are ordered by the size of their weights: the order is that of hessian's diagonal": _by_weight(weight),
-    }
-    for said, other in orders.items():
-        if torch.equal(solved_weight, weight[:, other]):
-            return wrong(said)
-    for said, back in BACK.items():
-        if torch.equal(got["values"], _undo(weight, hessian, back)):
-            return wrong(said)
-    if torch.equal(solved_weight, weight[:, order]) and torch.equal(solved_hessian, hessian[order][:, order]):
-        return wrong("solve was given the right columns and Hessian, but what came back is not in the weight's order")
-    return wrong("weight and hessian went into solve in an order that is not that of hessian's diagonal, largest first")
+def _solved(given: dict, got: dict, *axes: int) -> bool:
+    """Whether this is what went into solve."""
+    passed = _permuted(given["weight"], given["hessian"], *axes)
+    return _same(got["solved_weight"], passed[0]) and _same(got["solved_hessian"], passed[1])
 
 
-def _order_answer(order=lambda w, h: h.diagonal().argsort(descending=True), weight=None, hessian=None, back=None):
-    def answer(w, h, solve):
-        o = order(w, h)
-        solved = solve(w[:, o] if weight is None else weight(w, o), h[o][:, o] if hessian is None else hessian(h, o))
-        return solved[:, o.argsort()] if back is None else back(solved, o)
+def _wrongly_solved(says: str, *axes: int) -> Fault:
+    """Values are wrong, and this is what went into solve. What was done with what came back is another thing."""
+    return Fault(says, lambda given, got, want: not _same(got["values"], want["values"]) and _solved(given, got, *axes),
+                 answers=(_order_answer(*axes),))  # fmt: skip
 
-    return answer
+
+RIGHT_AXES = (LOUDEST, LOUDEST, LOUDEST)
+
+
+def _order_differs(given: dict, got: dict, want: dict) -> str:
+    if not _solved(given, got, *RIGHT_AXES):
+        return "what went into solve is not weight and hessian in the order of hessian's diagonal, largest first"
+    column = int((got["values"] != want["values"]).any(0).nonzero()[0])
+    return f"solve was given the right columns and Hessian, but column {column} of the values is not what came back for it"
 
 
 SOLVE_IN_ORDER = Exercise(
     id="7.2", name="solve_in_order", title="The loudest column first", minutes=12, difficulty=3, points=4,
-    returns=("values",), inputs=order_inputs, reference=solve_in_order, judge=judge_order, drive=drive_order,
-    mutants=(
-        *(Mutant(_order_answer(back=back), said[:35]) for said, back in BACK.items()),
-        Mutant(_order_answer(hessian=lambda h, o: h[o]), "rows permuted and its columns not"),
-        Mutant(_order_answer(hessian=lambda h, o: h[:, o]), "columns permuted and its rows not"),
-        Mutant(_order_answer(hessian=lambda h, o: h), "hessian is not: each column"),
-        Mutant(_order_answer(weight=lambda w, o: w), "weight is not: each column"),
-        Mutant(_order_answer(order=lambda w, h: h.diagonal().argsort()), "descending=True"),
-        Mutant(_order_answer(order=lambda w, h: h.diagonal().argsort(descending=True).argsort()), "inverse of the order"),
-        Mutant(_order_answer(order=lambda w, h: _by_weight(w)), "size of their weights"),
-        Mutant(lambda w, h, solve: solve(w, h), "this is column order"),
-        Mutant(lambda w, h, solve: w, "never called"),
+    returns=("values",), inputs=order_inputs, reference=solve_in_order, drive=drive_order, otherwise=_order_differs,
+    accepts=lambda given, got, want: right() if _same(got["values"], want["values"]) else None,
+    free=("solved_weight", "solved_hessian"),
+    faults=(
+        Fault("solve was never called, and the values are not those of act-order",
+              lambda given, got, want: got["solved_weight"].ndim == 1 and not _same(got["values"], want["values"]),
+              answers=(lambda weight, hessian, solve: weight,)),
+        _wrongly_solved("hessian went into solve with its rows permuted and its columns not: index both axes, "
+                        "hessian[order][:, order]", LOUDEST, LOUDEST, AS_THEY_CAME),
+        _wrongly_solved("hessian went into solve with its columns permuted and its rows not: index both axes, "
+                        "hessian[order][:, order]", LOUDEST, AS_THEY_CAME, LOUDEST),
+        _wrongly_solved("solve was given weight and hessian as they came: this is column order",
+                        AS_THEY_CAME, AS_THEY_CAME, AS_THEY_CAME),
+        _wrongly_solved("the columns of weight are permuted and hessian is not: each column meets the statistics of another",
+                        LOUDEST, AS_THEY_CAME, AS_THEY_CAME),
+        _wrongly_solved("hessian is permuted and weight is not: each column meets the statistics of another",
+                        AS_THEY_CAME, LOUDEST, LOUDEST),
+        _wrongly_solved("the quietest column goes first: argsort ascends unless told descending=True",
+                        QUIETEST, QUIETEST, QUIETEST),
+        _wrongly_solved("weight and hessian are permuted by the inverse of the order: argsort says which column goes first",
+                        INVERSE, INVERSE, INVERSE),
+        _wrongly_solved("columns are ordered by the size of their weights: the order is that of hessian's diagonal",
+                        WEIGHTS, WEIGHTS, WEIGHTS),
+    ),
+    mistakes=(
+        Mistake("the result is still in the order in which it was solved: column 0 holds the loudest column. Permute it back",
+                _order_answer(*RIGHT_AXES, back=lambda values, order: values)),
+        Mistake("the result was permuted by `order` once more. Back leads its inverse, argsort(order)",
+                _order_answer(*RIGHT_AXES, back=lambda values, order: values[:, order])),
+    ),
+    others=(
+        Mutant(_order_answer(*RIGHT_AXES, back=lambda values, order: values.roll(1, 1)), "not what came back for it"),
+        Mutant(_order_answer(LOUDEST, INVERSE, INVERSE), "what went into solve is not"),
     ),
 )  # fmt: skip
 
 
 # 7.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def scatter_inputs(seed: int) -> dict:
     """Loudness of 24 columns in groups of 6, or of 20 in groups of 4; every wrong answer differs from the right one."""
     g = generator(seed)
+    columns, size = (24, 6) if seed % 2 else (20, 4)
     while True:
-        columns, size = (24, 6) if seed % 2 else (20, 4)
-        given = {"diagonal": torch.rand(columns, generator=g) + 0.1, "group_size": size}
-        answer = _scatter(**given)
-        loads = _loads(answer)
-        others = [rule(**given) for rule in SCATTER_MISTAKES.values()]
-        counts = {loads, loads - 1, columns, columns // size, len(_scatter(**given).unique())}
-        if not any(torch.equal(answer, other) for other in others) and len(counts) == 4:
-            return given
+        diagonal = torch.rand(columns, generator=g) + 0.1
+        wrong = [mistake.answer(diagonal, size) for mistake in GROUPS_IN_ORDER.mistakes]
+        g_idx, loads = _scattered(diagonal, size)
+        if loads < columns and not any(_same(g_idx, other) and loads == count for other, count in wrong):
+            return {"diagonal": diagonal, "group_size": size}
 
 
 def groups_in_order(diagonal: torch.Tensor, group_size: int) -> tuple[torch.Tensor, int]:
     """labsupport's g_idx of a layer with this diagonal, quantized with act_order."""
-    weight = torch.linspace(-1, 1, len(diagonal))[None]
-    found = gptq.quantize(weight, diagonal.diag(), group_size=group_size, act_order=True).g_idx.long()
+    found = gptq.quantize(torch.ones_like(diagonal)[None], diagonal.diag(), group_size=group_size, act_order=True).g_idx.long()
     return found, _loads(found)
-
-
-def _scatter(diagonal: torch.Tensor, group_size: int) -> torch.Tensor:
-    return diagonal.argsort(descending=True).argsort() // group_size
 
 
 def _loads(groups: torch.Tensor) -> int:
     return 1 + int((groups[1:] != groups[:-1]).sum())
 
 
-SCATTER_MISTAKES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "order // group_size is not it: order[i] is the column whose turn is i. Wanted the turn of each column, the inverse": (
-        lambda diagonal, group_size: diagonal.argsort(descending=True) // group_size
-    ),
-    "these are groups of neighbors, as without act-order. A group is filled by the columns that follow each other in the loop": (
-        lambda diagonal, group_size: torch.arange(len(diagonal)) // group_size
-    ),
-    "the quietest columns are in group 0: argsort ascends unless told descending=True": (
-        lambda diagonal, group_size: diagonal.argsort().argsort() // group_size
-    ),
-    "this is each column's turn, not yet its group: divide by group_size": (
-        lambda diagonal, group_size: diagonal.argsort(descending=True).argsort()
-    ),
-    "columns are dealt to the groups like cards: a turn modulo the number of groups. Whoever follows each other shares a grid": (
-        lambda diagonal, group_size: diagonal.argsort(descending=True).argsort() % (len(diagonal) // group_size)
-    ),
-}
+def _scattered(diagonal, group_size, group_of=lambda turn, size, order: turn // size, loads=_loads, descending=True):
+    """g_idx and loads. group_of: the group of each column, from its turn [in], the size and the order [in]."""
+    order = diagonal.argsort(descending=descending)
+    groups = group_of(order.argsort(), group_size, order)
+    return groups, loads(groups)
 
 
-def judge_scatter(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    groups = got["g_idx"]
-    if groups.is_floating_point():
-        return wrong("g_idx holds decimal numbers: a group is a whole number, // and not /")
-    if not torch.equal(groups.long(), want["g_idx"]):
-        for said, mistake in SCATTER_MISTAKES.items():
-            if torch.equal(groups.long(), mistake(**given)):
-                return wrong(said)
-        place = int((groups != want["g_idx"]).nonzero()[0])
-        turn = int(given["diagonal"].argsort(descending=True).argsort()[place])
-        return wrong(f"column {place} is in group {int(groups[place])}, wanted {int(want['g_idx'][place])}: its turn is {turn}")
-    loads, wanted = got["loads"], want["loads"]
-    if loads == wanted:
-        return right()
-    if loads == wanted - 1:
-        return wrong(f"loads is {loads}, wanted {wanted}: the grid of the first column has to be loaded as well")
-    if loads == len(want["g_idx"].unique()):
-        return wrong(f"loads is {loads}, the number of groups: whoever reads columns from left to right comes back to a group")
-    return wrong(f"loads is {loads}, wanted {wanted}: one, and one for each column whose left neighbor is in another group")
-
-
-def _scatter_answer(rule=_scatter, loads=_loads):
-    def answer(diagonal, group_size):
-        groups = rule(diagonal, group_size)
-        return groups, loads(groups)
-
-    return answer
+def _scatter_differs(given: dict, got: dict, want: dict) -> str:
+    if not _same(got["g_idx"], want["g_idx"]):
+        column = int((got["g_idx"] != want["g_idx"]).nonzero()[0])
+        turn = int(given["diagonal"].argsort(descending=True).argsort()[column])
+        return f"column {column} is in group {int(got['g_idx'][column])}, wanted {int(want['g_idx'][column])}: its turn is {turn}"
+    counts = got_and_wanted(got["loads"], want["loads"])
+    return f"loads: {counts}. One for the first column, and one for each column whose left neighbor is in another group"
 
 
 GROUPS_IN_ORDER = Exercise(
     id="7.3", name="groups_in_order", title="Where did my group go?", minutes=10, difficulty=3, points=3,
-    returns=("g_idx", "loads"), inputs=scatter_inputs, reference=groups_in_order, judge=judge_scatter,
-    mutants=(
-        *(Mutant(_scatter_answer(rule), said[:35]) for said, rule in SCATTER_MISTAKES.items()),
-        Mutant(_scatter_answer(lambda d, g: d.argsort(descending=True).argsort() / g), "decimal"),
-        Mutant(_scatter_answer(loads=lambda groups: _loads(groups) - 1), "first column"),
-        Mutant(_scatter_answer(loads=lambda groups: len(groups.unique())), "the number of groups"),
-        Mutant(_scatter_answer(loads=len), "left neighbor"),
-        Mutant(_scatter_answer(lambda d, g: _scatter(d, g).flip(0)), "its turn is"),
+    returns=("g_idx", "loads"), inputs=scatter_inputs, reference=groups_in_order, otherwise=_scatter_differs,
+    alike=_by_first("g_idx", "loads", _scattered),
+    faults=(
+        Fault("g_idx holds decimal numbers: a group is a whole number, // and not /",
+              lambda given, got, want: got["g_idx"].is_floating_point() and (got["g_idx"].frac() != 0).any(),
+              answers=(partial(_scattered, group_of=lambda turn, size, order: turn / size),), early=True),
+    ),
+    mistakes=(
+        Mistake("order // group_size is not it: order[i] is the column whose turn is i. Wanted the turn of each column, the "
+                "inverse", partial(_scattered, group_of=lambda turn, size, order: order // size)),
+        Mistake("these are groups of neighbors, as without act-order. A group is filled by the columns that follow each other in "
+                "the loop", partial(_scattered, group_of=lambda turn, size, order: torch.arange(len(turn)) // size)),
+        Mistake("the quietest columns are in group 0: argsort ascends unless told descending=True",
+                partial(_scattered, descending=False)),
+        Mistake("this is each column's turn, not yet its group: divide by group_size",
+                partial(_scattered, group_of=lambda turn, size, order: turn)),
+        Mistake("columns are dealt to the groups like cards: a turn modulo the number of groups. Columns that follow each other "
+                "share a grid", partial(_scattered, group_of=lambda turn, size, order: turn % (len(turn) // size))),
+        Mistake("g_idx is right, and loads is one too few: the grid of the first column has to be loaded as well",
+                partial(_scattered, loads=lambda groups: _loads(groups) - 1)),
+        Mistake("g_idx is right, and loads is the number of groups: whoever reads columns from left to right comes back to a group",
+                partial(_scattered, loads=lambda groups: len(groups.unique()))),
+    ),
+    others=(
+        Mutant(partial(_scattered, loads=len), "left neighbor"),
+        Mutant(partial(_scattered, group_of=lambda turn, size, order: turn.flip(0) // size), "its turn is"),
     ),
 )  # fmt: skip
 
 
 # 7.4 ------------------------------------------------------------------------------------------------------------------
-
-
 def prepare_inputs(seed: int) -> dict:
-    """Seven rows, nine columns of which two were never fed and have the largest weights. The mean of H's diagonal is far from 1."""
+    """Seven rows, nine columns: two were never fed and have the largest weights, one hardly. H's diagonal is far from 1."""
     g = generator(seed)
     x = torch.randn(30, 3, generator=g) @ torch.randn(3, 9, generator=g) + 0.5 * torch.randn(30, 9, generator=g) + 0.8
-    dead = torch.randperm(9, generator=g)[:2]
+    *dead, quiet = torch.randperm(9, generator=g)[:3].tolist()
     weight = torch.randn(7, 9, generator=g)
-    weight[:, dead] = 4.0
+    weight[:, dead] *= 4
     x[:, dead] = 0
+    x[:, quiet] *= 1e-3
     hessian = 2 / len(x) * x.T @ x
-    return {"weight": weight, "hessian": hessian * (30 / hessian.diagonal().mean()), "damping": (0.01, 0.1)[seed % 2]}
+    return {"weight": weight, "hessian": hessian * (40 / hessian.diagonal().mean()), "damping": (0.01, 0.1)[seed % 2]}
 
 
 def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -442,63 +400,51 @@ def prepare(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> tupl
     return weight.masked_fill(dead, 0), hessian.diagonal_scatter(diagonal)
 
 
-def _prepared(
-    weight: torch.Tensor, hessian: torch.Tensor, damping: float, add=None, dead_first: bool = True, ones: bool = True,
-    zeros: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The same, plainly, and ways to get it wrong. add(hessian, damping): what is added, [in, in]."""
-    dead, raw = hessian.diagonal() == 0, hessian
+def _share_of_mean(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    return damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+def _prepared(weight, hessian, damping, add=_share_of_mean, dead_first=True, ones=True, dead_to=0.0):
+    """The same, plainly, and ways to get it wrong. add(hessian, damping): what is added, [in, in]. dead_to: None leaves them."""
+    dead = hessian.diagonal() == 0
     filled = hessian + dead.diag().float() if ones else hessian
-    seen = filled if dead_first else raw
-    added = add(seen, damping) if add else damping * seen.diagonal().mean() * torch.eye(len(seen))
-    return weight.masked_fill(dead, 0) if zeros else weight.clone(), filled + added
+    added = add(filled if dead_first else hessian, damping)
+    return weight if dead_to is None else weight.masked_fill(dead, dead_to), filled + added
 
 
 PREPARE_RULES: dict[str, dict] = {
     "damping itself was added to the diagonal: the same 0.01 is a lot for quiet inputs and nothing for loud ones. It is a share "
     "of the mean of the diagonal": {"add": lambda h, d: d * torch.eye(len(h))},
     "the mean is that of all entries of the Hessian, negative ones included: wanted that of its diagonal": {
-        "add": lambda h, d: d * h.mean() * torch.eye(len(h))
-    },
+        "add": lambda h, d: d * h.mean() * torch.eye(len(h))},
     "the sum of the diagonal was taken, not its mean": {"add": lambda h, d: d * h.trace() * torch.eye(len(h))},
     "the largest of the diagonal was taken, not the mean": {"add": lambda h, d: d * h.diagonal().max() * torch.eye(len(h))},
     "each entry of the diagonal grew by its own share: the quiet columns, which need damping most, get least of it. Add the same "
     "to all": {"add": lambda h, d: d * h.diagonal().diag()},
     "the number was added to every entry, not to the diagonal alone: H + number does that": {
-        "add": lambda h, d: d * h.diagonal().mean() * torch.ones_like(h)
-    },
+        "add": lambda h, d: d * h.diagonal().mean() * torch.ones_like(h)},
     "the mean was taken before the columns that were never fed got their 1: those first, then damping, as AutoGPTQ does": {
-        "dead_first": False
-    },
+        "dead_first": False},
     "a column that was never fed keeps its 0 on the diagonal (under the damping): put 1 there first": {"ones": False},
-}
+    "nothing was added to the diagonal": {"add": lambda h, d: 0},
+}  # fmt: skip
 
 
-def judge_prepare(given: dict, got: dict, want: dict) -> Verdict:
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    weight, hessian, damping = given.values()
-    dead = hessian.diagonal() == 0
-    unit = damping * want["hessian"].diagonal().mean().item()
-    # A mean of 9 float32 numbers, times a float, added: some ten roundings of the largest entry.
-    allowed = 10 * 2.0**-24 * want["hessian"].abs().max().item()
-    off = (got["hessian"].double() - want["hessian"].double()).abs().max().item()
-    if off > allowed:
-        for said, rule in PREPARE_RULES.items():
-            if torch.allclose(got["hessian"].float(), _prepared(weight, hessian, damping, **rule)[1], rtol=0, atol=4 * allowed):
-                return wrong(said)
-        if torch.allclose(got["hessian"].float(), _prepared(weight, hessian, 0.0)[1], rtol=0, atol=4 * allowed):
-            return wrong("nothing was added to the diagonal")
-        i, j = divmod(int((got["hessian"] - want["hessian"]).abs().argmax()), len(hessian))
-        return wrong(f"entry ({i}, {j}) is {got['hessian'][i, j].item():.5g}, wanted {want['hessian'][i, j].item():.5g} "
-                     f"(damping comes to {unit:.3g})")  # fmt: skip
-    if torch.equal(got["weight"], want["weight"]):
-        return right(off, allowed)
-    if torch.equal(got["weight"], weight):
-        return wrong("weights that meet no input keep their size, and the grid of their group stretches for them: make them 0")
-    if not got["weight"][:, ~dead].equal(weight[:, ~dead]):
-        return wrong("weights changed in columns that were fed")
-    return wrong("weights of columns that were never fed should be 0")
+def _hessian_differs(given: dict, got: dict, want: dict) -> str:
+    i, j = divmod(int((got["hessian"] - want["hessian"]).abs().argmax()), len(want["hessian"]))
+    unit = given["damping"] * _prepared(*given.values(), add=lambda h, d: 0)[1].diagonal().mean().item()
+    entries = got_and_wanted(got["hessian"][i, j].item(), want["hessian"][i, j].item())
+    return f"entry ({i}, {j}): {entries} (damping comes to {unit:.3g})"
+
+
+def _dead_weights(wrong: Callable) -> Callable:
+    """Fault.seen: wrong(weights [out, columns], as they came) in columns that were never fed."""
+
+    def seen(given: dict, got: dict, want: dict) -> bool:
+        dead = given["hessian"].diagonal() == 0
+        return wrong(got["weight"][:, dead], given["weight"][:, dead])
+
+    return seen
 
 
 def _in_place(weight, hessian, damping):
@@ -510,44 +456,49 @@ def _in_place(weight, hessian, damping):
 
 PREPARE = Exercise(
     id="7.4", name="prepare", title="Damping that is relative", minutes=10, difficulty=2, points=3,
-    returns=("weight", "hessian"), inputs=prepare_inputs, reference=prepare, judge=judge_prepare,
-    mutants=(
-        *(
-            Mutant(lambda w, h, d, rule=rule: _prepared(w, h, d, **rule), said[:40])
-            for said, rule in PREPARE_RULES.items()
-        ),
-        Mutant(lambda w, h, d: _prepared(w, h, d, zeros=False), "keep their size"),
-        Mutant(lambda w, h, d: _prepared(w, h, 0.0), "nothing was added"),
-        Mutant(lambda w, h, d: _prepared(w, h, 2 * d), "damping comes to"),
-        Mutant(_in_place, "in place"),
-        Mutant(lambda w, h, d: (0 * w, _prepared(w, h, d)[1]), "columns that were fed"),
+    returns=("weight", "hessian"), inputs=prepare_inputs, reference=prepare, otherwise=_hessian_differs,
+    # A mean of 9 float32 numbers, times a float, added: some ten roundings of the largest entry.
+    allowed=lambda given, want: {"weight": 0.0, "hessian": 10 * 2.0**-24 * want["hessian"].abs().max().item()},
+    close=lambda given, want: {"weight": 0.0, "hessian": 40 * 2.0**-24 * want["hessian"].abs().max().item()},
+    faults=(
+        Fault("weights changed in columns that were fed",
+              lambda given, got, want: ((got["weight"] != want["weight"]) & (given["hessian"].diagonal() != 0)).any(),
+              answers=(lambda w, h, d: (0 * w, _prepared(w, h, d)[1]),)),
+        Fault("weights that meet no input keep their size, and the grid of their group stretches for them: make them 0",
+              _dead_weights(_same), answers=(partial(_prepared, dead_to=None),)),
+        Fault("weights of columns that were never fed should be 0", _dead_weights(lambda weight, came: weight.any()),
+              answers=(partial(_prepared, dead_to=1.0),)),
     ),
+    mistakes=tuple(Mistake(sentence, partial(_prepared, **rule)) for sentence, rule in PREPARE_RULES.items()),
+    others=(Mutant(lambda w, h, d: _prepared(w, h, 2 * d), "damping comes to"), Mutant(_in_place, "in place")),
 )  # fmt: skip
 
 
 # 7.5 ------------------------------------------------------------------------------------------------------------------
-
 TOPICS, TOPIC_TOKENS, TOPIC_COLUMNS, CHOSEN = 4, 60, 32, 40
 LOOKS_GOOD, MISLEADS = 0.5, 1.2
 
 
 def mislead_inputs(seed: int) -> dict:
-    """240 tokens of four topics, shuffled. Tokens of a topic share a direction and move in five others; 40 are to be chosen.
+    """240 tokens of four topics, shuffled. Tokens of a topic share a direction and move in sixteen others; 40 are to be chosen."""
+    return {"tokens": _topics(seed).clone(), "count": CHOSEN}
 
-    Those that are most like a token mislead, whichever of the first eight it is.
-    """
+
+@cache
+def _topics(seed: int) -> torch.Tensor:
+    """Tokens among which forty of a topic mislead, whichever topic it is, and also those that are most like one of the first."""
     g = generator(seed)
     while True:
-        topics = []
-        for _ in range(TOPICS):
-            middle = 2 * torch.randn(TOPIC_COLUMNS, generator=g)
-            moves = torch.randn(TOPIC_TOKENS, 5, generator=g) @ torch.randn(5, TOPIC_COLUMNS, generator=g) / 5**0.5
-            topics.append(middle + moves + 0.1 * torch.randn(TOPIC_TOKENS, TOPIC_COLUMNS, generator=g))
-        tokens = torch.cat(topics)
-        tokens = tokens[torch.randperm(len(tokens), generator=g)]
-        ratios = [mislead_ratios(tokens, _alike(tokens, CHOSEN, like)) for like in range(8)]
+        middles = 4 * torch.randn(TOPICS, 1, TOPIC_COLUMNS, generator=g)
+        moves = torch.randn(TOPICS, TOPIC_TOKENS, 16, generator=g) @ torch.randn(TOPICS, 16, TOPIC_COLUMNS, generator=g) / 2
+        tokens = (middles + moves + 0.1 * torch.randn(moves.shape, generator=g)).flatten(0, 1)
+        places = torch.randperm(len(tokens), generator=g)
+        own = [(places // TOPIC_TOKENS == topic).nonzero()[:, 0] for topic in range(TOPICS)]
+        picks = [pick for each in own for pick in (each[:CHOSEN], each[-CHOSEN:])]
+        picks += [_alike(tokens[places], CHOSEN, like) for like in range(4)]
+        ratios = (mislead_ratios(tokens[places], pick) for pick in picks)
         if all(seen < 0.9 * LOOKS_GOOD and unseen > 1.1 * MISLEADS for seen, unseen in ratios):
-            return {"tokens": tokens, "count": CHOSEN}
+            return tokens[places]
 
 
 def mislead(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -556,8 +507,13 @@ def mislead(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _alike(tokens: torch.Tensor, count: int, like: int = 0) -> torch.Tensor:
+    return _likeness(tokens, like).topk(count).indices
+
+
+def _likeness(tokens: torch.Tensor, like: int = 0) -> torch.Tensor:
+    """Cosine of the angle between each token and one of them."""
     unit = torch.nn.functional.normalize(tokens, dim=1)
-    return (unit @ unit[like]).topk(count).indices
+    return unit @ unit[like]
 
 
 def mislead_ratios(tokens: torch.Tensor, chosen: torch.Tensor) -> tuple[float, float]:
@@ -569,53 +525,71 @@ def mislead_ratios(tokens: torch.Tensor, chosen: torch.Tensor) -> tuple[float, f
     return seen, unseen
 
 
-def judge_mislead(given: dict, got: dict, want: dict) -> Verdict:
-    tokens, count = given.values()
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    chosen = got["chosen"]
-    if chosen.is_floating_point() or chosen.dtype == torch.bool:
-        return wrong(f"chosen is {chosen.dtype}, wanted the places of {count} tokens, whole numbers")
-    chosen = chosen.long()
-    if chosen.min() < 0 or chosen.max() >= len(tokens):
-        return wrong(f"chosen goes from {int(chosen.min())} to {int(chosen.max())}, wanted places from 0 to {len(tokens) - 1}")
-    if len(chosen.unique()) < count:
-        return wrong(f"chosen holds {len(chosen.unique())} different tokens, wanted {count}: a text, not one token repeated")
-    seen, unseen = mislead_ratios(tokens, chosen)
-    said = f"GPTQ's error is {seen:.2f} of rounding's on the chosen tokens and {unseen:.2f} on all"
+def _no_places(given: dict, got: dict, want: dict) -> dict | None:
+    dtype = got["chosen"].dtype
+    return {"dtype": dtype, "count": given["count"]} if dtype.is_floating_point or dtype == torch.bool else None
+
+
+def _outside(given: dict, got: dict, want: dict) -> dict | None:
+    least, most, last = int(got["chosen"].min()), int(got["chosen"].max()), len(given["tokens"]) - 1
+    return {"least": least, "most": most, "last": last} if least < 0 or most > last else None
+
+
+def _repeated(given: dict, got: dict, want: dict) -> dict | None:
+    different = len(got["chosen"].unique())
+    return {"different": different, "count": given["count"]} if different < given["count"] else None
+
+
+def accepts_mislead(given: dict, got: dict, want: dict) -> Verdict | None:
+    seen, unseen = mislead_ratios(given["tokens"], got["chosen"])
+    return right() if seen <= LOOKS_GOOD and unseen >= MISLEADS else None
+
+
+def _does_not_mislead(given: dict, got: dict, want: dict) -> str:
+    seen, unseen = mislead_ratios(given["tokens"], got["chosen"])
+    ratios = f"GPTQ's error is {seen:.3f} of rounding's on the chosen tokens and {unseen:.3f} on all"
     if unseen < 1:
-        return wrong(f"{said}: it was not misled. A sample that has a bit of everything speaks for the rest. What does not?")
-    if unseen < MISLEADS:
-        return wrong(f"{said}, wanted more than {MISLEADS} on all. Leave whole directions unseen")
-    if seen > LOOKS_GOOD:
-        return wrong(f"{said}, wanted less than {LOOKS_GOOD} on the chosen: it should look good to whoever looks no further")
-    return right()
+        return f"{ratios}: it was not misled. A sample that has a bit of everything speaks for the rest. What does not?"
+    return f"{ratios}, wanted at most {LOOKS_GOOD} on the chosen and at least {MISLEADS} on all. Leave whole directions unseen"
 
 
-def _random_tokens(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.randperm(len(tokens), generator=generator(1))[:count]
+def _hardly_misled(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Most of a topic and a few tokens from elsewhere: the first mixture on which GPTQ is misled, but not enough."""
+    for start in range(160, -1, -20):  # in order of likeness the sixty of the topic come last
+        for others in range(3, 16):
+            mixed = torch.cat([_alike(tokens, count - others), _likeness(tokens).argsort()[start : start + others]])
+            if 1 < mislead_ratios(tokens, mixed)[1] < 0.99 * MISLEADS:
+                return mixed
+    raise ValueError("no mixture misleads a little")
 
 
 MISLEAD = Exercise(
     id="7.5", name="mislead", title="A calibration set that misleads", minutes=15, difficulty=4, points=4,
-    returns=("chosen",), inputs=mislead_inputs, reference=mislead, judge=judge_mislead,
-    mutants=(
-        Mutant(_random_tokens, "not misled"),
+    returns=("chosen",), inputs=mislead_inputs, reference=mislead, accepts=accepts_mislead, otherwise=_does_not_mislead,
+    faults=(
+        Fault("chosen is {dtype}, wanted the places of {count} tokens, whole numbers", _no_places, early=True,
+              answers=(lambda tokens, count: _likeness(tokens).topk(count).values, lambda tokens, count: _likeness(tokens) > 0.3,
+                       lambda tokens, count: tokens[_alike(tokens, count)])),
+        Fault("chosen goes from {least} to {most}, wanted places from 0 to {last}", _outside,
+              answers=(lambda tokens, count: _alike(tokens, count) + 240, lambda tokens, count: _alike(tokens, count) - 240)),
+        Fault("chosen holds {different} different tokens, wanted {count}: a text, not one token repeated", _repeated,
+              answers=(lambda tokens, count: torch.zeros(count, dtype=torch.int64),)),
+    ),
+    others=(
+        Mutant(lambda tokens, count: torch.randperm(len(tokens), generator=generator(1))[:count], "not misled"),
         Mutant(lambda tokens, count: torch.arange(count), "not misled"),
         Mutant(lambda tokens, count: torch.arange(count) * len(tokens) // count, "not misled"),
-        Mutant(lambda tokens, count: torch.zeros(count, dtype=torch.int64), "one token repeated"),
-        Mutant(lambda tokens, count: _alike(tokens, count) + len(tokens), "wanted places from 0"),
+        Mutant(_hardly_misled, "Leave whole directions unseen"),
         Mutant(lambda tokens, count: _alike(tokens, count)[: count // 2], "has shape [20]"),
-        Mutant(lambda tokens, count: tokens[_alike(tokens, count)], "has shape"),
     ),
 )  # fmt: skip
 
 
 # 7.6 ------------------------------------------------------------------------------------------------------------------
-
 RUN_DAMPING = (0.01, 3.0)
 
 
+@cache
 def runs_inputs(seed: int) -> dict:
     """Codes of three runs on one grid a row. Two took the loudest column first, one of them much damped; the third the quietest.
 
@@ -627,14 +601,13 @@ def runs_inputs(seed: int) -> dict:
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         order = hessian.diagonal().argsort(descending=True)
         solved = [_run(weight, hessian, order, damping) for damping in RUN_DAMPING] + [_run(weight, hessian, order.flip(0), 0.01)]
-        place = torch.randperm(3, generator=g)
-        runs = torch.stack(solved)[place]
-        plain = grid.quantize(weight, scale, zero_point, 3)
-        untouched = (runs == plain).all(1)  # [runs, in]
-        losses = [gptq.output_error(weight, grid.dequantize(run, scale, zero_point), hessian) for run in solved]
+        given = {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point}
+        losses = _run_losses(**given, runs=torch.stack(solved))
+        runs = torch.stack(solved)[torch.randperm(3, generator=g)]
+        untouched = _untouched(**given, runs=runs) == 1
         # Column 0 must not be the answer, since it is where everybody looks first.
-        if (untouched.sum(1) == 1).all() and losses[1] > 1.05 * losses[2] and 0 not in (order[0], order[-1]):
-            return {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point, "runs": runs}
+        if (untouched.sum(1) == 1).all() and losses[1] > 1.05 * max(losses[0], losses[2]) and 0 not in (order[0], order[-1]):
+            return {**given, "runs": runs}
 
 
 def _run(weight: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
@@ -644,6 +617,15 @@ def _run(weight: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, dampi
     return solved.codes[:, order.argsort()].float()
 
 
+def _untouched(weight, hessian, scale, zero_point, runs) -> torch.Tensor:
+    """Share of codes of each column that are those of plain rounding. [runs, in]."""
+    return (runs == grid.quantize(weight, scale, zero_point, 3)).float().mean(1)
+
+
+def _run_losses(weight, hessian, scale, zero_point, runs) -> list[float]:
+    return [gptq.output_error(weight, grid.dequantize(run, scale, zero_point), hessian) for run in runs]
+
+
 def odd_run(
     weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, runs: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
@@ -651,58 +633,16 @@ def odd_run(
     return _odd_run(weight, hessian, scale, zero_point, runs)
 
 
-def _odd_run(weight, hessian, scale, zero_point, runs):
-    plain = grid.quantize(weight, scale, zero_point, 3)
-    first = (runs == plain).float().mean(1).argmax(1)
-    return first, int((first != hessian.diagonal().argmax()).nonzero()[0])
+def _first(*given) -> torch.Tensor:
+    return _untouched(*given).argmax(1)
 
 
-def _run_losses(weight, hessian, scale, zero_point, runs) -> list[float]:
-    return [gptq.output_error(weight, grid.dequantize(run, scale, zero_point), hessian) for run in runs]
+def _odd(weight, hessian, *rest) -> int:
+    return int((_first(weight, hessian, *rest) != hessian.diagonal().argmax()).nonzero()[0])
 
 
-def judge_runs(given: dict, got: dict, want: dict) -> Verdict:
-    if isinstance(got["first"], list):
-        got = {**got, "first": torch.tensor(got["first"])}
-    if fault := shape_fault(got, want):
-        return wrong(fault)
-    weight, hessian, scale, zero_point, runs = given.values()
-    first, odd = got["first"].long(), int(got["wrong"])
-    if not torch.equal(first, want["first"]):
-        plain = grid.quantize(weight, scale, zero_point, 3)
-        least = (runs == plain).float().mean(1).argmin(1)
-        if torch.equal(first, least):
-            return wrong("these are the columns that moved most. They had the most to answer for, so they came late, not first")
-        if torch.equal(first, hessian.diagonal().argmax().expand(3)):
-            return wrong("first is where each run should have begun. Where did it begin? The codes tell: no error had come before")
-        columns = weight.shape[1]
-        if not ((first >= 0) & (first < columns)).all():
-            return wrong(f"first is {first.tolist()}, wanted columns from 0 to {columns - 1}")
-        run = int((first != want["first"]).nonzero()[0])
-        share = 100 * (runs[run, :, first[run]] == plain[:, first[run]]).float().mean().item()
-        return wrong(
-            f"run {run} did not begin with column {int(first[run])}: only {share:.0f} % of its codes are those of plain rounding"
-        )
-    if odd == want["wrong"]:
-        return right()
-    if not 0 <= odd < len(runs):
-        return wrong(f"wrong is {odd}: there are {len(runs)} runs, counted from 0")
-    losses = _run_losses(*given.values())
-    if odd == losses.index(max(losses)):
-        return wrong(f"run {odd} has the largest output error, but it went by the diagonal: it is only damped more. Look at first")
-    return wrong(f"run {odd} began with column {int(first[odd])}, the one with the largest diagonal, as it should")
-
-
-def _runs_answer(first=None, odd=None):
-    def answer(*given):
-        right_first, right_odd = _odd_run(*given)
-        return (right_first if first is None else first(*given)), (right_odd if odd is None else odd(*given))
-
-    return answer
-
-
-def _most_moved(weight, hessian, scale, zero_point, runs):
-    return (runs == grid.quantize(weight, scale, zero_point, 3)).float().mean(1).argmin(1)
+def _odd_run(*given, first: Callable = _first, odd: Callable = _odd) -> tuple[torch.Tensor, int]:
+    return first(*given), odd(*given)
 
 
 def _largest_loss(*given) -> int:
@@ -710,23 +650,43 @@ def _largest_loss(*given) -> int:
     return losses.index(max(losses))
 
 
-def _least_damped_right(*given) -> int:
-    """The run that is neither wrong nor much damped."""
-    return 3 - _odd_run(*given)[1] - _largest_loss(*given)
+def _runs_differ(given: dict, got: dict, want: dict) -> str:
+    if _same(got["first"], want["first"]):
+        odd = int(got["wrong"])
+        return f"run {odd} began with column {int(got['first'][odd])}, the one with the largest diagonal, as it should"
+    run = int((got["first"] != want["first"]).nonzero()[0])
+    column = int(got["first"][run])
+    share = 100 * _untouched(**given)[run, column].item()
+    return f"run {run} did not begin with column {column}: only {share:.0f} % of its codes are those of plain rounding"
 
 
 ODD_RUN = Exercise(
     id="7.6", name="odd_run", title="Which run used the wrong order?", minutes=15, difficulty=4, points=4,
-    returns=("first", "wrong"), inputs=runs_inputs, reference=odd_run, judge=judge_runs,
-    mutants=(
-        Mutant(_runs_answer(odd=_largest_loss), "largest output error"),
-        Mutant(_runs_answer(odd=_least_damped_right), "as it should"),
-        Mutant(_runs_answer(odd=lambda *given: _odd_run(*given)[1] + 3), "counted from 0"),
-        Mutant(_runs_answer(first=_most_moved), "moved most"),
-        Mutant(_runs_answer(first=lambda w, h, *_: h.diagonal().argmax().repeat(3)), "should have begun"),
-        Mutant(_runs_answer(first=lambda *_: torch.zeros(3, dtype=torch.int64)), "did not begin"),
-        Mutant(_runs_answer(first=lambda *given: _odd_run(*given)[0] + 12), "wanted columns"),
-        Mutant(lambda *given: _odd_run(*given)[0], "wanted 2"),
+    returns=("first", "wrong"), inputs=runs_inputs, reference=odd_run, otherwise=_runs_differ,
+    alike=_by_first("first", "wrong", _odd_run),
+    faults=(
+        Fault("first is {columns}, wanted columns from 0 to {last}",
+              lambda given, got, want: ((got["first"] < 0) | (got["first"] >= given["weight"].shape[1])).any() and {
+                  "columns": got["first"].tolist(), "last": given["weight"].shape[1] - 1},
+              answers=(partial(_odd_run, first=lambda *given: _first(*given) + 12),
+                       partial(_odd_run, first=lambda *given: _first(*given) - 12))),
+        Fault("wrong is {wrong}: there are {runs} runs, counted from 0",
+              lambda given, got, want: got["wrong"] not in range(len(given["runs"])) and {
+                  "wrong": got["wrong"], "runs": len(given["runs"])},
+              answers=(partial(_odd_run, odd=lambda *given: _odd(*given) + 3),)),
+    ),
+    mistakes=(
+        Mistake("these are the columns that moved most. They had the most to answer for, so they came late, not first",
+                partial(_odd_run, first=lambda *given: _untouched(*given).argmin(1))),
+        Mistake("first is where each run should have begun. Where did it begin? The codes tell: no error had come before",
+                partial(_odd_run, first=lambda weight, hessian, *_: hessian.diagonal().argmax().repeat(3))),
+        Mistake("this is the run with the largest output error, but it went by the diagonal: it is only damped more. Look at first",
+                partial(_odd_run, odd=_largest_loss)),
+    ),
+    others=(
+        Mutant(partial(_odd_run, odd=lambda *given: 3 - _odd(*given) - _largest_loss(*given)), "as it should"),
+        Mutant(partial(_odd_run, first=lambda *_: torch.zeros(3, dtype=torch.int64)), "did not begin"),
+        Mutant(_first, "wanted 2"),
     ),
 )  # fmt: skip
 

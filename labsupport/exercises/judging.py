@@ -28,13 +28,17 @@ def _kind(value: Any) -> str:
     return {int: "number", float: "number", str: "str", list: "list", dict: "dict"}[type(value)]
 
 
-def _without_axes(have: Any, want: Any) -> Any:
-    """Where a tensor without axes is wanted, a number and a tensor of one entry are as good."""
-    if not isinstance(want, torch.Tensor) or want.ndim:
+def _as_tensor(have: Any, want: Any) -> Any:
+    """A number or one entry where a tensor without axes is wanted, a list of numbers where one of one axis is: as good."""
+    if not isinstance(want, torch.Tensor):
         return have
-    if isinstance(have, torch.Tensor):
+    if want.ndim == 0 and isinstance(have, torch.Tensor):
         return have.reshape(()) if have.numel() == 1 else have
-    return torch.tensor(float(have), dtype=torch.float64) if _kind(have) == "number" else have
+    if want.ndim == 0 and _kind(have) == "number":
+        return torch.tensor(float(have), dtype=torch.float64)
+    if want.ndim == 1 and isinstance(have, list) and {*map(type, have)} in ({int}, {float}):
+        return torch.tensor(have, dtype=torch.float64 if isinstance(have[0], float) else torch.int64)
+    return have
 
 
 def _check_kind(name: str, have: Any, want: Any) -> None:
@@ -105,12 +109,10 @@ def _settled_tensor(name: str, have: torch.Tensor, want: torch.Tensor, exercise:
 def _found(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) -> tuple[Verdict | None, Outputs]:
     """The verdict where one can be seen in the output itself, else None; and the output as it is compared with the reference's."""
     got = tried.outputs
-    if hasattr(exercise, "judge"):  # the old form, until its chapter has moved
-        return exercise.judge(given, got, want), got
     try:
         if missing := [name for name in want if name not in got]:
             raise _Refused(f"there is no {missing[0]}")
-        got = {name: _without_axes(got[name], value) for name, value in want.items()}
+        got = {name: _as_tensor(got[name], value) for name, value in want.items()}
         for name, value in want.items():
             _check_kind(name, got[name], value)
         if message := _first_fault(exercise, given, got, want, early=True):

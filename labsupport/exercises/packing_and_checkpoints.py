@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference
+from labsupport.exercises.compare import first_difference, got_and_wanted
 from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator
 from labsupport.quant import packing, rtn
 
@@ -101,9 +102,11 @@ PACK_NIBBLES = Exercise(
         Mistake("the words are built of differences from 8. Codes are stored as they are, from 0 to 15",
                 lambda codes: _as_packed(_eight(codes) ^ 8)),
     ),
-    others=(Mutant(lambda codes: _as_packed(codes.unflatten(1, (-1, 4))), "has shape"),
-            Mutant(lambda codes: _as_packed(_eight(codes)).long(), "qweight is torch.int64, wanted torch.int32"),
-            Mutant(lambda codes: _as_packed(_eight(codes.clamp(max=14))), "unpacks to 14, wanted 15")),
+    others=(
+        Mutant(lambda codes: _as_packed(codes.unflatten(1, (-1, 4))), "has shape"),
+        Mutant(lambda codes: _as_packed(_eight(codes)).long(), "qweight is torch.int64, wanted torch.int32"),
+        Mutant(lambda codes: _as_packed(_eight(codes.clamp(max=14))), "unpacks to 14, wanted 15"),
+    ),
 )  # fmt: skip
 
 
@@ -156,8 +159,10 @@ UNPACK_NIBBLES = Exercise(
         Mistake("abs() of a word is another word: a negative int32 holds its bits as two's complement",
                 lambda words: _nibbles(words.abs()).flatten(1)),
     ),
-    others=(Mutant(lambda words: _nibbles(words)[..., :7].flatten(1), "has shape"),
-            Mutant(lambda words: _nibbles(words).flatten(1).clamp(max=14), "got 14, wanted 15")),
+    others=(
+        Mutant(lambda words: _nibbles(words)[..., :7].flatten(1), "has shape"),
+        Mutant(lambda words: _nibbles(words).flatten(1).clamp(max=14), "got 14, wanted 15"),
+    ),
 )  # fmt: skip
 
 
@@ -165,8 +170,8 @@ UNPACK_NIBBLES = Exercise(
 
 
 def three_inputs(seed: int) -> dict:
-    """64 columns, 6 words for each of 8 outputs. Codes 10 and 21 of a run lie in two words: every bit of them is set somewhere."""
-    codes = _codes(generator(seed), 8, 64, bits=3)
+    """64 columns, 6 words for each of 7 outputs. Codes 10 and 21 of a run lie in two words: every bit of them is set somewhere."""
+    codes = _codes(generator(seed), 7, 64, bits=3)
     codes[0, [10, 21]] = 7
     codes[1, [10, 21]] = torch.tensor([5, 6], dtype=torch.uint8)
     codes[2, [10, 21]] = torch.tensor([2, 1], dtype=torch.uint8)
@@ -198,12 +203,7 @@ def _three(qweight: torch.Tensor, across: Callable | None = None) -> torch.Tenso
 
 
 def _planes(qweight: torch.Tensor) -> torch.Tensor:
-    bits = _runs(qweight)[..., None] >> torch.arange(32) & 1
-    return (bits << torch.arange(3)[:, None]).sum(2).flatten(1)
-
-
-def _ten_a_word(qweight: torch.Tensor) -> torch.Tensor:
-    return (qweight.t().long()[..., None] >> 3 * torch.arange(10) & 7).flatten(1)
+    return ((_runs(qweight)[..., None] >> torch.arange(32) & 1) << torch.arange(3)[:, None]).sum(2).flatten(1)
 
 
 def _where_three(given: dict, got: dict, want: dict) -> str:
@@ -222,8 +222,7 @@ UNPACK_THREE = Exercise(
     id="10.3", name="unpack_three", title="Three bits, across words", minutes=15, difficulty=4, points=4,
     returns=("codes",), inputs=three_inputs, reference=unpack_three, otherwise=_where_three,
     mistakes=(
-        Mistake("the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next "
-                "word",
+        Mistake("the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next word",
                 _crossing(lambda low, high, bit: low >> bit)),
         Mistake("in the codes that lie in two words the second part is not moved up: its bits belong above those that the first "
                 "word gave", _crossing(lambda low, high, bit: (low >> bit | high) & 7)),
@@ -233,16 +232,18 @@ UNPACK_THREE = Exercise(
                 "second part. Mask the first part, too",
                 _crossing(lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7)),
         Mistake("ten codes a word, and two bits left over: nothing is left over in this layout, 32 codes fill 3 words",
-                _ten_a_word),
+                lambda words: (words.t().long()[..., None] >> 3 * torch.arange(10) & 7).flatten(1)),
         Mistake("bit by bit: the first word taken for the lowest bits of 32 codes, and so on. A code's bits are neighbors",
                 _planes),
         Mistake("the stream was read from its highest bit: it begins at the lowest of the first word",
                 lambda words: _three(packing.pack_gptq(packing.unpack_gptq(words, 3).flip(1), 3))),
         Mistake(LIES_AS_WORDS, lambda words: _three(words).t()),
     ),
-    others=(Mutant(lambda words: _three(words).clamp(max=6), "It is stored in bits"),
-            Mutant(lambda words: torch.cat([(codes := _three(words))[:, :10], codes[:, 10:] * 0], 1), "of word 0, and word 1"),
-            Mutant(lambda words: _three(words)[:, :32], "has shape")),
+    others=(
+        Mutant(lambda words: _three(words).clamp(max=6), "It is stored in bits"),
+        Mutant(lambda words: torch.cat([(codes := _three(words))[:, :10], codes[:, 10:] * 0], 1), "of word 0, and word 1"),
+        Mutant(lambda words: _three(words)[:, :32], "has shape"),
+    ),
 )  # fmt: skip
 
 
@@ -275,13 +276,9 @@ def _zero_words(stored: torch.Tensor) -> torch.Tensor:
     return _signed(words).to(torch.int32)
 
 
-def _less_one(z: torch.Tensor, version: int) -> torch.Tensor:
-    """What is stored, before it is cut to four bits."""
-    return z.long() - 2 + version
-
-
-def _kept(z: torch.Tensor, version: int) -> torch.Tensor:
-    return _less_one(z, version) & 15
+def _kept(z: torch.Tensor, version: int, bits: int = 15) -> torch.Tensor:
+    """What is stored, cut to four bits; bits -1: not cut."""
+    return z.long() - 2 + version & bits
 
 
 PACK_ZEROS = Exercise(
@@ -298,9 +295,9 @@ PACK_ZEROS = Exercise(
         Mistake("version 1 adds 1, wanted it subtracted: the reader is the one who adds",
                 lambda z, version: _zero_words(z.long() + 2 - version & 15)),
         Mistake("a zero-point of 0 fills the rest of its word with ones: 0 - 1 is negative, and all its bits are set. Keep four of "
-                "them", lambda z, version: _zero_words(_less_one(z, version))),
+                "them", lambda z, version: _zero_words(_kept(z, version, -1))),
         Mistake("a zero-point of 0 was clamped to 0 in version 1, and is read as 1. Keep four bits of 0 - 1, which is 15",
-                lambda z, version: _zero_words(_less_one(z, version).clamp(min=0))),
+                lambda z, version: _zero_words(_kept(z, version, -1).clamp(min=0))),
         Mistake("eight groups of an output share a word. Zero-points are packed along out_features: eight outputs of a group",
                 lambda z, version: _word(_eight(_kept(z, version))).t()),
         Mistake("the words are right and lie as [out / 8, groups], wanted [groups, out / 8]",
@@ -329,42 +326,24 @@ def layer_inputs(seed: int) -> dict:
 
 def read_layer(codes: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, version: int) -> torch.Tensor:
     """labsupport's reader of a GPTQ file, given what the words held."""
-    state = {
-        "qweight": packing.pack_rows(codes, 4).t(), "scales": scales, "g_idx": g_idx,
-        "qzeros": packing.pack_rows(stored.t().contiguous(), 4),
-    }  # fmt: skip
-    wide = {**state, "qweight": state["qweight"].contiguous(), "qzeros": state["qzeros"].contiguous()}
-    return packing.read_gptq(wide, 4, version).dequantize()
+    words, zeros = packing.pack_rows(codes, 4).t().contiguous(), packing.pack_rows(stored.t().contiguous(), 4)
+    state = {"qweight": words, "qzeros": zeros, "scales": scales, "g_idx": g_idx}
+    return packing.read_gptq(state, 4, version).dequantize()
 
 
-def _layer(codes, stored, scales, groups, added: int, mask: int = 15) -> torch.Tensor:
-    zero = (stored.long() + added & mask)[:, groups.long()]
-    return (codes.long() - zero).float() * scales.float().t()[:, groups.long()]
+def _layer(codes, stored, scales, groups, added: int, mask: int = 15, rule=lambda code, zero, scale: (code - zero) * scale):
+    zero, scale = (stored.long() + added & mask)[:, groups.long()], scales.float().t()[:, groups.long()]
+    return rule(codes.long(), zero, scale)
 
 
 def _in_order(g_idx: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(g_idx)) // (len(g_idx) // (int(g_idx.max()) + 1))
 
 
-def _by_column(scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    return scales.float().t()[:, groups.long()]
-
-
-def _kept_zero(z: torch.Tensor, g: torch.Tensor, version: int) -> torch.Tensor:
-    return (z.long() + 2 - version & 15)[:, g.long()]
-
-
-def _where_weight(given: dict, got: dict, want: dict) -> str:
-    place, have, wanted = first_difference(got, want)
-    most = max(largest_difference(got[name], want[name]) for name in want)
-    return f"{place}: {got_and_wanted(have, wanted)}; the largest difference is {most:.2g}"
-
-
 READ_LAYER = Exercise(
     id="10.5", name="read_layer", title="From words to a weight", minutes=10, difficulty=3, points=3,
     returns=("weight",), inputs=layer_inputs, reference=read_layer, drive=_both_versions,
     # Exact: a product of two numbers of 11 bits and 5 bits fits a float32.
-    otherwise=_where_weight,
     mistakes=(
         Mistake("g_idx was not used: column j takes the scale and zero-point of group g_idx[j], and here groups are no neighbors",
                 lambda c, z, s, g, version: _layer(c, z, s, _in_order(g), 2 - version)),
@@ -380,14 +359,17 @@ READ_LAYER = Exercise(
         Mistake("in version 1 a stored 15 became 16. It stands for 0, from which 1 was subtracted: keep four bits of the sum",
                 lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, mask=31)),
         Mistake("a code below its zero-point gives a large positive number: uint8 has no negative values, and 3 - 8 is 251. "
-                "Convert first", lambda c, z, s, g, version: (c - (z + 2 - version & 15)[:, g.long()]).float() * _by_column(s, g)),
+                "Convert first",
+                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: (c - z) % 256 * s)),
         Mistake("the zero-point was subtracted after the multiplication: scale * (code - zero_point)",
-                lambda c, z, s, g, version: c.float() * _by_column(s, g) - _kept_zero(z, g, version)),
+                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: c * s - z)),
         Mistake("the zero-points were added: scale * (code - zero_point)",
-                lambda c, z, s, g, version: (c.long() + _kept_zero(z, g, version)).float() * _by_column(s, g)),
+                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: (c + z) * s)),
     ),
-    others=(Mutant(lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version).t(), "has shape"),
-            Mutant(lambda c, z, s, g, version: 2 * _layer(c, z, s, g, 2 - version), "the largest difference")),
+    others=(
+        Mutant(lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version).t(), "has shape"),
+        Mutant(lambda c, z, s, g, version: 2 * _layer(c, z, s, g, 2 - version), "version 1[0, "),
+    ),
 )  # fmt: skip
 
 
@@ -436,7 +418,7 @@ UNPACK_AWQ = Exercise(
 # 10.7 -----------------------------------------------------------------------------------------------------------------
 
 FAULTS = ("fine", "version", "order", "groups")
-SIZE, GROUPS, OUTPUTS = 16, 16, 32
+SIZE, GROUPS, OUTPUTS = 16, 24, 32
 
 
 def _sick(g: torch.Generator, fault: str, plain: bool = False) -> dict[str, torch.Tensor]:
@@ -483,101 +465,72 @@ def diagnose(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor)
     return "version" if off.mean().abs() > 0.5 else "fine"
 
 
-def _ask(answer: Callable, given: dict) -> dict:
-    return {"verdicts": [answer(*layer.values()) for layer in given["layers"]]}
-
-
 HINTS = {
     frozenset({"fine", "version"}): "Read with the wrong version, every zero-point is off by the same 1: look at the mean over all "
-    "groups of (mean code - zero_point)",
-    frozenset(
-        {"fine", "order"}
-    ): "Zero-points of other outputs are as often too high as too low: their mean does not show it, their spread does",
+                                    "groups of (mean code - zero_point)",
+    frozenset({"fine", "order"}): "Zero-points of other outputs are as often too high as too low: their mean does not show it, "
+                                  "their spread does",
     frozenset({"fine", "groups"}): "A grid laid from the least to the largest weight has a code near 0 and one near 15 in every "
-    "group. In these groups?",
+                                   "group. In these groups?",
     frozenset({"order", "groups"}): "Both leave codes that do not scatter about their zero-points. Only where the groups are wrong "
-    "do their codes not reach from end to end",
-}
-OTHER_HINT = "Which of the two changes what a group's codes reach, or moves all zero-points by the same?"
+                                    "do their codes not reach from end to end",
+    frozenset({"version", "order"}): "Which of the two moves all zero-points by the same?",
+    frozenset({"version", "groups"}): "Which of the two changes what a group's codes reach?",
+}  # fmt: skip
 
 
 def _where_sick(given: dict, got: dict, want: dict) -> str:
     pairs = list(zip(got["verdicts"], want["verdicts"], given["layers"], strict=True))
     for verdict, fault, layer in pairs:
         if (verdict, fault) == ("groups", "fine") and torch.equal(layer["g_idx"], _in_order(layer["g_idx"])):
-            return (
-                "a sound layer was called 'groups': its g_idx is plain, as without act-order it is, and right. Whether a g_idx is "
-                "right, only the codes of its groups can say"
-            )
+            plain = "a sound layer was called 'groups': its g_idx is plain, as without act-order it is, and right"
+            return f"{plain}. Whether a g_idx is right, only the codes of its groups can say"
         if verdict == "groups" != fault:
-            return (
-                f"a layer whose fault is {fault!r} was called 'groups'. The columns of a group are those with its number in g_idx, "
-                "wherever they stand; and rounding of its ends may take a step from what their codes reach"
+            called = (
+                f"a layer whose fault is {fault!r} was called 'groups'. The columns of a group are those with its number in g_idx"
             )
+            return f"{called}, wherever they stand; and rounding of its ends may take a step from what their codes reach"
     verdict, fault = next((verdict, fault) for verdict, fault, _ in pairs if verdict != fault)
-    hint = HINTS.get(frozenset({verdict, fault}), OTHER_HINT)
-    return f"a layer whose fault is {fault!r} was called {verdict!r}. {hint}"
+    return f"a layer whose fault is {fault!r} was called {verdict!r}. {HINTS[frozenset({verdict, fault})]}"
 
 
-def _by(rule: Callable[[torch.Tensor, torch.Tensor], str]) -> Callable:
-    """An answer that sees (mean code - zero_point) and the reach of each group."""
-
-    def answer(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor) -> str:
-        grouped = codes[:, g_idx.argsort(stable=True)].float().unflatten(1, (zero_point.shape[1], -1))
-        return rule(grouped.mean(2) - zero_point.float(), grouped.amax(2) - grouped.amin(2))
-
-    return answer
-
-
-def _mean_only(off: torch.Tensor, reach: torch.Tensor) -> str:
-    return "groups" if (reach < 14).any() else "version" if off.mean().abs() > 0.5 else "fine"
-
-
-def _spread_only(off: torch.Tensor, reach: torch.Tensor) -> str:
-    return "groups" if (reach < 14).any() else "order" if off.std() > 2 else "fine"
-
-
-def _without_reach(off: torch.Tensor, reach: torch.Tensor) -> str:
-    return "order" if off.std() > 2 else "version" if off.mean().abs() > 0.5 else "fine"
-
-
-def _all_three(off: torch.Tensor, reach: torch.Tensor) -> str:
-    return "groups" if (reach < 14).any() else _without_reach(off, reach)
-
-
-def _assumes_neighbors(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor) -> str:
-    plain = torch.arange(len(g_idx)) // (len(g_idx) // zero_point.shape[1])
-    return _by(_all_three)(codes, zero_point, plain)
-
-
-def _believes_scattered(codes: torch.Tensor, zero_point: torch.Tensor, g_idx: torch.Tensor) -> str:
-    """A plain g_idx taken for a lost one."""
-    if torch.equal(g_idx, _in_order(g_idx)):
+def _guessed(codes, zero_point, g_idx, reach=True, spread=True, mean=True, neighbors=False):
+    """The diagnosis with what can be left out as options. neighbors: a group's columns are taken to stand side by side."""
+    columns = torch.arange(len(g_idx)) if neighbors else g_idx.argsort(stable=True)
+    grouped = codes[:, columns].float().unflatten(1, (zero_point.shape[1], -1))
+    off = grouped.mean(2) - zero_point.float()
+    if reach and (grouped.amax(2) - grouped.amin(2) < 14).any():
         return "groups"
-    return _by(_without_reach)(codes, zero_point, g_idx)
+    if spread and off.std() > 2:
+        return "order"
+    return "version" if mean and off.mean().abs() > 0.5 else "fine"
+
+
+def _confused(fault: str, other: str) -> Callable:
+    return lambda *layer: other if (found := _guessed(*layer)) == fault else found
 
 
 DIAGNOSE = Exercise(
     id="10.7", name="diagnose", title="Which file is corrupt, and how?", minutes=20, difficulty=4, points=4,
-    returns=("verdicts",), inputs=sick_inputs, reference=diagnose, drive=_ask, otherwise=_where_sick,
+    returns=("verdicts",), inputs=sick_inputs, reference=diagnose, otherwise=_where_sick,
+    drive=lambda answer, given: {"verdicts": [answer(*layer.values()) for layer in given["layers"]]},
     faults=(
         Fault(f"a verdict is {{word!r}}, wanted one of the words {', '.join(FAULTS)}",
               lambda given, got, want: next(({"word": w} for w in got["verdicts"] if w not in FAULTS), None),
-              (lambda *layer: _by(_all_three)(*layer).upper(),)),
+              (lambda *layer: _guessed(*layer).upper(),)),
         Fault("every layer is said to be {word!r}: among the layers shown are all four kinds",
               lambda given, got, want: {"word": got["verdicts"][0]} if len(set(got["verdicts"])) == 1 else None,
               (lambda *layer: "fine", lambda *layer: "groups")),
     ),
     others=(
-        Mutant(_by(_mean_only), "their spread does"),
-        Mutant(_by(_spread_only), "off by the same 1"),
-        Mutant(_by(_without_reach), "groups"),
-        Mutant(_assumes_neighbors, "wherever they stand"),
-        Mutant(_believes_scattered, "only the codes of its groups can say"),
-        Mutant(lambda *layer: "order" if (found := _by(_all_three)(*layer)) == "groups" else found, "from end to end"),
-        Mutant(lambda *layer: "version" if (found := _by(_all_three)(*layer)) == "order" else found, OTHER_HINT),
-        Mutant(_by(lambda off, reach: "fine" if (found := _all_three(off, reach)) == "groups" else found), "In these groups?"),
-        Mutant(lambda *layer: FAULTS.index(_by(_all_three)(*layer)), "wanted a text"),
+        Mutant(partial(_guessed, spread=False), "their spread does"), Mutant(partial(_guessed, mean=False), "off by the same 1"),
+        Mutant(partial(_guessed, reach=False), "groups"), Mutant(partial(_guessed, neighbors=True), "wherever they stand"),
+        Mutant(lambda c, z, g: "groups" if torch.equal(g, _in_order(g)) else _guessed(c, z, g, reach=False),
+               "only the codes of its groups can say"),
+        Mutant(_confused("groups", "order"), "from end to end"), Mutant(_confused("groups", "fine"), "In these groups?"),
+        Mutant(_confused("order", "version"), "moves all zero-points by the same?"),
+        Mutant(_confused("groups", "version"), "changes what a group's codes reach?"),
+        Mutant(lambda *layer: FAULTS.index(_guessed(*layer)), "wanted a text"),
     ),
 )  # fmt: skip
 

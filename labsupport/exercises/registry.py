@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from labsupport.exercises.base import Exercise
+from labsupport.exercises.form import Exercise
 
 CHAPTERS = {
     0: "start_here",

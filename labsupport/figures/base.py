@@ -1,24 +1,43 @@
-"""What every figure shares: size, colors, and a text for those who cannot see it.
+"""What every figure shares: sizes, colors, and a text for those who cannot see it.
 
-Figures are made without pyplot: no global state, nothing to close, and the last line of a cell shows them. Colors are from the
-palette of Okabe and Ito, in an order of falling lightness where it matters; markers and line styles tell the same.
+Figures are made without pyplot: no global state, nothing to close, and the last line of a cell shows them. Most colors are from the
+palette of Okabe and Ito. No two series differ in color alone: each has a marker and a line style, each filled area a hatch.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-GREY = "#999999"
-SERIES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (BLACK, "x", "--"))
-T = TypeVar("T")
+GREY, DARK_GREY = "#999999", "#444444"  # lines that measure, and the words on them
+# Light enough for black words on them, and apart in greyscale.
+PALE_BLUE, PALE_YELLOW, PALE_SKY, PALE_GREEN, PALE_PINK = "#DCEBF5", "#F0E4B2", "#A9D6F0", "#BBE3D6", "#E8C9DA"
+AMOUNTS, SIGNED, SIGNED_FROM_ZERO = "cividis", "RdBu_r", "PuOr"  # color maps
+SERIES = (
+    (BLUE, "o", "-"),
+    (RED, "s", "--"),
+    (GREEN, "^", "-."),
+    (PURPLE, "D", ":"),
+    (ORANGE, "v", (0, (7, 2))),
+    (BLACK, "x", (0, (5, 1, 1, 1, 1, 1))),
+    (SKY, "P", (0, (2, 2))),
+)
+FILLS = ((SKY, ""), (ORANGE, "///"), (RED, "xxx"), (BLUE, ""), (GREY, "..."))
+
 DPI = 110
-FONT = 9
+WIDTH = 7.6  # inches: what a page shows without making it, and the words on it, smaller
+FONT, SMALL = 9, 8  # points; nothing is smaller
+LETTER = 0.56  # of its size, the width of an average letter
+
+T = TypeVar("T")
+Style = tuple[str, str, Any]
 
 
 class CourseFigure(Figure):
@@ -33,49 +52,91 @@ class CourseFigure(Figure):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width, height = self.get_size_inches() * DPI
-        about = {"alt": self.alt, "width": int(width), "height": int(height)}
-        return {"image/png": self.png(), "text/plain": f"Figure: {self.alt}"}, {"image/png": about}
+        metadata = {"alt": self.alt, "width": int(width), "height": int(height)}
+        return {"image/png": self.png(), "text/plain": f"Figure: {self.alt}"}, {"image/png": metadata}
 
     def _ipython_display_(self):
         # Once pyplot is imported, IPython has a printer of its own for figures, which drops the alternative text.
         from IPython.display import display
 
-        data, about = self._repr_mimebundle_()
-        display(data, metadata=about, raw=True)
+        data, metadata = self._repr_mimebundle_()
+        display(data, metadata=metadata, raw=True)
 
 
-def styled(series: Iterable[T]) -> Iterator[tuple[T, tuple[str, str, str]]]:
-    """Each series with a color, marker and line of its own. Raises ValueError for more than there are: none is left out unseen."""
+def drawable(values: torch.Tensor) -> torch.Tensor:
+    """The tensor in a form that can be computed with and drawn: detached, on the CPU, in float32 or, if it came so, float64."""
+    values = values.detach().cpu()
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def all_drawable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`drawable` for each entry."""
+    return {name: drawable(values) for name, values in tensors.items()}
+
+
+def styled(series: Iterable[T]) -> Iterator[tuple[T, Style]]:
+    """Each series with a color, marker and line of its own. Raises ValueError for more series than there are styles."""
     series = list(series)
     if len(series) > len(SERIES):
         raise ValueError(f"series holds {len(series)} series, wanted at most {len(SERIES)}: more cannot be told apart")
     return zip(series, SERIES, strict=False)
 
 
-def new(alt: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3.2), **options):
-    """A figure and its axes, an array of them where there are several. `alt` says what a reader would see."""
+def filled(parts: Iterable[T]) -> Iterator[tuple[T, tuple[str, str]]]:
+    """Each part of a bar with a color and a hatch of its own. Raises ValueError for more parts than there are fills."""
+    parts = list(parts)
+    if len(parts) > len(FILLS):
+        raise ValueError(f"parts holds {len(parts)} parts, wanted at most {len(FILLS)}: more cannot be told apart")
+    return zip(parts, FILLS, strict=False)
+
+
+def new(
+    alt: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3.2), **options: Any
+) -> tuple[CourseFigure, Any]:
+    """A figure and its axes, an array of them where there are several. `alt` says what a reader would see. size: in inches."""
     figure = CourseFigure(figsize=size, layout="constrained")
     figure.alt = alt
     axes = figure.subplots(rows, columns, **options)
     for axis in figure.axes:
-        plain(axis)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(which="both", labelsize=SMALL)
     return figure, axes
 
 
-def plain(axis: Axes) -> None:
-    """Small type, no box."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=FONT - 1)
-    axis.title.set_fontsize(FONT + 1)
-    axis.xaxis.label.set_fontsize(FONT)
-    axis.yaxis.label.set_fontsize(FONT)
-
-
 def label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=FONT + 1, loc="left")
-    axis.set_xlabel(x, fontsize=FONT)
-    axis.set_ylabel(y, fontsize=FONT)
+    """Name a panel and its axes. What is longer than the panel is broken into lines."""
+    width, height = _inches(axis)
+    axis.set_title(_lines(title, width, FONT + 1), fontsize=FONT + 1, loc="left")
+    axis.set_xlabel(_lines(x, width, FONT), fontsize=FONT)
+    axis.set_ylabel(_lines(y, height, FONT), fontsize=FONT)
 
 
-def legend(axis: Axes, **options) -> None:
-    axis.legend(fontsize=FONT - 1, frameon=False, **options)
+def legend(axis: Axes, **options: Any) -> None:
+    axis.legend(fontsize=SMALL, title_fontsize=SMALL, frameon=False, **options)
+
+
+def beside(axis: Axes, **options: Any) -> None:
+    """A legend to the right of the panel."""
+    legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
+
+
+def _inches(axis: Axes) -> tuple[float, float]:
+    """Roughly the width and height that a panel has for itself, its ticks and names taken off."""
+    figure = axis.get_figure()
+    width, height = figure.get_size_inches()
+    place = axis.get_subplotspec()
+    if place is not None:
+        grid = place.get_gridspec()
+        width *= _share(grid.get_width_ratios(), grid.ncols, place.colspan)
+        height *= _share(grid.get_height_ratios(), grid.nrows, place.rowspan)
+    return width - 0.6, height - 0.7
+
+
+def _share(ratios: Any, count: int, span: range) -> float:
+    ratios = ratios or [1] * count
+    return sum(ratios[i] for i in span) / sum(ratios)
+
+
+def _lines(text: str, inches: float, points: float) -> str:
+    letters = max(12, int(72 * inches / (LETTER * points)))
+    return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))

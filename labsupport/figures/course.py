@@ -41,8 +41,8 @@ LANES: dict[str, tuple[tuple[int, str, str], ...]] = {
     ),
 }
 READY = tuple(range(12))
-PER_LANE = 6  # boxes in the longest lane
-WIDTH, HEIGHT = 1.0, 0.72  # of a box, where boxes stand 1.12 apart and lanes 1
+PER_ROW = 4  # a longer lane goes on in a row below
+WIDTH, HEIGHT = 1.0, 0.72  # of a box; boxes stand 1.12 apart, rows 0.86, and lanes 0.14 further
 
 
 def _wrapped(words: Sequence[str], length: int) -> str:
@@ -57,39 +57,43 @@ def _wrapped(words: Sequence[str], length: int) -> str:
 
 def map(ready: Collection[int] = READY) -> CourseFigure:
     """The chapters of the course in lanes. Those in `ready` can be opened now, the others are drawn as planned."""
-    said = "; ".join(f"{lane}: " + ", ".join(f"{n:02} {name}" for n, name, _ in row) for lane, row in LANES.items())
-    alt = (
-        f"Map of the course, four lanes of chapters. {said}. Ready: {', '.join(f'{n:02}' for n in sorted(ready))}; others planned."
-    )
-    figure, axis = base.new(alt, size=(9.6, 4.5))
+    summary = "; ".join(f"{lane}: " + ", ".join(f"{n:02} {name}" for n, name, _ in row) for lane, row in LANES.items())
+    open_now = ", ".join(f"{n:02}" for n in sorted(ready))
+    alt = f"Map of the course, four lanes of chapters. {summary}. Ready: {open_now}; the others are planned."
+    rows = sum(-(-len(row) // PER_ROW) for row in LANES.values())
+    bottom = 0.86 * rows + 0.14 * (len(LANES) - 1)
+    figure, axis = base.new(alt, size=(base.WIDTH, 0.98 * bottom + 0.4))
     axis.axis("off")
-    axis.set(xlim=(-0.85, 1.12 * PER_LANE), ylim=(len(LANES) + 0.1, -0.12))
-    for y, (lane, row) in enumerate(LANES.items()):
-        axis.text(-0.82, y + HEIGHT / 2, lane, fontsize=base.FONT + 1, weight="bold", va="center")
-        for x, (number, name, about) in enumerate(row):
-            left, here = 1.12 * x, number in ready
-            color, style = (base.BLUE, "-") if here else (base.GREY, "--")
-            face = "#DCEBF5" if here else "white"
+    axis.set(xlim=(-0.65, 1.12 * PER_ROW), ylim=(bottom + 0.22, -0.06))
+    y = 0.0
+    for lane, row in LANES.items():
+        axis.text(-0.63, y + HEIGHT / 2, lane, fontsize=base.FONT + 1, weight="bold", va="center")
+        for place, (number, name, about) in enumerate(row):
+            x = place % PER_ROW
+            if place and not x:
+                y += 0.86
+            left, open_now = 1.12 * x, number in ready
+            color, style = (base.BLUE, "-") if open_now else (base.GREY, "--")
+            face = base.PALE_BLUE if open_now else "white"
             axis.add_patch(
                 FancyBboxPatch(
                     (left + 0.04, y + 0.04), WIDTH - 0.08, HEIGHT - 0.08, "round,pad=0.04,rounding_size=0.07",
                     facecolor=face, edgecolor=color, linestyle=style, linewidth=1.2,
                 )
             )  # fmt: skip
-            title = _wrapped([f"{number:02}", *name.split("_")], 19)
-            axis.text(left + 0.5, y + 0.05, title, ha="center", va="top", fontsize=8, weight="bold", linespacing=1.05)
-            axis.text(
-                left + 0.5, y + HEIGHT - 0.05, _wrapped(about.split(), 20), ha="center", va="bottom", fontsize=7.2, linespacing=1.1
-            )
+            title, about = _wrapped([f"{number:02}", *name.split("_")], 21), _wrapped(about.split(), 21)
+            axis.text(left + 0.5, y + 0.06, title, ha="center", va="top", fontsize=base.FONT, weight="bold", linespacing=1.05)
+            axis.text(left + 0.5, y + HEIGHT - 0.06, about, ha="center", va="bottom", fontsize=base.SMALL, linespacing=1.1)
             if x:
                 arrow = {"arrowstyle": "->", "color": base.BLACK, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
                 axis.annotate("", (left, y + HEIGHT / 2), (left - 0.12, y + HEIGHT / 2), arrowprops=arrow)
-    for place, (text, face, color, style) in enumerate(
-        (("ready", "#DCEBF5", base.BLUE, "-"), ("planned", "white", base.GREY, "--"))
-    ):
-        left = 3.6 + 1.0 * place
-        axis.add_patch(FancyBboxPatch((left, 3.3), 0.18, 0.12, "round,pad=0.02", facecolor=face, edgecolor=color, linestyle=style))
-        axis.text(left + 0.28, 3.36, text, fontsize=8, va="center")
+        y += 1.0
+    key = (("ready", base.PALE_BLUE, base.BLUE, "-"), ("planned", "white", base.GREY, "--"))
+    for place, (text, face, color, style) in enumerate(key):
+        left = 0.05 + 0.8 * place
+        box = FancyBboxPatch((left, bottom + 0.02), 0.16, 0.1, "round,pad=0.02", facecolor=face, edgecolor=color, linestyle=style)
+        axis.add_patch(box)
+        axis.text(left + 0.24, bottom + 0.07, text, fontsize=base.SMALL, va="center")
     return figure
 
 
@@ -103,25 +107,24 @@ def map_svg() -> str:
 
 
 def parts(sizes: Mapping[str, Mapping[str, float]]) -> CourseFigure:
-    """Bytes of a model by part, one bar for each way it is kept. sizes: by bar, then by part, in bytes."""
+    """Bytes of a model by part, one bar for each form in which it is kept. sizes: by bar, then by part, in bytes."""
     totals = {bar: sum(by_part.values()) for bar, by_part in sizes.items()}
-    said = "; ".join(
+    summary = "; ".join(
         f"{bar} {totals[bar] / 1e6:.3g} MB, of which " + ", ".join(f"{part} {b / 1e6:.2g}" for part, b in by_part.items())
         for bar, by_part in sizes.items()
     )
-    figure, axis = base.new(f"Bars of the bytes of a model by part: {said}.", size=(7.2, 0.9 + 0.5 * len(sizes)))
-    shades = ((base.ORANGE, ""), (base.BLUE, ""), (base.SKY, "///"), (base.BLACK, ""))
+    figure, axis = base.new(f"Bars of the bytes of a model by part: {summary}.", size=(7.2, 0.9 + 0.5 * len(sizes)))
     for place, by_part in enumerate(sizes.values()):
         start = 0.0
-        for (part, count), (color, hatch) in zip(by_part.items(), shades, strict=False):
+        for (part, count), (color, hatch) in base.filled(by_part.items()):
             label = part if place == 0 else None
             axis.barh(place, count / 1e6, left=start, color=color, hatch=hatch, edgecolor="white", linewidth=0.4, label=label)
             start += count / 1e6
-        axis.text(start, place, f" {start:.1f} MB", va="center", fontsize=base.FONT - 1)
+        axis.text(start, place, f" {start:.1f} MB", va="center", fontsize=base.SMALL)
     axis.set(xlim=(0, 1.15 * max(totals.values()) / 1e6), yticks=range(len(sizes)), ylim=(len(sizes) - 0.5, -0.5))
     axis.set_yticklabels(list(sizes))
     base.label(axis, "Where the bytes are", "memory (MB)", "")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=base.FONT - 1, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=base.SMALL, frameon=False)
     return figure
 
 
@@ -138,13 +141,13 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
         f"hardest is {worst!r}, and {few} carry half of it. A dashed line marks {guess:.1f}, the loss of guessing evenly among "
         f"{vocabulary} tokens."
     )
-    figure, axis = base.new(alt, size=(9.0, 3.2))
+    figure, axis = base.new(alt, size=(base.WIDTH, 3.4))
     axis.bar(range(len(losses)), losses, color=base.SKY, edgecolor=base.BLUE, linewidth=0.5)
     axis.axhline(guess, color=base.RED, linestyle="--", linewidth=1.2, label="guessing evenly")
     axis.axhline(mean, color=base.BLACK, linewidth=1.2, label=f"mean {mean:.2f}: perplexity {math.exp(mean):.2f}")
     shown = [re.sub(" {4,}", lambda run: f"\u00b7x{len(run[0])}", t) for t in tokens]
     shown = [t.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$") for t in shown]
-    axis.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=base.FONT - 2, family="monospace")
+    axis.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=base.SMALL, family="monospace")
     axis.set_xlim(-0.7, len(tokens) - 0.3)
     marks = "\u00b7 a space, \u21b5 a line's end"
     base.label(
@@ -153,18 +156,19 @@ def token_losses(tokens: Sequence[str], losses: Sequence[float], vocabulary: int
         f"token of the passage ({marks})",
         "loss (nats)",
     )
-    base.legend(axis, loc="upper right", ncols=2, bbox_to_anchor=(1, 1.14))
+    axis.set_ylim(0, 1.2 * max(guess, *losses))
+    base.legend(axis, loc="upper right", ncols=2)
     return figure
 
 
 def yardsticks(bits: Mapping[str, float], ours: str) -> CourseFigure:
     """Bits for each byte that several ways of describing one text need. `ours`: the bar to draw in another color."""
-    said = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
-    figure, axis = base.new(f"Bars of bits for each byte of one text: {said}.", size=(7.2, 0.9 + 0.34 * len(bits)))
+    summary = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
+    figure, axis = base.new(f"Bars of bits for each byte of one text: {summary}.", size=(7.2, 0.9 + 0.34 * len(bits)))
     colors = [base.BLUE if name == ours else base.SKY for name in bits]
     axis.barh(range(len(bits)), list(bits.values()), color=colors, hatch=["///" if c == base.BLUE else "" for c in colors])
     for place, value in enumerate(bits.values()):
-        axis.text(value, place, f" {value:.2f}", va="center", fontsize=base.FONT - 1)
+        axis.text(value, place, f" {value:.2f}", va="center", fontsize=base.SMALL)
     axis.set(yticks=range(len(bits)), ylim=(len(bits) - 0.5, -0.5), xlim=(0, 1.1 * max(bits.values())))
     axis.set_yticklabels(list(bits))
     base.label(axis, "What the held-out text costs to describe", "bits for each byte", "")

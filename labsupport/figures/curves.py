@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from labsupport.figures import base
+from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 
 Row = Mapping[str, float]
@@ -18,22 +18,24 @@ def bits_against_perplexity(
     Rows hold bits_per_weight, change, low and high (1 % is 0.01). baseline: perplexity of the unquantized model, for the title.
     live: a point (bits_per_weight, change) that the notebook has just measured.
     """
-    said = "; ".join(
+    summary = "; ".join(
         f"{name} from {100 * max(r['change'] for r in rows):.3g} % to {100 * min(r['change'] for r in rows):.2g} %"
         for name, rows in series.items()
     )
-    figure, axis = base.new(f"Rise in perplexity against stored bits a weight, both ends of each line: {said}.", size=(6.4, 3.8))
+    figure, axis = base.new(f"Rise in perplexity against stored bits a weight, both ends of each line: {summary}.", size=(6.4, 3.8))
     for (name, rows), (color, marker, style) in base.styled(series.items()):
         ordered = sorted(rows, key=lambda r: r["bits_per_weight"])
         x = [r["bits_per_weight"] for r in ordered]
         y = [100 * r["change"] for r in ordered]
-        bars = [[100 * (r["change"] - r["low"]) for r in ordered], [100 * (r["high"] - r["change"]) for r in ordered]]
+        bars = scales.bars([(r["change"], r["low"], r["high"]) for r in ordered])
         axis.errorbar(x, y, bars, color=color, marker=marker, linestyle=style, markersize=4.5, capsize=2, label=name)
     if live is not None:
         axis.plot(live[0], 100 * live[1], "*", color=base.BLACK, markersize=13, zorder=5, label="measured just now")
-    # Logarithmic above 0.1 %, linear below it, so that a change of nothing, or less, still has a place.
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.axhline(0, color=base.GREY, linewidth=0.8)
+    if min(r["low"] for rows in series.values() for r in rows) > 0.001:
+        axis.set_yscale("log")
+        scales.plain_numbers(axis.yaxis)
+    else:
+        scales.percent(axis, 0.1)
     axis.grid(alpha=0.25)
     base.label(axis, f"{title} (16 bits: {baseline:.2f})", "bits a weight, all that is stored", "rise in perplexity (%)")
     base.legend(axis)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.colors import TwoSlopeNorm
 
-from labsupport.figures import base
+from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 from labsupport.quant import grid
 
@@ -34,7 +34,7 @@ def formats(largest: float = 2.0) -> CourseFigure:
         "Right: the gap between neighboring levels grows with magnitude in fp16, bf16 and fp8, and is flat for the integer grids."
     )
     colors = {"fp8 e4m3": base.GREEN, "bf16": base.RED, "fp16": base.BLUE, "int4 grid": base.ORANGE, "int8 grid": base.BLACK}
-    figure, (left, right) = base.new(alt, 1, 2, size=(9.0, 3.2))
+    figure, (left, right) = base.new(alt, 1, 2, size=(base.WIDTH, 3.2))
     for y, (name, levels) in enumerate(reversed(strips.items())):
         left.vlines(levels, y - 0.3, y + 0.3, color=colors[name], linewidth=0.9)
     left.set_yticks(range(3), list(reversed(strips)))
@@ -44,17 +44,17 @@ def formats(largest: float = 2.0) -> CourseFigure:
         smallest = 2.0 ** (2 - 2 ** (e - 1) - m)
         gap = torch.exp2(exponent - m).clamp(min=smallest)
         right.step(torch.exp2(exponent), gap, where="post", color=colors[name], linestyle=style, label=name)
-    for name, steps in (("int4 grid", 7), ("int8 grid", 127)):
-        right.axhline(largest / steps, color=colors[name], linewidth=1.2, label=name)
+    for name, steps, style in (("int4 grid", 7, (0, (7, 2))), ("int8 grid", 127, ":")):
+        right.axhline(largest / steps, color=colors[name], linestyle=style, linewidth=1.4, label=name)
     right.set(xscale="log", yscale="log", xlim=(2**-10, largest))
     base.label(right, "Gap to the next level", "magnitude of the value", "gap")
-    base.legend(right, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    base.beside(right)
     return figure
 
 
 def staircase(row: torch.Tensor, scale: float, zero_point: float, bits: int, title: str = "") -> CourseFigure:
     """The function that rounds to a grid, the values of `row` on it, and below, the error it makes."""
-    row = row.flatten().float()
+    row = base.drawable(row).flatten()
     low = min(row.min().item(), (0 - zero_point) * scale) - scale
     high = max(row.max().item(), (2**bits - 1 - zero_point) * scale) + scale
     scale_t, zero_t = torch.tensor(float(scale)), torch.tensor(float(zero_point))
@@ -85,42 +85,45 @@ def staircase(row: torch.Tensor, scale: float, zero_point: float, bits: int, tit
 
 def heatmaps(weight: torch.Tensor, codes: torch.Tensor, reconstruction: torch.Tensor, bits: int) -> CourseFigure:
     """A corner of a weight, its codes, what is read back, and the error, side by side."""
+    weight, codes, reconstruction = base.drawable(weight), base.drawable(codes), base.drawable(reconstruction)
     error = reconstruction - weight
     alt = (
         f"Four heatmaps of {list(weight.shape)} values: the weight, its {bits}-bit codes, the reconstruction, "
         "which looks like the weight in fewer shades, and the error, which looks like noise without structure."
     )
-    figure, axes = base.new(alt, 1, 4, size=(9.0, 2.9))
+    figure, axes = base.new(alt, 1, 4, size=(base.WIDTH, 3.0))
     reach = weight.abs().max().item()
     panels = (
-        ("Weight", weight, "RdBu_r", TwoSlopeNorm(0, -reach, reach)),
-        (f"Codes, 0 to {2**bits - 1}", codes, "viridis", None),
-        ("Read back", reconstruction, "RdBu_r", TwoSlopeNorm(0, -reach, reach)),
-        ("Error, its own color scale", error, "RdBu_r", None),
+        ("Weight", weight, base.SIGNED, TwoSlopeNorm(0, -reach, reach)),
+        (f"Codes, 0 to {2**bits - 1}", codes, base.AMOUNTS, None),
+        ("Read back", reconstruction, base.SIGNED, TwoSlopeNorm(0, -reach, reach)),
+        ("Error, its own color scale", error, base.SIGNED, None),
     )
     for axis, (title, values, colors, norm) in zip(axes, panels, strict=True):
-        image = axis.imshow(values.float().numpy(), cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
+        image = axis.imshow(values, cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
         base.label(axis, title, "in_features", "out_features" if title == "Weight" else "")
         axis.set_xticks([]), axis.set_yticks([])
-        bar = figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)
-        bar.ax.tick_params(labelsize=base.FONT - 2)
+        scales.color_bar(figure, image, axis, location="bottom", shrink=0.9)
     return figure
 
 
 def error_histogram(errors: Mapping[str, torch.Tensor]) -> CourseFigure:
     """Rounding errors in units of the step, a panel for each case, against the uniform density that step**2/12 assumes."""
-    ratios = {name: 12 * values.float().pow(2).mean().item() for name, values in errors.items()}
+    errors = base.all_drawable(errors)
+    ratios = {name: 12 * values.pow(2).mean().item() for name, values in errors.items()}
     alt = (
         "Histograms of rounding errors in steps, from minus to plus half, against a flat line. Mean square over step²/12: "
         + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
     )
-    figure, axes = base.new(alt, 1, len(errors), size=(9.0, 2.7), sharey=True)
+    figure, axes = base.new(alt, 1, len(errors), size=(base.WIDTH, 3.0), sharey=True)
     for axis, (name, values) in zip(axes, errors.items(), strict=True):
-        axis.hist(values.flatten(), bins=40, range=(-0.5, 0.5), density=True, color=base.SKY, edgecolor=base.BLUE, linewidth=0.4)
+        style = {"density": True, "color": base.SKY, "edgecolor": base.BLUE, "linewidth": 0.4}
+        axis.hist(values.flatten(), bins=40, range=(-0.5, 0.5), **style)
+        axis.set_xticks((-0.5, 0, 0.5))
         axis.axhline(1, color=base.RED, linestyle="--", linewidth=1.2)
         base.label(axis, f"{name}\n{ratios[name]:.2f} x step²/12", "error (steps)", "density" if axis is axes[0] else "")
-    axes[0].set_ylim(0, 4)
-    axes[0].annotate("uniform", (-0.48, 1.1), color=base.RED, fontsize=base.FONT - 1)
+    axes[0].set_ylim(0, max(1.5, axes[0].get_ylim()[1]))
+    axes[0].annotate("uniform", (-0.48, 1.1), color=base.RED, fontsize=base.SMALL)
     return figure
 
 
@@ -141,6 +144,7 @@ def sqnr(bits: Sequence[int], curves: Mapping[str, Sequence[float]]) -> CourseFi
 
 def clip_curve(factors: torch.Tensor, rounding: torch.Tensor, clipping: torch.Tensor, bits: int) -> CourseFigure:
     """Squared error against the clip factor, split into what rounding and what clipping cost. All 1-D, errors in one unit."""
+    factors, rounding, clipping = base.drawable(factors), base.drawable(rounding), base.drawable(clipping)
     total = rounding + clipping
     best = int(total.argmin())
     alt = (
@@ -152,7 +156,12 @@ def clip_curve(factors: torch.Tensor, rounding: torch.Tensor, clipping: torch.Te
         axis.plot(factors, values, color=color, linestyle=style, label=name)
     axis.plot(factors[best], total[best], "o", color=base.BLACK, markersize=6)
     axis.annotate(
-        f"best {factors[best]:.2f}", (factors[best], total[best]), (0, 9), textcoords="offset points", ha="center", fontsize=8
+        f"best {factors[best]:.2f}",
+        (factors[best], total[best]),
+        (0, 9),
+        textcoords="offset points",
+        ha="center",
+        fontsize=base.SMALL,
     )
     axis.set_ylim(0, float(total[-1]) * 1.6)
     base.label(axis, f"{bits} bits: cutting the ends off pays", "clip factor (1 = no clipping)", "squared error / weight²")

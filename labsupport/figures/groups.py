@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from matplotlib.ticker import FuncFormatter
 
-from labsupport.figures import base
+from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 from labsupport.model import models
 from labsupport.model.evaluate import Evaluation
@@ -16,7 +15,7 @@ from labsupport.quant import grid, rtn
 
 def row_in_groups(row: torch.Tensor, group_size: int, bits: int) -> CourseFigure:
     """Above: the weights of a row and the levels that each group's grid offers them. Below: the errors, and half a step."""
-    row = row.detach().flatten().float()
+    row = base.drawable(row).flatten()
     stored = rtn.quantize(row[None], bits, group_size)
     read_back = stored.dequantize()[0]
     ratio = grid.sqnr_db(row, read_back)
@@ -26,7 +25,7 @@ def row_in_groups(row: torch.Tensor, group_size: int, bits: int) -> CourseFigure
         f"{2**bits} levels of its group, which crowd together where the group's weights are small. Below: the errors inside a "
         f"band of half a step either way. {stored.bits_per_weight:.2f} bits a weight, {ratio:.1f} dB."
     )
-    figure, (top, bottom) = base.new(alt, 2, 1, size=(8.6, 4.6), sharex=True, height_ratios=(2, 1))
+    figure, (top, bottom) = base.new(alt, 2, 1, size=(base.WIDTH, 4.6), sharex=True, height_ratios=(2, 1))
     for number in range(count):
         left = number * group_size
         ends = (left - 0.5, left + group_size - 0.5)
@@ -45,30 +44,28 @@ def row_in_groups(row: torch.Tensor, group_size: int, bits: int) -> CourseFigure
     bottom.set_ylim(-reach, reach)
     title = f"{bits} bits, groups of {group_size}: {stored.bits_per_weight:.2f} bits a weight, {ratio:.1f} dB"
     base.label(top, title, "", "weight")
-    base.legend(top, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.16))
+    top.set_ylim(None, top.get_ylim()[1] + 0.18 * (top.get_ylim()[1] - top.get_ylim()[0]))
+    base.legend(top, ncols=2, loc="upper right")
     base.label(bottom, "Error; the band is half a step either way", "place in the row (in_features)", "error")
     return figure
 
 
 def bill(parts: Mapping[str, Sequence[float]], names: Sequence[str], what: str = "group size") -> CourseFigure:
-    """Bits a weight of each layout in `names`, stacked from `parts` such as codes, scales and zero-points. what: names tell of.
+    """Bits a weight of each layout in `names`, stacked from `parts` such as codes, scales and zero-points. what: `names` names.
 
-    Raises ValueError for more parts than can be told apart: none is left out unseen.
+    Raises ValueError for more parts than can be told apart.
     """
-    looks = ((base.SKY, ""), (base.RED, "//"), (base.ORANGE, "xx"))
-    if len(parts) > len(looks):
-        raise ValueError(f"parts holds {len(parts)} parts, wanted at most {len(looks)}")
     totals = [sum(values) for values in zip(*parts.values(), strict=True)]
     alt = (
         f"Stacked bars of bits a weight, by {what}: " + "; ".join(f"{n} {t:.3f}" for n, t in zip(names, totals, strict=True)) + "."
     )
     figure, axis = base.new(alt, size=(6.4, 3.2))
     bottom = [0.0] * len(names)
-    for (part, values), (color, hatch) in zip(parts.items(), looks, strict=False):
+    for (part, values), (color, hatch) in base.filled(parts.items()):
         axis.bar(names, values, bottom=bottom, color=color, hatch=hatch, edgecolor="white", width=0.7, label=part)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     for place, total in enumerate(totals):
-        axis.annotate(f"{total:.2f}", (place, total), (0, 3), textcoords="offset points", ha="center", fontsize=base.FONT - 1)
+        axis.annotate(f"{total:.2f}", (place, total), (0, 3), textcoords="offset points", ha="center", fontsize=base.SMALL)
     axis.set_ylim(0, 1.25 * max(totals))
     base.label(axis, "What a weight costs, counted from the tensors", what, "bits a weight")
     base.legend(axis, ncols=3, loc="upper right")
@@ -77,11 +74,13 @@ def bill(parts: Mapping[str, Sequence[float]], names: Sequence[str], what: str =
 
 def by_layer(panels: Mapping[str, Mapping[str, float]]) -> CourseFigure:
     """One panel for each quantity: its value in every linear, by full name, attention and MLP apart, in the model's order."""
-    said = []
+    summaries = []
     for title, values in panels.items():
         means = {half: _mean(values, half) for half in ("attention", "mlp")}
-        said.append(f"{title}: attention {means['attention']:.3g} on average, MLP {means['mlp']:.3g}")
-    figure, axes = base.new("Dots for every linear layer. " + "; ".join(said) + ".", 1, len(panels), size=(9.4, 3.2), squeeze=False)
+        summaries.append(f"{title}: attention {means['attention']:.3g} on average, MLP {means['mlp']:.3g}")
+    figure, axes = base.new(
+        "Dots for every linear layer. " + "; ".join(summaries) + ".", 1, len(panels), size=(base.WIDTH, 3.2), squeeze=False
+    )
     for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
         for half, color, marker in (("attention", base.BLUE, "o"), ("mlp", base.RED, "s")):
             places = [i for i, name in enumerate(values) if models.role(name) == half]
@@ -89,8 +88,7 @@ def by_layer(panels: Mapping[str, Mapping[str, float]]) -> CourseFigure:
             axis.plot(places, picked, marker, color=color, markersize=4, label="MLP" if half == "mlp" else half)
             axis.axhline(_mean(values, half), color=color, linestyle="-" if half == "attention" else "--", linewidth=1)
         base.label(axis, title.split(" (")[0], "linear layer, first to last", title.partition(" (")[2].rstrip(")") or title)
-        axis.margins(y=0.25)
-    base.legend(axes[0, 0], ncols=2, loc="upper left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=base.SMALL, frameon=False)
     return figure
 
 
@@ -110,29 +108,30 @@ def layer_map(values: Mapping[str, float], title: str, unit: str, form: str = "{
         f"Largest in {largest}, {form.format(values[largest])}; least in {least}, {form.format(values[least])}."
     )
     figure, axis = base.new(alt, size=(6.6, 3.4))
-    image = axis.imshow(table.numpy(), cmap="cividis", aspect="auto")
+    image = axis.imshow(table, cmap=base.AMOUNTS, aspect="auto")
     for y, row in enumerate(table.tolist()):
         for x, value in enumerate(row):
             light = image.norm(value) > 0.55
-            axis.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color="black" if light else "white")
+            axis.text(x, y, form.format(value), ha="center", va="center", fontsize=base.SMALL, color="black" if light else "white")
     axis.set_yticks(range(len(kinds)), kinds)
     axis.set_xticks(range(count))
     base.label(axis, title, "block", "")
-    figure.colorbar(image, ax=axis, label=unit).ax.tick_params(labelsize=base.FONT - 2)
+    scales.color_bar(figure, image, axis, unit)
     return figure
 
 
 def paired(reference: Evaluation, other: Evaluation, names: tuple[str, str]) -> CourseFigure:
     """Left: the loss of each document under two models. Right: the difference, document by document, on a scale of its own."""
-    used = reference.tokens > 0
-    first, second = ((e.loss[used] / e.tokens[used]) for e in (reference, other))
+    tokens = base.drawable(reference.tokens)
+    used = tokens > 0
+    first, second = ((base.drawable(e.loss) / base.drawable(e.tokens))[used] for e in (reference, other))
     difference = second - first
     up = int((difference > 0).sum())
     alt = (
         f"Left: losses of {len(first)} documents, from {first.min():.1f} to {first.max():.1f} nats a token under either model, "
         f"two clouds that cover each other. Right: the difference of each document; {up} of {len(first)} lie above zero."
     )
-    figure, (left, right) = base.new(alt, 1, 2, size=(8.8, 3.3))
+    figure, (left, right) = base.new(alt, 1, 2, size=(base.WIDTH, 3.3))
     for place, values, color, marker in ((0, first, base.BLUE, "o"), (1, second, base.RED, "s")):
         left.plot([place] * len(values), values, marker, color=color, markersize=4, alpha=0.6)
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
@@ -141,9 +140,9 @@ def paired(reference: Evaluation, other: Evaluation, names: tuple[str, str]) -> 
     left.set_xlim(-0.4, 1.4)
     base.label(left, "Each document twice", "", "loss (nats a token)")
     right.axhline(0, color=base.GREY, linewidth=0.8)
-    right.scatter(reference.tokens[used], difference, color=base.BLUE, s=14)
+    right.scatter(tokens[used], difference, color=base.BLUE, s=14)
     right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scales.plain_numbers(right.xaxis)
     base.label(right, "The same, as differences", "tokens of the document that were scored", "difference in loss (nats a token)")
     return figure
 
@@ -152,10 +151,9 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], title: str) -> Cou
     """Horizontal bars for (change, low, high), 1 % being 0.01, with the line of no change."""
     alt = title + ": " + "; ".join(f"{name} {100 * low:+.1f} to {100 * high:+.1f} %" for name, (_, low, high) in rows.items()) + "."
     figure, axis = base.new(alt, size=(6.4, 0.9 + 0.45 * len(rows)))
-    for place, (change, low, high) in enumerate(rows.values()):
+    for place, change in enumerate(rows.values()):
         color, marker, _ = base.SERIES[place % len(base.SERIES)]
-        bars = [[100 * (change - low)], [100 * (high - change)]]
-        axis.errorbar(100 * change, place, xerr=bars, color=color, marker=marker, capsize=4, markersize=5)
+        axis.errorbar(100 * change[0], place, xerr=scales.bars([change]), color=color, marker=marker, capsize=4, markersize=5)
     axis.axvline(0, color=base.GREY, linewidth=0.8)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.5, -0.5)

@@ -12,8 +12,7 @@ from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
 
 BITS = 32
-TINTS = ("#F0E4B2", "#A9D6F0")  # light enough for black figures on them, and apart in greyscale
-HATCHES = ("", "///", "...", "xxx")
+TINTS = (base.PALE_YELLOW, base.PALE_SKY)
 
 
 def words(rows: Mapping[str, Sequence[int]], title: str, what: str = "code") -> CourseFigure:
@@ -21,13 +20,13 @@ def words(rows: Mapping[str, Sequence[int]], title: str, what: str = "code") -> 
 
     rows: for each word, by its name, the code that each of its 32 bits belongs to. Raises ValueError for another number of bits.
     """
-    said = []
+    summaries = []
     for name, owners in rows.items():
         if len(owners) != BITS:
             raise ValueError(f"{name} has {len(owners)} bits, wanted {BITS}")
-        said.append(f"{name}: {' '.join(str(owner) for owner, _ in groupby(owners))}")
-    alt = f"Words of 32 bits as rows of boxes, from the lowest bit; which {what} each box holds. " + "; ".join(said) + "."
-    figure, axis = base.new(alt, size=(8.6, 1.1 + 0.42 * len(rows)))
+        summaries.append(f"{name}: {' '.join(str(owner) for owner, _ in groupby(owners))}")
+    alt = f"Words of 32 bits as rows of boxes, from the lowest bit; which {what} each box holds. " + "; ".join(summaries) + "."
+    figure, axis = base.new(alt, size=(base.WIDTH, 1.1 + 0.42 * len(rows)))
     for place, owners in enumerate(rows.values()):
         _boxes(axis, place, owners)
     for edge in range(8, BITS, 8):
@@ -46,7 +45,7 @@ def _boxes(axis: Axes, place: int, owners: Sequence[int]) -> None:
     for owner, run in groupby(owners):
         width = len(list(run))
         axis.barh(place, width, left=start, height=0.8, color=TINTS[owner % 2], edgecolor="white", linewidth=1.2)
-        axis.text(start + width / 2, place, str(owner), ha="center", va="center", fontsize=base.FONT - (0 if width > 2 else 2))
+        axis.text(start + width / 2, place, str(owner), ha="center", va="center", fontsize=base.FONT if width > 2 else base.SMALL)
         start += width
 
 
@@ -55,11 +54,12 @@ def offsets(samples: Mapping[str, torch.Tensor], title: str, reach: float = 8.0)
 
     samples: by the name of a reading, differences in codes, any shape. Beyond `reach` they count at the ends.
     """
-    said = [f"{name} has mean {x.float().mean().item():+.2f}, spread {x.float().std().item():.2f}" for name, x in samples.items()]
-    alt = f"Outlines of histograms of mean code less zero-point, from {-reach:g} to {reach:g}. " + "; ".join(said) + "."
+    samples = base.all_drawable(samples)
+    summaries = [f"{name} has mean {x.mean().item():+.2f}, spread {x.std().item():.2f}" for name, x in samples.items()]
+    alt = f"Outlines of histograms of mean code less zero-point, from {-reach:g} to {reach:g}. " + "; ".join(summaries) + "."
     figure, axis = base.new(alt, size=(7.0, 3.3))
     for (name, values), (color, _, style) in base.styled(samples.items()):
-        counts, edges = torch.histogram(values.detach().flatten().float().clamp(-reach, reach), bins=64, range=(-reach, reach))
+        counts, edges = torch.histogram(values.flatten().clamp(-reach, reach), bins=64, range=(-reach, reach))
         share = 100 * counts / counts.sum()
         axis.stairs(share.tolist(), edges.tolist(), color=color, linestyle=style, linewidth=1.5, label=name)
     axis.axvline(0, color=base.GREY, linewidth=0.8)
@@ -72,21 +72,19 @@ def offsets(samples: Mapping[str, torch.Tensor], title: str, reach: float = 8.0)
 def besides_codes(parts: Mapping[str, Sequence[float]], names: Sequence[str]) -> CourseFigure:
     """Bits a weight that are stored besides the codes, a bar for each name, from parts in the order given."""
     totals = [sum(shares) for shares in zip(*parts.values(), strict=True)]
-    said = "; ".join(
+    summary = "; ".join(
         f"{name} {total:.3f}: " + ", ".join(f"{part} {shares[i]:.3f}" for part, shares in parts.items() if shares[i])
         for i, (name, total) in enumerate(zip(names, totals, strict=True))
     )
-    figure, axis = base.new(f"Stacked bars, bits a weight besides the codes. {said}.", size=(7.4, 1.6 + 0.36 * len(names)))
+    figure, axis = base.new(f"Stacked bars, bits a weight besides the codes. {summary}.", size=(7.4, 1.4 + 0.36 * len(names)))
     left = [0.0] * len(names)
-    if len(parts) > len(HATCHES):
-        raise ValueError(f"parts holds {len(parts)} parts, wanted at most {len(HATCHES)}")
-    for ((part, shares), (color, _, _)), hatch in zip(base.styled(parts.items()), HATCHES, strict=False):
+    for (part, shares), (color, hatch) in base.filled(parts.items()):
         axis.barh(names, shares, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white", label=part)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for place, total in enumerate(totals):
-        axis.text(total, place, f" {total:.3f}", va="center", fontsize=base.FONT - 1)
+        axis.text(total, place, f" {total:.3f}", va="center", fontsize=base.SMALL)
     axis.set_xlim(0, 1.15 * max(totals))
     axis.invert_yaxis()
     base.label(axis, "What is stored besides four bits a code", "bits a weight", "")
-    base.legend(axis, loc="upper center", bbox_to_anchor=(0.45, -0.28), ncols=len(parts))
+    figure.legend(loc="outside lower center", ncols=len(parts), fontsize=base.SMALL, frameon=False)
     return figure

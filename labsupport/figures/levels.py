@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import torch
 
-from labsupport.figures import base
+from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 
 EVEN = 100 / 16
@@ -16,7 +16,7 @@ EVEN = 100 / 16
 
 def _cells(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Levels in order; the share of the squared error in each one's cell, in percent; the cells' borders, within the values."""
-    levels = levels.detach().float().sort().values
+    levels = base.drawable(levels).sort().values
     bounds = (levels[:-1] + levels[1:]) / 2
     codes = torch.bucketize(values, bounds)
     error = (values - levels[codes]).double().pow(2)
@@ -26,7 +26,7 @@ def _cells(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, to
 
 def ratio_db(values: torch.Tensor, levels: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in decibels of values from -1 to 1, each taken to the nearest level."""
-    levels = levels.detach().float().sort().values
+    values, levels = base.drawable(values), base.drawable(levels).sort().values
     codes = torch.bucketize(values, (levels[:-1] + levels[1:]) / 2)
     noise = (values - levels[codes]).double().pow(2).sum().clamp(min=1e-300)
     return (10 * torch.log10(values.double().pow(2).sum() / noise)).item()
@@ -34,7 +34,7 @@ def ratio_db(values: torch.Tensor, levels: torch.Tensor) -> float:
 
 def on_values(values: torch.Tensor, levels: torch.Tensor, name: str = "") -> CourseFigure:
     """Above: a histogram of values from -1 to 1 and the levels over it. Below: the share of the squared error in each cell."""
-    values = values.detach().flatten().float()
+    values = base.drawable(values).flatten()
     ordered, share, borders = _cells(values, levels)
     ratio = ratio_db(values, levels)
     worst = int(share.argmax())
@@ -50,9 +50,9 @@ def on_values(values: torch.Tensor, levels: torch.Tensor, name: str = "") -> Cou
     top.bar(edges[:-1].tolist(), density.tolist(), width=2 / 80, align="edge", color=base.SKY, label="weights")
     height = 1.25 * density[1:-1].max().item()
     top.vlines(ordered.tolist(), 0, height, color=base.RED, linewidth=1.1, label="levels")
-    top.set_ylim(0, 1.12 * height)
+    top.set_ylim(0, 1.25 * height)
     base.label(top, f"{name}: {ratio:.2f} dB", "", "weights (%)")
-    base.legend(top, loc="upper right", ncols=2, bbox_to_anchor=(1.0, 1.2))
+    base.legend(top, loc="upper right", ncols=2)
     widths = [max(right - left, 0.0) for left, right in pairwise(borders)]
     bottom.bar(borders[:-1], share.tolist(), width=widths, align="edge", color=base.ORANGE, edgecolor="white", linewidth=0.8)
     bottom.plot(ordered, [0] * len(ordered), "|", color=base.RED, markersize=12, clip_on=False)
@@ -64,7 +64,7 @@ def on_values(values: torch.Tensor, levels: torch.Tensor, name: str = "") -> Cou
 
 def slices(codebooks: Mapping[str, torch.Tensor]) -> CourseFigure:
     """Above: a normal curve in 16 slices of equal area. Below: codebooks of 16 levels from -1 to 1, one line each."""
-    curve = NormalDist()
+    codebooks, curve = base.all_drawable(codebooks), NormalDist()
     edges = [curve.inv_cdf(i / 16) for i in range(1, 16)]
     reach = 2.6
     zeros = [name for name, levels in codebooks.items() if (levels == 0).any()]
@@ -95,8 +95,8 @@ def slices(codebooks: Mapping[str, torch.Tensor]) -> CourseFigure:
 
 def code_use(use: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
     """How often each of the 16 codes is taken, in percent, one line for each entry of `use`, and the line of even use."""
-    said = "; ".join(f"{name} from {min(shares):.1f} to {max(shares):.1f} %" for name, shares in use.items())
-    figure, axis = base.new(f"How often each of 16 codes is used: {said}. Even use would be 6.25 %.", size=(6.6, 3.3))
+    summary = "; ".join(f"{name} from {min(shares):.1f} to {max(shares):.1f} %" for name, shares in use.items())
+    figure, axis = base.new(f"How often each of 16 codes is used: {summary}. Even use would be 6.25 %.", size=(6.6, 3.3))
     for place, ((name, shares), (color, marker, style)) in enumerate(base.styled(use.items())):
         # Smaller and smaller markers: lines that lie on each other can still be told apart.
         size = 8 - 2 * min(place, 2)
@@ -111,11 +111,12 @@ def code_use(use: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
 
 def densities(samples: Mapping[str, torch.Tensor], title: str, reach: float = 1.0) -> CourseFigure:
     """Histograms of several samples of one scale, as outlines; and how much of each lies at the very ends."""
+    samples = base.all_drawable(samples)
     ends = {name: 100 * (values.abs() >= reach).float().mean().item() for name, values in samples.items()}
-    said = "; ".join(f"{name} with {share:.1f} % at or beyond the ends" for name, share in ends.items())
-    figure, axis = base.new(f"Outlines of histograms from {-reach:g} to {reach:g}: {said}.", size=(6.6, 3.2))
+    summary = "; ".join(f"{name} with {share:.1f} % at or beyond the ends" for name, share in ends.items())
+    figure, axis = base.new(f"Outlines of histograms from {-reach:g} to {reach:g}: {summary}.", size=(6.6, 3.2))
     for (name, values), (color, _, style) in base.styled(samples.items()):
-        counts, edges = torch.histogram(values.detach().flatten().float().clamp(-reach, reach), bins=61, range=(-reach, reach))
+        counts, edges = torch.histogram(values.flatten().clamp(-reach, reach), bins=61, range=(-reach, reach))
         share = 100 * counts / counts.sum()
         axis.stairs(
             share.tolist(),
@@ -137,33 +138,32 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure:
     values = torch.tensor([list(row.values()) for row in rows.values()], dtype=torch.float64)
     behind = values - values.amax(1, keepdim=True)
     best = {name: max(row, key=row.get) for name, row in rows.items()}
-    said = "; ".join(f"{name}: {winner} with {rows[name][winner]:.1f} dB" for name, winner in best.items())
+    summary = "; ".join(f"{name}: {winner} with {rows[name][winner]:.1f} dB" for name, winner in best.items())
     figure, axis = base.new(
-        f"A table in color, the best codebook for each distribution: {said}.", size=(6.8, 0.9 + 0.42 * len(rows))
+        f"A table in color, the best codebook for each distribution: {summary}.", size=(6.8, 0.9 + 0.42 * len(rows))
     )
-    image = axis.imshow(behind.numpy(), cmap="cividis", aspect="auto", vmin=min(-4.0, behind.min().item()), vmax=0)
+    image = axis.imshow(behind, cmap=base.AMOUNTS, aspect="auto", vmin=min(-4.0, behind.min().item()), vmax=0)
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
             won = behind[y, x] == 0
             dark = image.norm(behind[y, x].item()) < 0.55
             axis.text(
-                x, y, f"{value:.1f}", ha="center", va="center", fontsize=base.FONT - 1, weight="bold" if won else "normal",
+                x, y, f"{value:.1f}", ha="center", va="center", fontsize=base.SMALL, weight="bold" if won else "normal",
                 color="white" if dark else "black",
             )  # fmt: skip
-    axis.set_xticks(range(len(columns)), columns, fontsize=base.FONT - 1)
+    axis.set_xticks(range(len(columns)), columns, fontsize=base.SMALL)
     axis.set_yticks(range(len(rows)), list(rows))
     base.label(axis, title, "", "")
-    bar = figure.colorbar(image, ax=axis, label="behind the best of the row (dB)")
-    bar.ax.tick_params(labelsize=base.FONT - 2)
+    scales.color_bar(figure, image, axis, "behind the best (dB)")
     return figure
 
 
 def error_and_loss(points: Mapping[str, tuple[float, float, float, float]], title: str) -> CourseFigure:
     """A codebook's decibels on the weights against what it costs the model: (dB, change, low, high), 0.01 being 1 %."""
-    said = "; ".join(f"{name} {db:.2f} dB and {100 * change:+.1f} %" for name, (db, change, _, _) in points.items())
-    figure, axis = base.new(f"Rise in perplexity against decibels, with intervals: {said}.", size=(6.2, 3.5))
+    summary = "; ".join(f"{name} {db:.2f} dB and {100 * change:+.1f} %" for name, (db, change, _, _) in points.items())
+    figure, axis = base.new(f"Rise in perplexity against decibels, with intervals: {summary}.", size=(6.2, 3.5))
     for (name, (db, change, low, high)), (color, marker, _) in base.styled(points.items()):
-        bars = [[100 * (change - low)], [100 * (high - change)]]
+        bars = scales.bars([(change, low, high)])
         axis.errorbar(db, 100 * change, bars, color=color, marker=marker, markersize=6, capsize=3, linestyle="none", label=name)
     axis.set_ylim(0, 1.15 * max(100 * high for *_, high in points.values()))
     axis.margins(x=0.12)
@@ -178,15 +178,15 @@ def rises(series: Mapping[str, Sequence[Mapping[str, float]]], title: str, live:
 
     Rows hold bits_per_weight, change, low and high (1 % is 0.01). live: a point that the notebook has just measured.
     """
-    said = "; ".join(
+    summary = "; ".join(
         f"{name} from {100 * max(r['change'] for r in rows):.2f} to {100 * min(r['change'] for r in rows):.2f} %"
         for name, rows in series.items()
     )
-    figure, axis = base.new(f"Rise in perplexity against stored bits a weight, with intervals: {said}.", size=(6.6, 3.8))
+    figure, axis = base.new(f"Rise in perplexity against stored bits a weight, with intervals: {summary}.", size=(6.6, 3.8))
     for (name, rows), (color, marker, style) in base.styled(series.items()):
         ordered = sorted(rows, key=lambda r: r["bits_per_weight"])
         y = [100 * r["change"] for r in ordered]
-        bars = [[100 * (r["change"] - r["low"]) for r in ordered], [100 * (r["high"] - r["change"]) for r in ordered]]
+        bars = scales.bars([(r["change"], r["low"], r["high"]) for r in ordered])
         x = [r["bits_per_weight"] for r in ordered]
         axis.errorbar(x, y, bars, color=color, marker=marker, linestyle=style, markersize=5, capsize=2, label=name)
     if live is not None:

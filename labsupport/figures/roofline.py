@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from labsupport.evidence.roofline import Device
-from labsupport.figures import base
+from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 
-# Light to dark, with a pattern each, so that the parts of a bar can be told apart without color.
-PARTS = (("codes", base.SKY, ""), ("scales and zero-points", base.BLACK, ""), ("kept in 16 bits", base.ORANGE, "///"))
+PARTS = ("codes", "scales and zero-points", "kept in 16 bits")
 
 
 def model_sizes(models: Mapping[str, Mapping[int, Sequence[float]]], cards: Sequence[float] = (16, 24, 80)) -> CourseFigure:
@@ -19,29 +18,29 @@ def model_sizes(models: Mapping[str, Mapping[int, Sequence[float]]], cards: Sequ
     cards: memory of graphics cards in GB; a line is drawn for each that falls inside a panel.
     """
     totals = {name: {bits: sum(parts) for bits, parts in widths.items()} for name, widths in models.items()}
-    said = "; ".join(
+    summary = "; ".join(
         f"{name}: " + ", ".join(f"{total:.3g} GB in {bits} bits" for bits, total in t.items()) for name, t in totals.items()
     )
-    figure, axes = base.new(f"Bars of stored bytes. {said}.", 1, len(models), size=(9.2, 2.9), squeeze=False)
+    figure, axes = base.new(f"Bars of stored bytes. {summary}.", 1, len(models), size=(base.WIDTH, 3.0), squeeze=False)
     for axis, (name, widths) in zip(axes[0], models.items(), strict=True):
         reach = 1.22 * max(totals[name].values())
         for place, parts in enumerate(widths.values()):
             start = 0.0
-            for (label, color, hatch), size in zip(PARTS, parts, strict=True):
+            for (label, (color, hatch)), size in zip(base.filled(PARTS), parts, strict=True):
                 axis.barh(place, size, left=start, color=color, hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
                 start += size
-            total = axis.text(start + reach * 0.02, place, f"{start:.1f}", va="center", fontsize=base.FONT - 1)
+            total = axis.text(start + reach * 0.02, place, f"{start:.1f}", va="center", fontsize=base.SMALL)
             total.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
         for card in cards:
             if 0.15 * reach < card < reach:
                 axis.axvline(card, color=base.RED, linestyle="--", linewidth=1, label="memory of a graphics card, GB", zorder=0)
-                axis.text(card, -0.72, f"{card:g}", color=base.RED, fontsize=base.FONT - 1, ha="center", va="bottom")
+                axis.text(card, -0.72, f"{card:g}", color=base.RED, fontsize=base.SMALL, ha="center", va="bottom")
         axis.set(xlim=(0, reach), ylim=(len(widths) - 0.5, -0.75), yticks=range(len(widths)))
         axis.set_yticklabels([f"{bits} bits" for bits in widths])
         base.label(axis, name, "GB of weights", "")
         axis.set_title(name, fontsize=base.FONT + 1, loc="left", pad=12)
     shown = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=base.FONT - 1, frameon=False)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), fontsize=base.SMALL, frameon=False)
     return figure
 
 
@@ -72,9 +71,9 @@ def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str 
     axis.set_ylim(bottom, top * 300)
     for name, x in marks.items():
         axis.axvline(x, color=base.GREY, linewidth=0.9, linestyle=":")
-        axis.text(x, top * 250, name, rotation=90, fontsize=base.FONT - 2, ha="right", va="top", color="#444444")
+        axis.text(x, top * 250, name, rotation=90, fontsize=base.SMALL, ha="right", va="top", color=base.DARK_GREY)
     base.label(axis, "At most: the lower of the two limits", "operations a byte", "10$^{12}$ operations a second")
-    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    base.beside(axis)
     return figure
 
 
@@ -90,10 +89,9 @@ def intensity_against_batch(
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     for name, y in ridges.items():
         axis.axhline(y, color=base.GREY, linewidth=1)
-        axis.text(batches[-1], y * 1.08, f"ridge of {name}", fontsize=base.FONT - 2, ha="right", color="#444444")
-    axis.set_xscale("log", base=2)
+        axis.text(batches[-1], y * 1.08, f"ridge of {name}", fontsize=base.SMALL, ha="right", color=base.DARK_GREY)
+    scales.powers_of_two(axis, batches)
     axis.set_yscale("log")
-    axis.set_xticks(batches, [str(b) for b in batches])
     base.label(axis, title, "tokens in one product", "operations a byte")
     base.legend(axis, loc="upper left")
     return figure
@@ -102,19 +100,19 @@ def intensity_against_batch(
 def throughput(
     batches: Sequence[int], measured: Mapping[str, Sequence[float]], limits: Mapping[str, Sequence[float]], title: str
 ) -> CourseFigure:
-    """Tokens a second against the batch: measured points, and for each the limit of the roofline as a line of its color."""
-    said = "; ".join(
+    """Tokens a second against the batch: measured points, and for each the roofline's limit in its color, with hollow markers."""
+    summary = "; ".join(
         f"{name}: {y[0]:.3g} tokens a second at batch {batches[0]} and {y[-1]:.3g} at {batches[-1]}, "
         f"limits {limits[name][0]:.3g} and {limits[name][-1]:.3g}"
         for name, y in measured.items()
     )
-    figure, axis = base.new(f"Tokens a second against batch, on logarithmic axes. {said}.", size=(6.2, 3.8))
+    figure, axis = base.new(f"Tokens a second against batch, on logarithmic axes. {summary}.", size=(6.2, 3.8))
     for (name, y), (color, marker, _) in base.styled(measured.items()):
-        axis.plot(batches, limits[name], color=color, linestyle="--", linewidth=1.1, label=f"{name}, limit")
+        hollow = {"marker": marker, "markersize": 5, "markerfacecolor": "white"}
+        axis.plot(batches, limits[name], color=color, linestyle="--", linewidth=1.1, label=f"{name}, limit", **hollow)
         axis.plot(batches, y, color=color, marker=marker, linestyle="-", markersize=5, label=f"{name}, measured")
-    axis.set_xscale("log", base=2)
+    scales.powers_of_two(axis, batches)
     axis.set_yscale("log")
-    axis.set_xticks(batches, [str(b) for b in batches])
     axis.grid(alpha=0.25)
     base.label(axis, title, "batch (sequences decoded together)", "tokens a second, all sequences")
     base.legend(axis)
@@ -123,15 +121,14 @@ def throughput(
 
 def gain_against_batch(batches: Sequence[int], gains: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
     """How many times faster a step gets, against the batch, one line a machine; the first is the one at hand."""
-    said = "; ".join(f"{name}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for name, y in gains.items())
-    figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {said}.", size=(7.0, 3.6))
+    summary = "; ".join(f"{name}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for name, y in gains.items())
+    figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {summary}.", size=(7.0, 3.6))
     for i, (name, y) in enumerate(gains.items()):
         color, marker, style = _of_device(i)
         axis.plot(batches, y, color=color, marker=marker, linestyle=style, markersize=4, label=name)
     axis.axhline(1, color=base.GREY, linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(batches, [str(b) for b in batches])
+    scales.powers_of_two(axis, batches)
     axis.set_ylim(0, 4.2)
     base.label(axis, title, "batch (sequences decoded together)", "times faster than 16 bits")
-    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    base.beside(axis)
     return figure

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
-
-Change = tuple[float, float, float]  # change in perplexity, and its interval; 0.01 is 1 %
-
-
-def _plain_log(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+from labsupport.figures.scales import Change, bars, one_two_five, plain_numbers
 
 
 def channels(models: Mapping[str, tuple[torch.Tensor, torch.Tensor]], share: float = 0.01) -> CourseFigure:
@@ -25,23 +17,24 @@ def channels(models: Mapping[str, tuple[torch.Tensor, torch.Tensor]], share: flo
 
     models: (mean |x|, mean |w|) by title, float [in_features] each.
     """
-    said = []
-    figure, axes = base.new("", 1, len(models), size=(9.2, 3.3), squeeze=False, sharey=True)
+    summaries = []
+    figure, axes = base.new("", 1, len(models), size=(base.WIDTH, 3.3), squeeze=False, sharey=True)
     for axis, (title, (loud, weight)) in zip(axes[0], models.items(), strict=True):
+        loud, weight = base.drawable(loud), base.drawable(weight)
         order = loud.argsort(descending=True)
         count = -int(-share * len(loud) // 1)
         axis.axvspan(-0.5, count - 0.5, color=base.ORANGE, alpha=0.45, linewidth=0, label=f"top {100 * share:g} %")
         for (name, values), (color, marker, _) in zip({"|w|": weight, "|x|": loud}.items(), base.SERIES[1::-1], strict=True):
             axis.plot(range(len(order)), (values / values.median())[order], marker, color=color, markersize=2.5, label=name)
         ratios = [(values.max() / values.median()).item() for values in (loud, weight)]
-        said.append(f"{title}: the loudest |x| {ratios[0]:.1f} times the median, the largest |w| {ratios[1]:.1f} times")
+        summaries.append(f"{title}: the loudest |x| {ratios[0]:.1f} times the median, the largest |w| {ratios[1]:.1f} times")
         axis.set_yscale("log")
-        _plain_log(axis.yaxis)
+        one_two_five(axis.yaxis)
         base.label(axis, title, "input channel, loudest first (rank)", "mean magnitude (times the median)")
     for axis in axes[0][1:]:
         axis.set_ylabel("")
     base.legend(axes[0][-1], loc="upper right", markerscale=2)
-    figure.alt = "Magnitude of inputs and weights by channel. " + "; ".join(said) + "."
+    figure.alt = "Magnitude of inputs and weights by channel. " + "; ".join(summaries) + "."
     return figure
 
 
@@ -50,23 +43,22 @@ def by_model(methods: Mapping[str, Mapping[str, Change]], title: str) -> CourseF
 
     methods[method][model] = (change, low, high).
     """
-    models, said = list(next(iter(methods.values()))), []
-    figure, axes = base.new("", 1, len(models), size=(9.2, 0.9 + 0.42 * len(methods)), squeeze=False)
+    models, summaries = list(next(iter(methods.values()))), []
+    figure, axes = base.new("", 1, len(models), size=(base.WIDTH, 1.1 + 0.42 * len(methods)), squeeze=False)
     for axis, model, color in zip(axes[0], models, (base.SKY, base.ORANGE, base.GREY), strict=False):
         found = [methods[method][model] for method in methods]
         values = [100 * change for change, _, _ in found]
-        spread = [[100 * (c - low) for c, low, _ in found], [100 * (high - c) for c, _, high in found]]
-        axis.barh(range(len(values)), values, xerr=spread, color=color, ecolor=base.BLACK, capsize=3, height=0.62)
+        axis.barh(range(len(values)), values, xerr=bars(found), color=color, ecolor=base.BLACK, capsize=3, height=0.62)
         ends = [100 * high for *_, high in found]
         for place, (value, end) in enumerate(zip(values, ends, strict=True)):
-            axis.text(end, place, f"  {value:+.3g}", va="center", fontsize=base.FONT - 1)
-        axis.set_xlim(0, 1.18 * max(ends))
+            axis.text(end, place, f"  {value:+.3g}", va="center", fontsize=base.SMALL)
+        axis.set_xlim(0, 1.3 * max(ends))
         first = axis is axes[0][0]
         axis.set_yticks(range(len(methods)) if first else [], list(methods) if first else [])
         axis.set_ylim(len(methods) - 0.5, -0.5)
         base.label(axis, f"{title}, {model}" if first else model, "rise in perplexity (%)", "")
-        said.append(f"{model}: " + ", ".join(f"{m} {v:+.3g} %" for m, v in zip(methods, values, strict=True)))
-    figure.alt = f"{title}. Rise in perplexity. " + "; ".join(said) + "."
+        summaries.append(f"{model}: " + ", ".join(f"{m} {v:+.3g} %" for m, v in zip(methods, values, strict=True)))
+    figure.alt = f"{title}. Rise in perplexity. " + "; ".join(summaries) + "."
     return figure
 
 
@@ -84,17 +76,17 @@ def stretch(
         f"rises from {others[0]:.0f} to {others[-1]:.0f} %; their sum is least, {total[best]:.0f} %, at {factors[best]:.2g}. Half "
         f"of the rows have their kink between {kinks[0]:.2g} and {kinks[1]:.2g}, shaded."
     )
-    figure, axis = base.new(alt, size=(8.2, 3.4))
+    figure, axis = base.new(alt, size=(base.WIDTH, 3.4))
     axis.axvspan(*kinks, color=base.ORANGE, alpha=0.3, linewidth=0, label="kinks, middle half of rows")
     lines = {"the channel's own": own, "all others'": others, "sum": total}
     for (name, values), (color, _, style) in base.styled(lines.items()):
         axis.plot(factors, values, color=color, linestyle=style, linewidth=1.7, label=name)
     axis.plot(factors[best], total[best], "*", color=base.BLACK, markersize=12, zorder=5)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_numbers(axis.xaxis)
     axis.set_ylim(0, 1.1 * max(total[0], min(total[-1], 2 * total[0])))
     base.label(axis, title, "s, by which the channel is stretched (times)", "squared error (% of the sum at s = 1)")
-    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    base.beside(axis)
     return figure
 
 
@@ -103,10 +95,10 @@ def ratios(models: Mapping[str, Mapping[str, torch.Tensor]], title: str) -> Cour
 
     models[title][name of the first linear]: losses, float [n_grid].
     """
-    said, colors = [], {}
-    figure, axes = base.new("", 1, len(models), size=(9.2, 3.4), squeeze=False, sharey=True)
+    summaries, colors = [], {}
+    figure, axes = base.new("", 1, len(models), size=(base.WIDTH, 3.4), squeeze=False, sharey=True)
     for axis, (model, groups) in zip(axes[0], models.items(), strict=True):
-        best = []
+        best, groups = [], base.all_drawable(groups)
         for name, losses in groups.items():
             kind = name.rsplit(".", 1)[-1]
             new = kind not in colors
@@ -118,23 +110,26 @@ def ratios(models: Mapping[str, Mapping[str, torch.Tensor]], title: str) -> Cour
             axis.plot(x, relative, color=color, linestyle=style, linewidth=1, alpha=0.8, label=kind if new else None)
             axis.plot(x[place], relative[place], marker, color=color, markersize=4)
         lowest = min((losses / losses[0]).min().item() for losses in groups.values())
-        said.append(f"{model}: the best ratios lie from {min(best):.2g} to {max(best):.2g}, the least loss is {lowest:.2g} times")
+        summaries.append(
+            f"{model}: the best ratios lie from {min(best):.2g} to {max(best):.2g}, the least loss is {lowest:.2g} times"
+        )
         axis.axhline(1, color=base.GREY, linewidth=0.8)
         base.label(axis, model, "ratio (exponent of mean |x|)", "loss (times that of ratio 0)")
         axis.set_yscale("log")
         axis.set_ylim(0.8 * lowest, 3)
-        _plain_log(axis.yaxis)
+        one_two_five(axis.yaxis)
     for axis in axes[0][1:]:
         axis.set_ylabel("")
-    figure.legend(loc="outside right upper", fontsize=base.FONT - 1, frameon=False, title="read by", title_fontsize=base.FONT - 1)
+    figure.legend(loc="outside right upper", fontsize=base.SMALL, frameon=False, title="read by", title_fontsize=base.SMALL)
     figure.suptitle(title, fontsize=base.FONT + 1, x=0.01, ha="left")
-    figure.alt = f"{title}. Loss against the ratio, over plain rounding. " + "; ".join(said) + "."
+    figure.alt = f"{title}. Loss against the ratio, over plain rounding. " + "; ".join(summaries) + "."
     return figure
 
 
 def scales(loud: torch.Tensor, scale: torch.Tensor, title: str, share: float = 0.01) -> CourseFigure:
     """The scale of every channel against its mean |x|, float [in_features] each; the top `share` of channels marked."""
     count = -int(-share * len(loud) // 1)
+    loud, scale = base.drawable(loud), base.drawable(scale)
     top = torch.zeros(len(loud), dtype=torch.bool)
     top[loud.topk(count).indices] = True
     alt = (
@@ -146,8 +141,8 @@ def scales(loud: torch.Tensor, scale: torch.Tensor, title: str, share: float = 0
     axis.plot(loud[top], scale[top], "s", color=base.RED, markersize=6, label=f"top {100 * share:g} %")
     axis.axhline(1, color=base.GREY, linewidth=0.8)
     axis.set(xscale="log", yscale="log")
-    for one in (axis.xaxis, axis.yaxis):
-        _plain_log(one)
+    one_two_five(axis.xaxis)
+    one_two_five(axis.yaxis)
     base.label(axis, title, "mean |x| of the channel (no unit)", "scale (times)")
     base.legend(axis, loc="upper left")
     return figure
@@ -159,6 +154,7 @@ def clips(losses: torch.Tensor, share_of: torch.Tensor, title: str) -> CourseFig
     losses: float [groups shown, steps], at the limits 1, 0.95, ... share_of: the limits found, over the largest magnitude, any
     shape.
     """
+    losses, share_of = base.drawable(losses), base.drawable(share_of)
     limits = [1 - step / 20 for step in range(losses.shape[1])]
     relative = (losses / losses[:, :1]).tolist()
     counts = [100 * ((share_of - limit).abs() < 1e-3).float().mean().item() for limit in limits]
@@ -167,7 +163,7 @@ def clips(losses: torch.Tensor, share_of: torch.Tensor, title: str) -> CourseFig
         f"{', '.join(f'{min(values):.2f}' for values in relative)} times the loss without clipping. Right: {counts[0]:.0f} % of "
         f"all groups are best left as they are, {counts[-1]:.0f} % take the smallest limit, {limits[-1]:.2f}."
     )
-    figure, (left, right) = base.new(alt, 1, 2, size=(9.2, 3.2))
+    figure, (left, right) = base.new(alt, 1, 2, size=(base.WIDTH, 3.2))
     for number, (values, (color, marker, style)) in enumerate(base.styled(relative), 1):
         left.plot(limits, values, color=color, marker=marker, linestyle=style, markersize=4, label=f"group {number}")
     left.axhline(1, color=base.GREY, linewidth=0.8)
@@ -187,37 +183,44 @@ def flip(methods: Mapping[str, Mapping[str, Change]], title: str, live: tuple[st
     methods[method][model] = (change, low, high). live: (method, model, change) just measured.
     """
     models = list(next(iter(methods.values())))
-    said, ends = [], []
+    summaries, ends = [], []
     figure, axis = base.new("", size=(7.4, 4.0))
     for place, ((method, found), (color, marker, style)) in enumerate(base.styled(methods.items())):
         x = [i + 0.03 * (place - (len(methods) - 1) / 2) for i in range(len(models))]
         y = [100 * found[model][0] for model in models]
-        bars = [
-            [100 * (found[m][0] - found[m][1]) for m in models],
-            [100 * (found[m][2] - found[m][0]) for m in models],
-        ]
-        axis.errorbar(x, y, bars, color=color, marker=marker, linestyle=style, markersize=5, capsize=2, label=method)
+        axis.errorbar(
+            x,
+            y,
+            bars([found[m] for m in models]),
+            color=color,
+            marker=marker,
+            linestyle=style,
+            markersize=5,
+            capsize=2,
+            label=method,
+        )
         ends.append((y[-1], method, color))
-        said.append(f"{method} " + ", ".join(f"{v:+.3g} % {m}" for v, m in zip(y, models, strict=True)))
+        summaries.append(f"{method} " + ", ".join(f"{v:+.3g} % {m}" for v, m in zip(y, models, strict=True)))
     if live is not None:
         axis.plot(models.index(live[1]), 100 * live[2], "*", color=base.BLACK, markersize=12, zorder=5, label="measured just now")
     axis.set_yscale("log")
-    _plain_log(axis.yaxis)
+    one_two_five(axis.yaxis)
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xticks(range(len(models)), models)
     axis.set_xlim(-0.25, len(models) - 0.75)
     axis.grid(axis="y", alpha=0.25)
     base.label(axis, title, "", "rise in perplexity (%)")
-    base.legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.alt = f"{title}. Rise in perplexity: " + "; ".join(said) + "."
+    base.beside(axis)
+    figure.alt = f"{title}. Rise in perplexity: " + "; ".join(summaries) + "."
     return figure
 
 
 def one_sided(values: torch.Tensor, read_back: Mapping[str, torch.Tensor], title: str) -> CourseFigure:
     """What values of one sign read back as on several grids, against the values themselves. float [n] each."""
-    said = ", ".join(f"{name} from {v.min().item():.2f} to {v.max().item():.2f}" for name, v in read_back.items())
-    alt = f"{title}. Values from {values.min().item():g} to {values.max().item():g} read back as: {said}."
+    summary = ", ".join(f"{name} from {v.min().item():.2f} to {v.max().item():.2f}" for name, v in read_back.items())
+    alt = f"{title}. Values from {values.min().item():g} to {values.max().item():g} read back as: {summary}."
     figure, axis = base.new(alt, size=(6.2, 3.3))
+    values, read_back = base.drawable(values), base.all_drawable(read_back)
     order = values.argsort()
     axis.plot(values[order], values[order], color=base.GREY, linewidth=1, label="exact")
     for (name, found), (color, marker, style) in base.styled(read_back.items()):

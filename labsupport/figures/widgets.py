@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import ipywidgets
 import torch
 
-from labsupport.figures import groups
+from labsupport.figures import base, groups
 from labsupport.figures import levels as drawn
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
@@ -23,7 +23,7 @@ def group_size(row: torch.Tensor, bits: int = 4, start: int = 32, sizes: Sequenc
     Sizes that do not divide the row are left out. `start` is where the slider stands at first.
     Raises ValueError where `start` is not among the sizes that fit.
     """
-    row = row.detach().cpu().float().flatten()
+    row = base.drawable(row).flatten()
     fitting = [size for size in sizes if len(row) % size == 0]
     if start not in fitting:
         raise ValueError(f"start is {start}, wanted one of the sizes that divide a row of {len(row)}: {fitting}")
@@ -45,8 +45,8 @@ def levels(values: torch.Tensor, presets: Mapping[str, torch.Tensor]) -> ipywidg
     presets: codebooks of one length by name, in the order of their buttons; the first is where the sliders start.
     Raises ValueError where there is none, or where their lengths differ.
     """
-    values = values.detach().cpu().float().flatten()
-    books = {name: book.detach().float().sort().values.tolist() for name, book in presets.items()}
+    values = base.drawable(values).flatten()
+    books = {name: base.drawable(book).sort().values.tolist() for name, book in presets.items()}
     if len({len(book) for book in books.values()}) != 1:
         raise ValueError(
             f"presets hold {[len(book) for book in books.values()]} levels, wanted at least one preset, all of one length"
