@@ -513,7 +513,7 @@ def test_groups_name_what_is_measured():
         (torch.ones(64).index_fill(0, torch.tensor([3]), torch.inf), "scale holds 1 values"),
         (
             torch.ones(64).index_fill(0, torch.tensor([3]), 1e-6),
-            r"a scale from 1e-06 to 1 gives weights that torch.float16 does not",
+            r"a scale from 1e-06 to 1 gives weights that torch.float16 cannot hold",
         ),
     ],
 )
