@@ -16,8 +16,6 @@ PACKAGE = ROOT / "labsupport"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS_AT_MOST = 12  # folders and modules at the top of labsupport, beside __init__.py and Jupyter's settings
 LINES_AT_MOST, CHAPTER_AT_MOST = 400, 600
-# Longer than allowed (2026-11-25): it is to be shortened, and no other may join it.
-TOO_LONG = {"exercises/gptq_in_practice.py"}
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -109,7 +107,7 @@ def test_the_package_has_few_folders() -> None:
 def test_a_module_can_be_read_in_one_sitting(path: Path) -> None:
     name = path.relative_to(PACKAGE).as_posix()
     lines = len(path.read_text("utf-8").splitlines())
-    assert lines <= (CHAPTER_AT_MOST if name.startswith("exercises/") else LINES_AT_MOST) or name in TOO_LONG
+    assert lines <= (CHAPTER_AT_MOST if name.startswith("exercises/") else LINES_AT_MOST)
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in PACKAGE.glob("*/__init__.py")), ids=lambda path: path.name)

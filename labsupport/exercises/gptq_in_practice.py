@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 
 from labsupport.exercises.compare import got_and_wanted
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Verdict, generator, right
+from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import gptq, grid, rtn
 
 CONDITION = 100.0  # Hessians of these exercises are no worse, so that float32 is enough for whatever way an answer takes
@@ -16,10 +16,7 @@ UNDECIDED = 5e-4  # of a step: no weight comes this near to the middle of two le
 
 
 def _hessian(columns: int, g: torch.Generator, own: float = 1.6) -> torch.Tensor:
-    """2/n X^T X of channels that share directions and are not equally loud, float32, with a condition below CONDITION.
-
-    own: how much each channel says on its own, beside what it shares.
-    """
+    """2/n X^T X of unequal channels that share directions, float32, condition below CONDITION. own: what each adds alone."""
     while True:
         shared = torch.randn(99, 3, generator=g) @ torch.randn(3, columns, generator=g)
         x = (shared + own * torch.randn(99, columns, generator=g)) * (0.8 + 0.7 * torch.rand(columns, generator=g))
@@ -34,10 +31,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _by_first(first: str, second: str, reference: Callable, differ: Callable = lambda given: (0,)) -> Callable:
-    """Exercise.alike for a tensor and a number that follows from it: where the tensor is wrong, the number does not count.
-
-    differ(given): by how much the number may be larger than a mistake's and still be its.
-    """
+    """Exercise.alike: the number counts only where the tensor, from which it follows, is right. differ(given): by how much."""
 
     def alike(given: dict, got: dict, theirs: dict) -> bool:
         if not _same(got[first], theirs[first]):
@@ -50,31 +44,25 @@ def _by_first(first: str, second: str, reference: Callable, differ: Callable = l
 # 7.1 ------------------------------------------------------------------------------------------------------------------
 @cache
 def block_inputs(seed: int) -> dict:
-    """Seven rows, 17 columns in blocks of 5, so that the last one is short; no weight on its way near the middle of two levels.
-
-    But for two of column 0, which no error has reached: they lie in the middle exactly, and go to the even level. Every wrong way
-    gives codes of its own.
-    """
+    """Seven rows, 17 columns in blocks of 5, so that the last is shorter. Every wrong way gives an output of its own."""
     g = generator(seed)
     while True:
         weight, hessian = torch.randn(7, 17, generator=g), _hessian(17, g, own=1.2)
         weight[:2] = weight[:2].clamp(-1.4, 1.9)
         weight[:2, 12], weight[:2, 15] = 2.0, -1.5  # a step of a half
-        weight[:2, 0] = torch.tensor([0.25, -0.25])
+        weight[:2, 0] = torch.tensor([0.25, -0.25])  # in the middle of two levels; no other weight comes near one, on its way
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         factor = gptq.autogptq_factor(hessian)
         given = {"weight": weight, "factor": factor, "scale": scale, "zero_point": zero_point, "bits": 3, "block_size": 5}
         steps: list[torch.Tensor] = []
-        ways = [_blocks(*given.values(), steps=steps)[0], *(_blocks(*given.values(), **rule)[0] for rule in BLOCK_RULES.values())]
+        ways = [_blocks(*given.values(), steps=steps), *(mistake.answer(*given.values()) for mistake in SOLVE_BLOCKS.mistakes)]
         middle = (torch.cat(steps, 1).frac().abs() - 0.5).abs()
         middle[:2, 0] = 1
-        if middle.min() > UNDECIDED and len({codes.numpy().tobytes() for codes in ways}) == len(ways):
+        if middle.min() > UNDECIDED and len({(codes.numpy().tobytes(), writes) for codes, writes in ways}) == len(ways):
             return given
 
 
-def solve_blocks(
-    weight: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, block_size: int
-) -> tuple[torch.Tensor, int]:
+def solve_blocks(weight, factor, scale, zero_point, bits: int, block_size: int) -> tuple[torch.Tensor, int]:
     """labsupport's codes, from the Hessian that `factor` belongs to; and how many weights the updates of two levels write."""
     root = torch.linalg.inv(factor.double())
     hessian = (root @ root.T).float()
@@ -83,10 +71,7 @@ def solve_blocks(
 
 
 def _writes(rows: int, columns: int, block_size: int, whole: bool = False) -> int:
-    """Inside each block a column writes to those after it; after a block all that is left is written once.
-
-    whole: counts the last block, which is shorter, like the others.
-    """
+    """Each column writes to those after it in its block, each block to all that is left. whole: the last counts like the others."""
     total = 0
     for first in range(0, columns, block_size):
         size = block_size if whole else min(block_size, columns - first)
@@ -97,11 +82,11 @@ def _writes(rows: int, columns: int, block_size: int, whole: bool = False) -> in
 def _blocks(
     weight: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, block_size: int,
     reach: str = "block", lazy: str = "all", divide: bool = True, sign: int = -1, original: bool = False, tail: bool = True,
-    rounded: Callable = torch.round, steps: list | None = None, count: Callable = _writes,
+    turned: bool = False, rounded: Callable = torch.round, steps: list | None = None, count: Callable = _writes,
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """The blocked loop, plainly, and ways to get it wrong. steps: gets each column as it is before it is rounded, in steps."""
     work, (rows, columns) = weight.clone(), weight.shape
-    codes, error = torch.zeros_like(weight), torch.zeros_like(weight)
+    codes, error, factor = torch.zeros_like(weight), torch.zeros_like(weight), factor.T if turned else factor
     for first in range(0, columns if tail else columns // block_size * block_size, block_size):
         last = min(first + block_size, columns)
         for i in range(first, last):
@@ -120,29 +105,14 @@ def _blocks(
     return codes, count(rows, columns, block_size)
 
 
-BLOCK_RULES: dict[str, dict] = {
-    "columns after a block never hear of it: each block is solved as if it came first. After its last column, subtract the block's "
-    "errors times its rows of the factor from everything behind it": {"lazy": "none"},
-    "columns behind the block are updated twice, by each column at once and by the block again: inside a block, stop at its end": {
-        "reach": "row"},
-    "only the last column of a block is subtracted from what is behind it: wanted all of its errors, as one matrix product": {
-        "lazy": "last column"},
-    "a block is subtracted from the next block alone: everything behind it answers to it": {"lazy": "next block"},
-    "the error is not divided by the factor's diagonal": {"divide": False},
-    "the error is added where it must be subtracted: later columns make the error larger": {"sign": 1},
-    "the error is taken against the weight as it came, not as the columns before it have left it": {"original": True},
-    "the last block, which is shorter, was left out": {"tail": False},
-    "half-way values go up: floor(x + 0.5). torch.round takes them to the even level, as everybody here does": {
-        "rounded": lambda x: (x + 0.5).floor()},
-}  # fmt: skip
-
-
 def _inclusive(given: dict) -> tuple[int, int]:
     """An update may begin with the column that was just rounded, as AutoGPTQ's does: then each weight is written once more."""
     return 0, given["weight"].numel()
 
 
 def _blocks_differ(given: dict, got: dict, want: dict) -> str:
+    if (fractions := got["codes"][got["codes"].frac() != 0]).numel():
+        return f"codes are whole numbers, {fractions[0]:.4g} is not: return the codes, not the values that they stand for"
     if not _same(got["codes"], want["codes"]):
         column = int((got["codes"] != want["codes"]).any(0).nonzero()[0])
         return f"column {column} is the first with a wrong code; blocks start at every {given['block_size']}th. Right up to there"
@@ -150,36 +120,38 @@ def _blocks_differ(given: dict, got: dict, want: dict) -> str:
     return f"codes are right; writes: {counts}. Count rows times columns of every slice that is updated"
 
 
-def _not_whole(given: dict, got: dict, want: dict) -> dict | None:
-    fractions = got["codes"][got["codes"].frac() != 0]
-    return {"value": fractions[0].item()} if len(fractions) else None
-
-
 SOLVE_BLOCKS = Exercise(
     id="7.1", name="solve_blocks", title="Lazy updates", minutes=20, difficulty=4, points=5,
     returns=("codes", "writes"), inputs=block_inputs, reference=solve_blocks, otherwise=_blocks_differ,
-    accepts=lambda given, got, want: (
-        right() if _same(got["codes"], want["codes"]) and got["writes"] - want["writes"] in _inclusive(given) else None
-    ),
-    alike=_by_first("codes", "writes", lambda *given: _blocks(*given), _inclusive),
-    faults=(
-        Fault("codes are whole numbers, {value:.4g} is not: return the codes, not the values that they stand for", _not_whole,
-              answers=(lambda *given: (grid.dequantize(_blocks(*given)[0], *given[2:4]), _blocks(*given)[1]),)),
-    ),
-    mistakes=(
-        *(Mistake(sentence, partial(_blocks, **rule)) for sentence, rule in BLOCK_RULES.items()),
-        Mistake("this is rounding to nearest: no update reaches a later column. Row i of the factor says how they answer",
-                lambda weight, factor, *grids: _blocks(weight, factor.T, *grids)),
-        Mistake("codes are right, and the writes are those of updating all later columns after every column. Be lazy",
-                partial(_blocks, count=lambda rows, columns, block_size: rows * columns * (columns - 1) // 2)),
-        Mistake("codes are right, and writes counts columns: an update writes a weight in each of the rows",
-                partial(_blocks, count=lambda rows, columns, block_size: _writes(1, columns, block_size))),
-        Mistake("codes are right, and writes counts the last block like the others: it is shorter",
-                partial(_blocks, count=partial(_writes, whole=True))),
-    ),
+    accepts=lambda given, got, want: right() if SOLVE_BLOCKS.alike(given, got, want) else None,
+    alike=_by_first("codes", "writes", _blocks, _inclusive),
+    mistakes=mistakes_by_option(_blocks, {
+        "this is rounding to nearest: no update reaches a later column. Row i of the factor says how they answer": {
+            "turned": True},
+        "columns after a block never hear of it: each block is solved as if it came first. After its last column, subtract the "
+        "block's errors times its rows of the factor from everything behind it": {"lazy": "none"},
+        "columns behind the block are updated twice, by each column at once and by the block again: inside a block, stop at its "
+        "end": {"reach": "row"},
+        "only the last column of a block is subtracted from what is behind it: wanted all of its errors, as one matrix product": {
+            "lazy": "last column"},
+        "a block is subtracted from the next block alone: everything behind it answers to it": {"lazy": "next block"},
+        "the error is not divided by the factor's diagonal": {"divide": False},
+        "the error is added where it must be subtracted: later columns make the error larger": {"sign": 1},
+        "the error is taken against the weight as it came, not as the columns before it have left it": {"original": True},
+        "the last block, which is shorter, was left out": {"tail": False},
+        "half-way values go up: floor(x + 0.5). torch.round takes them to the even level, as everybody here does": {
+            "rounded": lambda x: (x + 0.5).floor()},
+        "codes are right, and the writes are those of updating all later columns after every column. Be lazy": {
+            "count": lambda rows, columns, block_size: rows * columns * (columns - 1) // 2},
+        "codes are right, and writes counts columns: an update writes a weight in each of the rows": {
+            "count": lambda rows, *sizes: _writes(1, *sizes)},
+        "codes are right, and writes counts the last block like the others: it is shorter": {
+            "count": partial(_writes, whole=True)},
+    }),
     others=(
         Mutant(partial(_blocks, count=lambda *sizes: 3 * _writes(*sizes)), "Count rows times columns"),
         Mutant(lambda *given: (_blocks(*given)[0].roll(1, 1), 0), "is the first with a wrong code"),
+        Mutant(lambda *given: (grid.dequantize(_blocks(*given)[0], *given[2:4]), 0), "not the values that they stand for"),
     ),
 )  # fmt: skip
 
@@ -198,11 +170,11 @@ def order_inputs(seed: int) -> dict:
             return {"weight": weight, "hessian": hessian}
 
 
-LOUDEST, AS_THEY_CAME, QUIETEST, INVERSE, WEIGHTS = range(5)
+LOUDEST, CAME, QUIETEST, INVERSE, SIZES = range(5)
 
 
 def _orders(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Orders of the columns, by the names above: LOUDEST first is right, INVERSE is its inverse; WEIGHTS goes by their sizes."""
+    """Orders of the columns, by the names above. LOUDEST first is right, INVERSE leads back from it, SIZES are the weights'."""
     order = hessian.diagonal().argsort(descending=True)
     return order, torch.arange(len(order)), order.flip(0), order.argsort(), weight.pow(2).sum(0).argsort(descending=True)
 
@@ -253,17 +225,29 @@ def _solved(given: dict, got: dict, *axes: int) -> bool:
     return _same(got["solved_weight"], passed[0]) and _same(got["solved_hessian"], passed[1])
 
 
-def _wrongly_solved(says: str, *axes: int) -> Fault:
-    """Values are wrong, and this is what went into solve. What was done with what came back is another thing."""
-    return Fault(says, lambda given, got, want: not _same(got["values"], want["values"]) and _solved(given, got, *axes),
-                 answers=(_order_answer(*axes),))  # fmt: skip
-
-
-RIGHT_AXES = (LOUDEST, LOUDEST, LOUDEST)
+# Axes of weight and hessian that went into solve, where values are wrong. What was done with what came back is another thing.
+WRONGLY_SOLVED = {
+    "hessian went into solve with its rows permuted and its columns not: index both axes, hessian[order][:, order]": (
+        LOUDEST, LOUDEST, CAME),
+    "hessian went into solve with its columns permuted and its rows not: index both axes, hessian[order][:, order]": (
+        LOUDEST, CAME, LOUDEST),
+    "solve was given weight and hessian as they came: this is column order": (CAME, CAME, CAME),
+    "the columns of weight are permuted and hessian is not: each column meets the statistics of another": (LOUDEST, CAME, CAME),
+    "hessian is permuted and weight is not: each column meets the statistics of another": (CAME, LOUDEST, LOUDEST),
+    "the quietest column goes first: argsort ascends unless told descending=True": (QUIETEST,) * 3,
+    "weight and hessian are permuted by the inverse of the order: argsort says which column goes first": (INVERSE,) * 3,
+    "columns are ordered by the size of their weights: the order is that of hessian's diagonal": (SIZES,) * 3,
+}  # fmt: skip
+RIGHTLY = (LOUDEST,) * 3
 
 
 def _order_differs(given: dict, got: dict, want: dict) -> str:
-    if not _solved(given, got, *RIGHT_AXES):
+    if got["solved_weight"].ndim == 1:
+        return "solve was never called, and the values are not those of act-order"
+    for sentence, axes in WRONGLY_SOLVED.items():
+        if _solved(given, got, *axes):
+            return sentence
+    if not _solved(given, got, *RIGHTLY):
         return "what went into solve is not weight and hessian in the order of hessian's diagonal, largest first"
     column = int((got["values"] != want["values"]).any(0).nonzero()[0])
     return f"solve was given the right columns and Hessian, but column {column} of the values is not what came back for it"
@@ -274,35 +258,16 @@ SOLVE_IN_ORDER = Exercise(
     returns=("values",), inputs=order_inputs, reference=solve_in_order, drive=drive_order, otherwise=_order_differs,
     accepts=lambda given, got, want: right() if _same(got["values"], want["values"]) else None,
     free=("solved_weight", "solved_hessian"),
-    faults=(
-        Fault("solve was never called, and the values are not those of act-order",
-              lambda given, got, want: got["solved_weight"].ndim == 1 and not _same(got["values"], want["values"]),
-              answers=(lambda weight, hessian, solve: weight,)),
-        _wrongly_solved("hessian went into solve with its rows permuted and its columns not: index both axes, "
-                        "hessian[order][:, order]", LOUDEST, LOUDEST, AS_THEY_CAME),
-        _wrongly_solved("hessian went into solve with its columns permuted and its rows not: index both axes, "
-                        "hessian[order][:, order]", LOUDEST, AS_THEY_CAME, LOUDEST),
-        _wrongly_solved("solve was given weight and hessian as they came: this is column order",
-                        AS_THEY_CAME, AS_THEY_CAME, AS_THEY_CAME),
-        _wrongly_solved("the columns of weight are permuted and hessian is not: each column meets the statistics of another",
-                        LOUDEST, AS_THEY_CAME, AS_THEY_CAME),
-        _wrongly_solved("hessian is permuted and weight is not: each column meets the statistics of another",
-                        AS_THEY_CAME, LOUDEST, LOUDEST),
-        _wrongly_solved("the quietest column goes first: argsort ascends unless told descending=True",
-                        QUIETEST, QUIETEST, QUIETEST),
-        _wrongly_solved("weight and hessian are permuted by the inverse of the order: argsort says which column goes first",
-                        INVERSE, INVERSE, INVERSE),
-        _wrongly_solved("columns are ordered by the size of their weights: the order is that of hessian's diagonal",
-                        WEIGHTS, WEIGHTS, WEIGHTS),
-    ),
     mistakes=(
         Mistake("the result is still in the order in which it was solved: column 0 holds the loudest column. Permute it back",
-                _order_answer(*RIGHT_AXES, back=lambda values, order: values)),
+                _order_answer(*RIGHTLY, back=lambda values, order: values)),
         Mistake("the result was permuted by `order` once more. Back leads its inverse, argsort(order)",
-                _order_answer(*RIGHT_AXES, back=lambda values, order: values[:, order])),
+                _order_answer(*RIGHTLY, back=lambda values, order: values[:, order])),
     ),
     others=(
-        Mutant(_order_answer(*RIGHT_AXES, back=lambda values, order: values.roll(1, 1)), "not what came back for it"),
+        *(Mutant(_order_answer(*axes), sentence) for sentence, axes in WRONGLY_SOLVED.items()),
+        Mutant(lambda weight, hessian, solve: weight, "solve was never called"),
+        Mutant(_order_answer(*RIGHTLY, back=lambda values, order: values.roll(1, 1)), "not what came back for it"),
         Mutant(_order_answer(LOUDEST, INVERSE, INVERSE), "what went into solve is not"),
     ),
 )  # fmt: skip
@@ -351,27 +316,21 @@ GROUPS_IN_ORDER = Exercise(
     id="7.3", name="groups_in_order", title="Where did my group go?", minutes=10, difficulty=3, points=3,
     returns=("g_idx", "loads"), inputs=scatter_inputs, reference=groups_in_order, otherwise=_scatter_differs,
     alike=_by_first("g_idx", "loads", _scattered),
-    faults=(
-        Fault("g_idx holds decimal numbers: a group is a whole number, // and not /",
-              lambda given, got, want: got["g_idx"].is_floating_point() and (got["g_idx"].frac() != 0).any(),
-              answers=(partial(_scattered, group_of=lambda turn, size, order: turn / size),), early=True),
-    ),
-    mistakes=(
-        Mistake("order // group_size is not it: order[i] is the column whose turn is i. Wanted the turn of each column, the "
-                "inverse", partial(_scattered, group_of=lambda turn, size, order: order // size)),
-        Mistake("these are groups of neighbors, as without act-order. A group is filled by the columns that follow each other in "
-                "the loop", partial(_scattered, group_of=lambda turn, size, order: torch.arange(len(turn)) // size)),
-        Mistake("the quietest columns are in group 0: argsort ascends unless told descending=True",
-                partial(_scattered, descending=False)),
-        Mistake("this is each column's turn, not yet its group: divide by group_size",
-                partial(_scattered, group_of=lambda turn, size, order: turn)),
-        Mistake("columns are dealt to the groups like cards: a turn modulo the number of groups. Columns that follow each other "
-                "share a grid", partial(_scattered, group_of=lambda turn, size, order: turn % (len(turn) // size))),
-        Mistake("g_idx is right, and loads is one too few: the grid of the first column has to be loaded as well",
-                partial(_scattered, loads=lambda groups: _loads(groups) - 1)),
-        Mistake("g_idx is right, and loads is the number of groups: whoever reads columns from left to right comes back to a group",
-                partial(_scattered, loads=lambda groups: len(groups.unique()))),
-    ),
+    mistakes=mistakes_by_option(_scattered, {
+        "g_idx holds decimal numbers: a group is a whole number, // and not /": {"group_of": lambda turn, size, order: turn / size},
+        "order // group_size is not it: order[i] is the column whose turn is i. Wanted the turn of each column, the inverse": {
+            "group_of": lambda turn, size, order: order // size},
+        "these are groups of neighbors, as without act-order. A group is filled by the columns that follow each other in the "
+        "loop": {"group_of": lambda turn, size, order: torch.arange(len(turn)) // size},
+        "the quietest columns are in group 0: argsort ascends unless told descending=True": {"descending": False},
+        "this is each column's turn, not yet its group: divide by group_size": {"group_of": lambda turn, size, order: turn},
+        "columns are dealt to the groups like cards: a turn modulo the number of groups. Columns that follow each other share a "
+        "grid": {"group_of": lambda turn, size, order: turn % (len(turn) // size)},
+        "g_idx is right, and loads is one too few: the grid of the first column has to be loaded as well": {
+            "loads": lambda groups: _loads(groups) - 1},
+        "g_idx is right, and loads is the number of groups: whoever reads columns from left to right comes back to a group": {
+            "loads": lambda groups: len(groups.unique())},
+    }),
     others=(
         Mutant(partial(_scattered, loads=len), "left neighbor"),
         Mutant(partial(_scattered, group_of=lambda turn, size, order: turn.flip(0) // size), "its turn is"),
@@ -412,65 +371,48 @@ def _prepared(weight, hessian, damping, add=_share_of_mean, dead_first=True, one
     return weight if dead_to is None else weight.masked_fill(dead, dead_to), filled + added
 
 
-PREPARE_RULES: dict[str, dict] = {
-    "damping itself was added to the diagonal: the same 0.01 is a lot for quiet inputs and nothing for loud ones. It is a share "
-    "of the mean of the diagonal": {"add": lambda h, d: d * torch.eye(len(h))},
-    "the mean is that of all entries of the Hessian, negative ones included: wanted that of its diagonal": {
-        "add": lambda h, d: d * h.mean() * torch.eye(len(h))},
-    "the sum of the diagonal was taken, not its mean": {"add": lambda h, d: d * h.trace() * torch.eye(len(h))},
-    "the largest of the diagonal was taken, not the mean": {"add": lambda h, d: d * h.diagonal().max() * torch.eye(len(h))},
-    "each entry of the diagonal grew by its own share: the quiet columns, which need damping most, get least of it. Add the same "
-    "to all": {"add": lambda h, d: d * h.diagonal().diag()},
-    "the number was added to every entry, not to the diagonal alone: H + number does that": {
-        "add": lambda h, d: d * h.diagonal().mean() * torch.ones_like(h)},
-    "the mean was taken before the columns that were never fed got their 1: those first, then damping, as AutoGPTQ does": {
-        "dead_first": False},
-    "a column that was never fed keeps its 0 on the diagonal (under the damping): put 1 there first": {"ones": False},
-    "nothing was added to the diagonal": {"add": lambda h, d: 0},
-}  # fmt: skip
-
-
-def _hessian_differs(given: dict, got: dict, want: dict) -> str:
+def _preparation_differs(given: dict, got: dict, want: dict) -> str:
+    wrong = (got["weight"] != want["weight"]).any(0)
+    if (wrong & (given["hessian"].diagonal() != 0)).any():
+        return "weights changed in columns that were fed"
+    if wrong.any():
+        return "weights of columns that were never fed should be 0"
     i, j = divmod(int((got["hessian"] - want["hessian"]).abs().argmax()), len(want["hessian"]))
     unit = given["damping"] * _prepared(*given.values(), add=lambda h, d: 0)[1].diagonal().mean().item()
     entries = got_and_wanted(got["hessian"][i, j].item(), want["hessian"][i, j].item())
     return f"entry ({i}, {j}): {entries} (damping comes to {unit:.3g})"
 
 
-def _dead_weights(wrong: Callable) -> Callable:
-    """Fault.seen: wrong(weights [out, columns], as they came) in columns that were never fed."""
-
-    def seen(given: dict, got: dict, want: dict) -> bool:
-        dead = given["hessian"].diagonal() == 0
-        return wrong(got["weight"][:, dead], given["weight"][:, dead])
-
-    return seen
-
-
-def _in_place(weight, hessian, damping):
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    return weight.masked_fill(dead, 0), hessian
-
-
 PREPARE = Exercise(
     id="7.4", name="prepare", title="Damping that is relative", minutes=10, difficulty=2, points=3,
-    returns=("weight", "hessian"), inputs=prepare_inputs, reference=prepare, otherwise=_hessian_differs,
+    returns=("weight", "hessian"), inputs=prepare_inputs, reference=prepare, otherwise=_preparation_differs,
     # A mean of 9 float32 numbers, times a float, added: some ten roundings of the largest entry.
     allowed=lambda given, want: {"weight": 0.0, "hessian": 10 * 2.0**-24 * want["hessian"].abs().max().item()},
     close=lambda given, want: {"weight": 0.0, "hessian": 40 * 2.0**-24 * want["hessian"].abs().max().item()},
-    faults=(
-        Fault("weights changed in columns that were fed",
-              lambda given, got, want: ((got["weight"] != want["weight"]) & (given["hessian"].diagonal() != 0)).any(),
-              answers=(lambda w, h, d: (0 * w, _prepared(w, h, d)[1]),)),
-        Fault("weights that meet no input keep their size, and the grid of their group stretches for them: make them 0",
-              _dead_weights(_same), answers=(partial(_prepared, dead_to=None),)),
-        Fault("weights of columns that were never fed should be 0", _dead_weights(lambda weight, came: weight.any()),
-              answers=(partial(_prepared, dead_to=1.0),)),
+    mistakes=mistakes_by_option(_prepared, {
+        "damping itself was added to the diagonal: the same 0.01 is a lot for quiet inputs and nothing for loud ones. It is a "
+        "share of the mean of the diagonal": {"add": lambda h, d: d * torch.eye(len(h))},
+        "the mean is that of all entries of the Hessian, negative ones included: wanted that of its diagonal": {
+            "add": lambda h, d: d * h.mean() * torch.eye(len(h))},
+        "the sum of the diagonal was taken, not its mean": {"add": lambda h, d: d * h.trace() * torch.eye(len(h))},
+        "the largest of the diagonal was taken, not the mean": {"add": lambda h, d: d * h.diagonal().max() * torch.eye(len(h))},
+        "each entry of the diagonal grew by its own share: the quiet columns, which need damping most, get least of it. Add the "
+        "same to all": {"add": lambda h, d: d * h.diagonal().diag()},
+        "the number was added to every entry, not to the diagonal alone: H + number does that": {
+            "add": lambda h, d: d * h.diagonal().mean() * torch.ones_like(h)},
+        "the mean was taken before the columns that were never fed got their 1: those first, then damping, as AutoGPTQ does": {
+            "dead_first": False},
+        "a column that was never fed keeps its 0 on the diagonal (under the damping): put 1 there first": {"ones": False},
+        "nothing was added to the diagonal": {"add": lambda h, d: 0},
+        "weights that meet no input keep their size, and the grid of their group stretches for them: make them 0": {
+            "dead_to": None},
+    }),
+    others=(
+        Mutant(lambda w, h, d: _prepared(w, h, 2 * d), "damping comes to"),
+        Mutant(lambda w, h, d: (0 * w, _prepared(w, h, d)[1]), "columns that were fed"),
+        Mutant(partial(_prepared, dead_to=1.0), "should be 0"),
+        Mutant(lambda w, h, d: (_prepared(w, h, d)[0], h.add_(_share_of_mean(h, d))), "in place"),
     ),
-    mistakes=tuple(Mistake(sentence, partial(_prepared, **rule)) for sentence, rule in PREPARE_RULES.items()),
-    others=(Mutant(lambda w, h, d: _prepared(w, h, 2 * d), "damping comes to"), Mutant(_in_place, "in place")),
 )  # fmt: skip
 
 
@@ -525,32 +467,20 @@ def mislead_ratios(tokens: torch.Tensor, chosen: torch.Tensor) -> tuple[float, f
     return seen, unseen
 
 
-def _no_places(given: dict, got: dict, want: dict) -> dict | None:
-    dtype = got["chosen"].dtype
-    return {"dtype": dtype, "count": given["count"]} if dtype.is_floating_point or dtype == torch.bool else None
-
-
-def _outside(given: dict, got: dict, want: dict) -> dict | None:
-    least, most, last = int(got["chosen"].min()), int(got["chosen"].max()), len(given["tokens"]) - 1
-    return {"least": least, "most": most, "last": last} if least < 0 or most > last else None
-
-
-def _repeated(given: dict, got: dict, want: dict) -> dict | None:
-    different = len(got["chosen"].unique())
-    return {"different": different, "count": given["count"]} if different < given["count"] else None
-
-
-def accepts_mislead(given: dict, got: dict, want: dict) -> Verdict | None:
-    seen, unseen = mislead_ratios(given["tokens"], got["chosen"])
-    return right() if seen <= LOOKS_GOOD and unseen >= MISLEADS else None
-
-
-def _does_not_mislead(given: dict, got: dict, want: dict) -> str:
-    seen, unseen = mislead_ratios(given["tokens"], got["chosen"])
+def _does_not_mislead(given: dict, got: dict, want: dict) -> str | None:
+    (tokens, count), chosen = given.values(), got["chosen"]
+    least, most, different = int(chosen.min()), int(chosen.max()), len(chosen.unique())
+    if least < 0 or most >= len(tokens):
+        return f"chosen goes from {least} to {most}, wanted places from 0 to {len(tokens) - 1}"
+    if different < count:
+        return f"chosen holds {different} different tokens, wanted {count}: a text, not one token repeated"
+    seen, unseen = mislead_ratios(tokens, chosen)
     ratios = f"GPTQ's error is {seen:.3f} of rounding's on the chosen tokens and {unseen:.3f} on all"
     if unseen < 1:
         return f"{ratios}: it was not misled. A sample that has a bit of everything speaks for the rest. What does not?"
-    return f"{ratios}, wanted at most {LOOKS_GOOD} on the chosen and at least {MISLEADS} on all. Leave whole directions unseen"
+    if seen > LOOKS_GOOD or unseen < MISLEADS:
+        return f"{ratios}, wanted at most {LOOKS_GOOD} on the chosen and at least {MISLEADS} on all. Leave whole directions unseen"
+    return None
 
 
 def _hardly_misled(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -565,47 +495,42 @@ def _hardly_misled(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 MISLEAD = Exercise(
     id="7.5", name="mislead", title="A calibration set that misleads", minutes=15, difficulty=4, points=4,
-    returns=("chosen",), inputs=mislead_inputs, reference=mislead, accepts=accepts_mislead, otherwise=_does_not_mislead,
-    faults=(
-        Fault("chosen is {dtype}, wanted the places of {count} tokens, whole numbers", _no_places, early=True,
-              answers=(lambda tokens, count: _likeness(tokens).topk(count).values, lambda tokens, count: _likeness(tokens) > 0.3,
-                       lambda tokens, count: tokens[_alike(tokens, count)])),
-        Fault("chosen goes from {least} to {most}, wanted places from 0 to {last}", _outside,
-              answers=(lambda tokens, count: _alike(tokens, count) + 240, lambda tokens, count: _alike(tokens, count) - 240)),
-        Fault("chosen holds {different} different tokens, wanted {count}: a text, not one token repeated", _repeated,
-              answers=(lambda tokens, count: torch.zeros(count, dtype=torch.int64),)),
+    returns=("chosen",), inputs=mislead_inputs, reference=mislead, otherwise=_does_not_mislead,
+    accepts=lambda given, got, want: None if _does_not_mislead(given, got, want) else right(),
+    hint="Wanted are places, whole numbers: one for each token that is chosen",
+    mistakes=(
+        Mistake("these are cosines, and not the places of tokens: topk gives values and indices",
+                lambda tokens, count: _likeness(tokens).topk(count).values),
     ),
     others=(
         Mutant(lambda tokens, count: torch.randperm(len(tokens), generator=generator(1))[:count], "not misled"),
-        Mutant(lambda tokens, count: torch.arange(count), "not misled"),
         Mutant(lambda tokens, count: torch.arange(count) * len(tokens) // count, "not misled"),
         Mutant(_hardly_misled, "Leave whole directions unseen"),
+        Mutant(lambda tokens, count: torch.zeros(count, dtype=torch.int64), "one token repeated"),
+        Mutant(lambda tokens, count: _alike(tokens, count) + len(tokens), "wanted places from 0"),
         Mutant(lambda tokens, count: _alike(tokens, count)[: count // 2], "has shape [20]"),
+        Mutant(lambda tokens, count: tokens[_alike(tokens, count)], "Wanted are places"),
+        Mutant(lambda tokens, count: _likeness(tokens) > 0.5, "Wanted are places"),
     ),
 )  # fmt: skip
 
 
 # 7.6 ------------------------------------------------------------------------------------------------------------------
-RUN_DAMPING = (0.01, 3.0)
-
-
 @cache
 def runs_inputs(seed: int) -> dict:
-    """Codes of three runs on one grid a row. Two took the loudest column first, one of them much damped; the third the quietest.
-
-    Exactly one column of each run equals plain rounding. The run with the largest output error is not the one that is wrong.
-    """
+    """Codes of three runs, one grid a row: the loudest column first, the same much damped, and the quietest first; shuffled."""
     g = generator(seed)
     while True:
         weight, hessian = torch.randn(96, 12, generator=g), _hessian(12, g, own=0.9)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         order = hessian.diagonal().argsort(descending=True)
-        solved = [_run(weight, hessian, order, damping) for damping in RUN_DAMPING] + [_run(weight, hessian, order.flip(0), 0.01)]
+        solved = [_run(weight, hessian, *way) for way in ((order, 0.01), (order, 3.0), (order.flip(0), 0.01))]
         given = {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point}
         losses = _run_losses(**given, runs=torch.stack(solved))
         runs = torch.stack(solved)[torch.randperm(3, generator=g)]
         untouched = _untouched(**given, runs=runs) == 1
-        # Column 0 must not be the answer, since it is where everybody looks first.
+        # One column a run was rounded plainly, none of them column 0, where everybody looks first; the damped run has the largest
+        # error and is not the wrong one.
         if (untouched.sum(1) == 1).all() and losses[1] > 1.05 * max(losses[0], losses[2]) and 0 not in (order[0], order[-1]):
             return {**given, "runs": runs}
 
@@ -626,67 +551,49 @@ def _run_losses(weight, hessian, scale, zero_point, runs) -> list[float]:
     return [gptq.output_error(weight, grid.dequantize(run, scale, zero_point), hessian) for run in runs]
 
 
-def odd_run(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, runs: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def odd_run(weight, hessian, scale, zero_point, runs: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Whoever goes first has met no error yet: its codes are those of rounding."""
     return _odd_run(weight, hessian, scale, zero_point, runs)
 
 
-def _first(*given) -> torch.Tensor:
-    return _untouched(*given).argmax(1)
-
-
-def _odd(weight, hessian, *rest) -> int:
-    return int((_first(weight, hessian, *rest) != hessian.diagonal().argmax()).nonzero()[0])
-
-
-def _odd_run(*given, first: Callable = _first, odd: Callable = _odd) -> tuple[torch.Tensor, int]:
-    return first(*given), odd(*given)
-
-
-def _largest_loss(*given) -> int:
-    losses = _run_losses(*given)
-    return losses.index(max(losses))
+def _odd_run(weight, hessian, scale, zero_point, runs, first=lambda untouched: untouched.argmax(1), odd=lambda odd, losses: odd):
+    """first(untouched [runs, in]), and odd(the right answer, the runs' output errors): ways to get it wrong."""
+    untouched = _untouched(weight, hessian, scale, zero_point, runs)
+    right_odd = int((untouched.argmax(1) != hessian.diagonal().argmax()).nonzero()[0])
+    return first(untouched), odd(right_odd, _run_losses(weight, hessian, scale, zero_point, runs))
 
 
 def _runs_differ(given: dict, got: dict, want: dict) -> str:
-    if _same(got["first"], want["first"]):
-        odd = int(got["wrong"])
-        return f"run {odd} began with column {int(got['first'][odd])}, the one with the largest diagonal, as it should"
-    run = int((got["first"] != want["first"]).nonzero()[0])
-    column = int(got["first"][run])
-    share = 100 * _untouched(**given)[run, column].item()
-    return f"run {run} did not begin with column {column}: only {share:.0f} % of its codes are those of plain rounding"
+    columns, runs, first, odd = given["weight"].shape[1], len(given["runs"]), got["first"], got["wrong"]
+    if ((first < 0) | (first >= columns)).any():
+        return f"first is {first.tolist()}, wanted columns from 0 to {columns - 1}"
+    if not _same(first, want["first"]):
+        run = int((first != want["first"]).nonzero()[0])
+        share = 100 * _untouched(**given)[run, int(first[run])].item()
+        return f"run {run} did not begin with column {int(first[run])}: only {share:.0f} % of its codes are those of plain rounding"
+    if odd not in range(runs):
+        return f"wrong is {odd:g}: there are {runs} runs, counted from 0"
+    return f"run {int(odd)} began with column {int(first[int(odd)])}, the one with the largest diagonal, as it should"
 
 
 ODD_RUN = Exercise(
     id="7.6", name="odd_run", title="Which run used the wrong order?", minutes=15, difficulty=4, points=4,
     returns=("first", "wrong"), inputs=runs_inputs, reference=odd_run, otherwise=_runs_differ,
     alike=_by_first("first", "wrong", _odd_run),
-    faults=(
-        Fault("first is {columns}, wanted columns from 0 to {last}",
-              lambda given, got, want: ((got["first"] < 0) | (got["first"] >= given["weight"].shape[1])).any() and {
-                  "columns": got["first"].tolist(), "last": given["weight"].shape[1] - 1},
-              answers=(partial(_odd_run, first=lambda *given: _first(*given) + 12),
-                       partial(_odd_run, first=lambda *given: _first(*given) - 12))),
-        Fault("wrong is {wrong}: there are {runs} runs, counted from 0",
-              lambda given, got, want: got["wrong"] not in range(len(given["runs"])) and {
-                  "wrong": got["wrong"], "runs": len(given["runs"])},
-              answers=(partial(_odd_run, odd=lambda *given: _odd(*given) + 3),)),
-    ),
     mistakes=(
         Mistake("these are the columns that moved most. They had the most to answer for, so they came late, not first",
-                partial(_odd_run, first=lambda *given: _untouched(*given).argmin(1))),
+                partial(_odd_run, first=lambda untouched: untouched.argmin(1))),
         Mistake("first is where each run should have begun. Where did it begin? The codes tell: no error had come before",
-                partial(_odd_run, first=lambda weight, hessian, *_: hessian.diagonal().argmax().repeat(3))),
+                lambda weight, hessian, *rest: (hessian.diagonal().argmax().repeat(3), _odd_run(weight, hessian, *rest)[1])),
         Mistake("this is the run with the largest output error, but it went by the diagonal: it is only damped more. Look at first",
-                partial(_odd_run, odd=_largest_loss)),
+                partial(_odd_run, odd=lambda odd, losses: losses.index(max(losses)))),
     ),
     others=(
-        Mutant(partial(_odd_run, odd=lambda *given: 3 - _odd(*given) - _largest_loss(*given)), "as it should"),
-        Mutant(partial(_odd_run, first=lambda *_: torch.zeros(3, dtype=torch.int64)), "did not begin"),
-        Mutant(_first, "wanted 2"),
+        Mutant(partial(_odd_run, odd=lambda odd, losses: 3 - odd - losses.index(max(losses))), "as it should"),
+        Mutant(partial(_odd_run, odd=lambda odd, losses: odd + 3), "counted from 0"),
+        Mutant(partial(_odd_run, first=lambda untouched: torch.zeros(3, dtype=torch.int64)), "did not begin"),
+        Mutant(partial(_odd_run, first=lambda untouched: untouched.argmax(1) + 12), "wanted columns"),
+        Mutant(lambda *given: _odd_run(*given)[0], "wanted 2"),
     ),
 )  # fmt: skip
 
