@@ -17,6 +17,7 @@ from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, rea
 from labsupport.model import models
 from labsupport.quant import nf4, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
+from labsupport.quant.nf4 import BlockTensor
 
 SHOWN = 8  # findings of one kind that are listed by name
 NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[:3]}
@@ -135,8 +136,8 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif weights.shape(name) != shape:
             yield Finding(name, f"has shape {weights.shape(name)}, the config asks for {shape}")
     for name in sorted(weights):
-        owner = next((linear for linear in linears if name.startswith(linear + ".")), None)
-        if owner is None and name not in shapes and not name.endswith(IGNORED):
+        of_a_linear = any(name.startswith(linear + ".") for linear in linears)
+        if not of_a_linear and name not in shapes and not name.endswith(IGNORED):
             yield Finding(name, "is not known to the architecture")
     for name in sorted(quantized & linears.keys()):
         parts = NEEDED.get(checkpoint.layout, ())
@@ -200,9 +201,9 @@ def _check_tensor(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) ->
         wanted = checkpoint.group_size or tensor.shape[1]
         if tensor.group_size != wanted:
             yield Finding(name, f"has groups of {tensor.group_size}, config.json says {wanted}")
-    elif not tensor.block_absmax.isfinite().all():
+    elif isinstance(tensor, BlockTensor) and not tensor.block_absmax.isfinite().all():
         yield Finding(name, "some magnitudes are not finite")
-    elif torch.tensor(tensor.levels).sub(nf4.levels_of(tensor.kind)).abs().max() > 1e-6:
+    elif isinstance(tensor, BlockTensor) and torch.tensor(tensor.levels).sub(nf4.levels_of(tensor.kind)).abs().max() > 1e-6:
         yield Finding(name, f"its codebook is not {tensor.kind}'s")
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,7 +143,7 @@ class Parts(FinishedBlocks):
                 if path.suffix != ".safetensors":
                     path.unlink()
         for name, source in copied.items():
-            files.replace(self.model / name, lambda path, source=source: shutil.copyfile(source, path), sync=True)
+            files.replace(self.model / name, partial(shutil.copyfile, source), sync=True)
         for name, content in {INDEX: json.dumps(self._index(), indent=1), **contents}.items():
             files.write_text(self.model / name, content, sync=True)
         with files.explained(self.out):
@@ -159,7 +160,8 @@ class Parts(FinishedBlocks):
         self.release()
 
     def _index(self) -> dict[str, Any]:
-        placed, size = {}, 0
+        placed: dict[str, str] = {}
+        size = 0
         for index in range(len(self.names) + 1):
             path = self.shard(index)
             with safe_open(path, "pt") as file:

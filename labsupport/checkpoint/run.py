@@ -109,10 +109,11 @@ def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream
         return {}
     measured: dict[str, Any] = {}
     with tqdm(total=2 * len(skeleton.blocks), desc="perplexity", unit="block", disable=not progress) as bar:
-        for name, change in (("before", lambda block: None), ("after", parts.read)):
+        for name in ("before", "after"):
 
-            def at_block(block: Block, change=change) -> None:
-                change(block)
+            def at_block(block: Block, name: str = name) -> None:
+                if name == "after":
+                    parts.read(block)
                 bar.update()
 
             evaluation = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block)

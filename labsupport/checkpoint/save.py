@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.card import Facts
@@ -21,11 +20,14 @@ from labsupport.pipeline import calibrate
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @in_one_line()
 @torch.no_grad()
 def save(
-    model: nn.Module,
+    model: PreTrainedModel,
     stored: Mapping[str, QuantizedTensor],
     out: str | Path,
     layout: str,
@@ -72,20 +74,21 @@ def _settings_of(stored: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
 
     Raises CheckpointError where they differ.
     """
-    tensors = list(stored.values())
-    if all(isinstance(tensor, BlockTensor) for tensor in tensors):
-        kinds = {(tensor.kind, tensor.block_size, isinstance(tensor.absmax, NestedAbsmax)) for tensor in tensors}
+    in_blocks = [tensor for tensor in stored.values() if isinstance(tensor, BlockTensor)]
+    on_grids = [tensor for tensor in stored.values() if isinstance(tensor, UniformTensor)]
+    if len(in_blocks) == len(stored):
+        kinds = {(tensor.kind, tensor.block_size, isinstance(tensor.absmax, NestedAbsmax)) for tensor in in_blocks}
         if len(kinds) == 1:
             kind, size, nested = kinds.pop()
             return {"bits": 4, "group_size": size, "codebook": kind, "double_quant": nested}
-    elif all(isinstance(tensor, UniformTensor) for tensor in tensors):
-        sizes, bits = {tensor.group_size for tensor in tensors}, {tensor.bits for tensor in tensors}
-        whole = all(tensor.group_size == tensor.shape[1] for tensor in tensors)
+    elif len(on_grids) == len(stored):
+        sizes, bits = {tensor.group_size for tensor in on_grids}, {tensor.bits for tensor in on_grids}
+        whole = all(tensor.group_size == tensor.shape[1] for tensor in on_grids)
         if len(bits) == 1 and (whole or len(sizes) == 1):
             return {
                 "bits": bits.pop(),
                 "group_size": None if whole else sizes.pop(),
-                "symmetric": all(tensor.packed_zero_points is None for tensor in tensors),
-                "act_order": any(getattr(tensor, "g_idx", None) is not None for tensor in tensors),
+                "symmetric": all(tensor.packed_zero_points is None for tensor in on_grids),
+                "act_order": any(getattr(tensor, "g_idx", None) is not None for tensor in on_grids),
             }
     raise CheckpointError("stored holds tensors of several kinds, bits or group sizes: a checkpoint has one of each")

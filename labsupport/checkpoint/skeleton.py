@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,11 +14,14 @@ from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read
 from labsupport.model import models
 from labsupport.pipeline.block import Resident
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Endings of tensors that older libraries saved and newer ones compute.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
-def empty_model(directory: Path) -> nn.Module:
+def empty_model(directory: Path) -> PreTrainedModel:
     """The architecture that a directory's config.json names, in evaluation mode, without weights: its parameters are meta tensors.
 
     Raises CheckpointError for an architecture that transformers does not know as a causal language model.

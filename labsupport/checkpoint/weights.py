@@ -54,7 +54,8 @@ class Weights(Mapping[str, torch.Tensor]):
     def __init__(self, directory: Path, any_name: bool = False):
         self.directory = directory
         self.files = self._list(any_name)
-        self._open, self._stack = {}, ExitStack()
+        self._open: dict[str, Any] = {}  # handles of safetensors, which has no types
+        self._stack = ExitStack()
         self.places: dict[str, str] = {}
         for file in sorted(set(self.files.values()) if isinstance(self.files, dict) else self.files):
             for name in self._enter(file).keys():  # noqa: SIM118
@@ -90,7 +91,8 @@ class Weights(Mapping[str, torch.Tensor]):
             )
         raise CheckpointError(f"{self.directory} holds no weights: wanted {SINGLE} or {INDEX}")
 
-    def _enter(self, file: str):
+    def _enter(self, file: str) -> Any:
+        """The open file."""
         path = self.directory / file
         if path.suffix != ".safetensors":
             raise CheckpointError(f"the index of {self.directory} names {file}, wanted .safetensors files only")
@@ -138,7 +140,7 @@ class Weights(Mapping[str, torch.Tensor]):
             size *= n
         return size * WIDTHS.get(self.kind(name), 1)
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         return self._open[self.places[name]].get_slice(name)
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -170,6 +170,8 @@ class QuantizedTensor:
         @property
         def shape(self) -> tuple[int, int]: ...
 
+        def dequantize(self) -> torch.Tensor: ...
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors that are stored."""
