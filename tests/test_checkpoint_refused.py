@@ -329,7 +329,6 @@ LIMITED = """
 import resource, sys
 from labsupport.cli import app
 
-pytestmark = pytest.mark.slow
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
 app()
 """

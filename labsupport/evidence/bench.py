@@ -1,6 +1,6 @@
-"""How fast the quantizers and the products with 4-bit weights are, against copying, 16 bits and bitsandbytes: `labs bench`.
+"""How fast the quantizers and the products with 4-bit weights are, compared with copying, 16 bits and bitsandbytes: `labs bench`.
 
-All on this machine, in one run.
+Everything is measured on this machine, in one run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def quantizers(rows: int = 4096, columns: int = 4096, budget: float = 1.0) -> It
 
 
 def _made_up(rows: int, columns: int, device: str) -> grid.UniformTensor:
-    """A 4-bit weight of chance codes in groups of 128, as large as it need be without ever having been float."""
+    """A 4-bit weight of random codes in groups of 128, made without the float weight."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, generator=generator)
     zeros = torch.full(((rows * columns // 128 + 1) // 2,), 0x88, dtype=torch.uint8)
@@ -101,22 +101,22 @@ def products(
     """Time bfloat16 activations times one weight, in 16 bits and in 4, at every shape and batch.
 
     The kernels are bf16; int4, which is Triton's on a GPU and PyTorch's own on a CPU; int4 made into 16 bits for each product; and
-    where bitsandbytes is installed its NF4, its int8, and its int8 with outlier columns. A shape for which there is not memory
-    enough is left out. Raises ValueError where rows are not whole groups of 128.
+    where bitsandbytes is installed its NF4, its int8, and its int8 with outlier columns. A shape that does not fit into memory
+    is left out. Raises ValueError where rows are not whole groups of 128.
     """
-    here = machine.describe(device)
+    measured_on = machine.describe(device)
     for rows, columns in shapes:
         if rows < 1 or columns < 1 or columns % 128:
             raise ValueError(f"the weight is {rows} x {columns}, wanted at least one row, and columns in groups of 128")
-        # At the most a float32 copy and one in 64 bits of a part, beside what is rotated.
-        if 12 * rows * columns + 8 * timing.PAST_THE_CACHE * (here.cache or 0) > _free(here.device):
+        # At most a float32 copy, and one in 64 bits of a part, beside the copies that are multiplied in turn.
+        if 12 * rows * columns + 8 * timing.PAST_THE_CACHE * (measured_on.cache or 0) > _free(measured_on.device):
             continue
-        stored = _made_up(rows, columns, here.device)
+        stored = _made_up(rows, columns, measured_on.device)
         wide = stored.dequantize().bfloat16()
         x = torch.randn(max(batches), columns, generator=torch.Generator().manual_seed(0)).to(wide)
         loud = x.clone()
         loud[:, :: columns // LOUD_CHANNELS] *= LOUD
-        ready = kernels.prepare(stored, device=here.device)
+        ready = kernels.prepare(stored, device=measured_on.device)
         made = [
             ("bf16", lambda n, w=wide: timing.dense(w, n), wide.nbytes, x),
             ("int4", lambda n, w=ready: timing.int4(w, n), ready.nbytes, x),
@@ -127,7 +127,7 @@ def products(
                 make = lambda n, w=wide, m=method: timing.bitsandbytes(w, m, n)  # noqa: E731
                 made.append((f"bitsandbytes {method}", make, read, loud if "mixed" in method else x))
         for name, make, read, inputs in made:
-            rotated = make(timing.copies(read, here.cache))
+            rotated = make(timing.copies(read, measured_on.cache))
             for batch in batches:
                 yield timing.measure(name, rotated, (rows, columns), inputs[:batch].contiguous(), budget)
 
@@ -141,26 +141,26 @@ def instructions(device: str) -> str | None:
     return torch.backends.cpu.get_cpu_capability() if device == "cpu" else None
 
 
-def measurements_path(here: machine.Machine) -> Path:
+def measurements_path(measured_on: machine.Machine) -> Path:
     """data/measurements/<device>.json: the device's name in small letters, and for a CPU its instruction set."""
-    name = f"{here.name} {instructions(here.device) or ''}".lower()
+    name = f"{measured_on.name} {instructions(measured_on.device) or ''}".lower()
     return models.data_dir() / "measurements" / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
-def about(command: str, here: machine.Machine, budget: float) -> dict[str, object]:
-    """What has to be known of a run to read its rows. Measures the bandwidth."""
+def about(command: str, measured_on: machine.Machine, budget: float) -> dict[str, object]:
+    """What a reader of the rows has to know about the run. Measures the bandwidth."""
     triton = metadata.version("triton") if kernels.language.available() else "not installed"
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "device": here.device,
-        "name": here.name,
-        "instructions": instructions(here.device),
-        "cache": here.cache,
+        "device": measured_on.device,
+        "name": measured_on.name,
+        "instructions": instructions(measured_on.device),
+        "cache": measured_on.cache,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute: was the machine shared?
-        "versions": here.versions | {"triton": triton},
-        "bandwidth": timing.bandwidth(here.device, budget),
+        "versions": measured_on.versions | {"triton": triton},
+        "bandwidth": timing.bandwidth(measured_on.device, budget),
         "seconds": "of one product, the least of many; weights rotated past the last-level cache",
     }
 
@@ -178,7 +178,7 @@ def check_writable(path: Path) -> None:
 
 
 def load(name: str) -> tuple[dict[str, object], list[Product]]:
-    """The rows of a machine that was measured for the course, and what is known of their run: data/measurements/<name>.json."""
+    """The rows of a machine that was measured for the course, and `about` their run: data/measurements/<name>.json."""
     return read(models.data_dir() / "measurements" / f"{name}.json")
 
 

@@ -1,4 +1,4 @@
-"""The machine at hand: what it is, how many bytes and operations a second it really does. Measured on request, nothing is kept."""
+"""This machine: what it is, and how many bytes and operations a second it reaches. Measured when asked for, and not stored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def describe(device: str | torch.device | None = None) -> Machine:
-    """What this machine is. device: the GPU where there is one, unless told."""
+    """What this machine is. device: by default the GPU, if there is one."""
     device = _device(device)
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-GREY, DARK_GREY = "#999999", "#444444"  # lines that measure, and the words on them
+GREY, DARK_GREY = "#999999", "#444444"  # reference lines, and the words on them
 # Light enough for black words on them, and apart in greyscale.
 PALE_BLUE, PALE_YELLOW, PALE_SKY, PALE_GREEN, PALE_PINK = "#DCEBF5", "#F0E4B2", "#A9D6F0", "#BBE3D6", "#E8C9DA"
 AMOUNTS, SIGNED, SIGNED_FROM_ZERO = "cividis", "RdBu_r", "PuOr"  # color maps
@@ -32,7 +32,7 @@ SERIES = (
 FILLS = ((SKY, ""), (ORANGE, "///"), (RED, "xxx"), (BLUE, ""), (GREY, "..."))
 
 DPI = 110
-WIDTH = 7.6  # inches: what a page shows without making it, and the words on it, smaller
+WIDTH = 7.6  # inches: the widest that a page shows without scaling it, and its words, down
 FONT, SMALL = 9, 8  # points; nothing is smaller
 LETTER = 0.56  # of its size, the width of an average letter
 
@@ -121,7 +121,7 @@ def beside(axis: Axes, **options: Any) -> None:
 
 
 def _inches(axis: Axes) -> tuple[float, float]:
-    """Roughly the width and height that a panel has for itself, its ticks and names taken off."""
+    """Roughly the width and height of a panel without its tick labels and names."""
     figure = axis.get_figure()
     width, height = figure.get_size_inches()
     place = axis.get_subplotspec()

@@ -56,7 +56,7 @@ def maps(panels: Mapping[str, torch.Tensor], unit: str) -> CourseFigure:
 
 
 def who_waits(stored: Mapping[str, Sequence[int]]) -> CourseFigure:
-    """For each entry, as tokens come one by one: how many of them are still in 16 bits. stored: quantized tokens after 0, 1, ..."""
+    """How many tokens are still in 16 bits as they come one by one. stored: quantized tokens after 0, 1, ... by name."""
     summaries, count = [], len(next(iter(stored.values())))
     figure, axis = base.new("", size=(7.0, 3.2))
     for (name, values), (color, _, style) in base.styled(stored.items()):

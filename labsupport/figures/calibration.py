@@ -1,4 +1,4 @@
-"""GPTQ in practice, drawn: what laziness saves, where groups go, and what damping, samples and the choice of text do."""
+"""GPTQ in practice, drawn: what blocks save, where groups end up, and the effect of damping, samples and the choice of text."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def writes(columns: int, block_sizes: Sequence[int]) -> CourseFigure:
 
 
 def by_turn(shifts: Mapping[str, torch.Tensor]) -> CourseFigure:
-    """How far columns end from where they began, in steps of their grid, against their turn: [in_features] for each order.
+    """How far each column ends from where it began, in steps of its grid, against its turn: [in_features] for each order.
 
-    Drawn as means of 16 turns that follow each other.
+    Drawn as means of 16 successive turns.
     """
     summaries, smooth = [], {}
     for name, shift in shifts.items():
@@ -109,7 +109,7 @@ def group_strips(maps: Mapping[str, torch.Tensor]) -> CourseFigure:
 def against(
     panels: Mapping[str, Mapping[str, Points]], title: str, x_name: str, y_name: str, marked: float | None = None
 ) -> CourseFigure:
-    """Error over that of rounding against something on a logarithmic axis; below the line at 1 GPTQ has won.
+    """Error over that of rounding, against a quantity on a logarithmic axis; below the line at 1 GPTQ is better.
 
     panels: one for each entry, of named curves of (x, y). marked: an x to draw a line at.
     """
@@ -140,7 +140,7 @@ def against(
 
 
 def domains(table: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure:
-    """What was calibrated on (row) against what is measured on (column): error over that of rounding, in color."""
+    """Error over that of rounding, in color: a row for each text calibrated on, a column for each text measured on."""
     columns = list(next(iter(table.values())))
     values = torch.tensor([list(row.values()) for row in table.values()], dtype=torch.float64)
     summary = "; ".join(

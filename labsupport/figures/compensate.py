@@ -1,4 +1,4 @@
-"""GPTQ, drawn: a loss over two weights, errors on their way across columns, and what is given up for what."""
+"""GPTQ, drawn: the loss over two weights, errors on their way across columns, and weight errors traded for output errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REACH = 1.25  # steps that are drawn around the original
 def two_weights(
     weight: torch.Tensor, hessian: torch.Tensor, ends: Mapping[str, torch.Tensor], path: Sequence[torch.Tensor]
 ) -> CourseFigure:
-    """Lines of equal output error over two weights of one row, the lattice of a grid with step 1, and where roundings end.
+    """Lines of equal output error over two weights of one row, the points of a grid with step 1, and where each method ends.
 
     weight: float [2], in steps. hessian: [2, 2]. ends: lattice points by name. path: points from the weight to one of the ends.
     """

@@ -1,4 +1,4 @@
-"""Stored layouts, drawn: whose bits stand where in a word, and how codes lie about their zero-points when a file is read."""
+"""Stored layouts, drawn: which bits of a word belong to which code, and how far codes are from their zero-points."""
 
 from __future__ import annotations
 

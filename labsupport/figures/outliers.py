@@ -206,7 +206,7 @@ def time_parts(parts: Mapping[str, Sequence[float]], names: Sequence[str], marks
 def two_errors(
     loudness: torch.Tensor, places: Mapping[str, torch.Tensor], errors: Mapping[str, tuple[float, float]]
 ) -> CourseFigure:
-    """Left: columns by loudness, and where two errors sit. Right: what each is in the weight and in the output, in percent.
+    """Left: columns by loudness, and which columns two errors are in. Right: each error in the weight and the output, in percent.
 
     loudness: root mean square of each column, [features]. places: columns by name. errors: relative, of weight and output.
     """

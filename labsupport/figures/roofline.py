@@ -45,14 +45,14 @@ def model_sizes(models: Mapping[str, Mapping[int, Sequence[float]]], cards: Sequ
 
 
 def _of_device(i: int) -> tuple[str, str, str]:
-    """Color, marker and line of the i-th device; the first is the machine at hand, in black."""
+    """Color, marker and line of the i-th device; the first, this machine, is black."""
     return base.SERIES[i - 1] if i else (base.BLACK, "o", "-")
 
 
 def rooflines(devices: Sequence[Device], marks: Mapping[str, float], first: str = "measured here") -> CourseFigure:
     """Operations a second against operations a byte, one roof a device; `marks` are intensities of workloads by name.
 
-    The first device is drawn heavier: it is the machine at hand, `first` says so in the legend.
+    The first device is drawn heavier: it is this machine, as `first` says in the legend.
     """
     ridges = ", ".join(f"{d.name} {d.ridge:.3g}" for d in devices)
     where = ", ".join(f"{name} {x:.3g}" for name, x in marks.items())
@@ -120,7 +120,7 @@ def throughput(
 
 
 def gain_against_batch(batches: Sequence[int], gains: Mapping[str, Sequence[float]], title: str) -> CourseFigure:
-    """How many times faster a step gets, against the batch, one line a machine; the first is the one at hand."""
+    """How many times faster a step gets, against the batch, one line a machine; the first is this one."""
     summary = "; ".join(f"{name}: {y[0]:.2f} at batch {batches[0]}, {y[-1]:.2f} at {batches[-1]}" for name, y in gains.items())
     figure, axis = base.new(f"Predicted gain of 4-bit weights against batch, falling to 1. {summary}.", size=(7.0, 3.6))
     for i, (name, y) in enumerate(gains.items()):

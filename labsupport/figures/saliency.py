@@ -1,4 +1,4 @@
-"""Channels that matter, drawn: how loud each is, what stretching one costs, which scale a search picks and what comes of it."""
+"""Channels that matter, drawn: how loud each is, what stretching one costs, which scale a search picks, and the result."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def scales(loud: torch.Tensor, scale: torch.Tensor, title: str, share: float = 0
 
 
 def clips(losses: torch.Tensor, share_of: torch.Tensor, title: str) -> CourseFigure:
-    """Left: the loss of some groups against the limit, over that without clipping. Right: which limit each group of a weight takes.
+    """Left: the loss of a few groups against the limit, over that without clipping. Right: the limits that all groups take.
 
     losses: float [groups shown, steps], at the limits 1, 0.95, ... share_of: the limits found, over the largest magnitude, any
     shape.
@@ -178,7 +178,7 @@ def clips(losses: torch.Tensor, share_of: torch.Tensor, title: str) -> CourseFig
 
 
 def flip(methods: Mapping[str, Mapping[str, Change]], title: str, live: tuple[str, str, float] | None = None) -> CourseFigure:
-    """Rise in perplexity, a line for each method from one way of writing the model to the next, so that what crosses is seen.
+    """Rise in perplexity, a line for each method from one way of writing the model to the next, so that crossings are seen.
 
     methods[method][model] = (change, low, high). live: (method, model, change) just measured.
     """
@@ -216,7 +216,7 @@ def flip(methods: Mapping[str, Mapping[str, Change]], title: str, live: tuple[st
 
 
 def one_sided(values: torch.Tensor, read_back: Mapping[str, torch.Tensor], title: str) -> CourseFigure:
-    """What values of one sign read back as on several grids, against the values themselves. float [n] each."""
+    """Values of one sign, and what they read back as on several grids. float [n] each."""
     summary = ", ".join(f"{name} from {v.min().item():.2f} to {v.max().item():.2f}" for name, v in read_back.items())
     alt = f"{title}. Values from {values.min().item():g} to {values.max().item():g} read back as: {summary}."
     figure, axis = base.new(alt, size=(6.2, 3.3))

@@ -16,7 +16,7 @@ Change = tuple[float, float, float]  # a change and its interval; 0.01 is 1 %
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Numbers such as 0.01 and 100 in place of powers, at the ticks that there are."""
+    """Numbers such as 0.01 and 100 in place of powers, without moving the ticks."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -6,7 +6,8 @@ sides is what the paper calls vector-wise.
 
 Codes, statistics and products equal those of bitsandbytes 0.50 on a CPU to the last bit. Its back ends do not scale products of
 codes by the same constant: on a CPU it is 6.200124e-05 (bitsandbytes/backends/default/ops.py), in its CUDA kernel 6.200012e-05,
-and 1 / 127**2 is 6.2000124e-05. So its outputs on a GPU are smaller by 18 in a million.
+and 1 / 127**2 is 6.2000124e-05. So its outputs on a GPU are smaller by 18 in a million. On a CPU without AVX-512 it sums products
+of codes in float32, which loses the last bits of sums beyond 2**24; `matmul_int32` is exact everywhere.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own laye
 PER_CODE = 7.874015718698502e-3
 PER_PRODUCT = 6.200124e-05
 CHUNK = 2**18  # values to take at a time
+EXACT_IN_FLOAT32 = 1024  # this many products of int8 codes are at most 128**2 * 1024 = 2**24 in sum: float32 holds every such sum
 
 Granularity = Literal["row", "tensor"]
 
@@ -97,12 +99,15 @@ def quantize_activations(
 def matmul_int32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product a @ b.T of codes, exact: int8 [m, k] and int8 [n, k] -> int32 [m, n].
 
-    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144; float32 only for k up to 1,040.
+    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144. On a CPU the sum is taken in
+    parts of EXACT_IN_FLOAT32 columns, each of them one float32 product: processors without instructions for int8 are some 20
+    times slower at integer products than at these.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"codes are {a.dtype} and {b.dtype}, wanted torch.int8 on both sides")
     if a.device.type == "cpu":
-        return torch._int_mm(a.contiguous(), b.t())
+        parts = zip(a.split(EXACT_IN_FLOAT32, dim=1), b.split(EXACT_IN_FLOAT32, dim=1), strict=True)
+        return sum(((x.float() @ y.float().t()).to(torch.int32) for x, y in parts), start=torch.zeros((), dtype=torch.int32))
     return (a.double() @ b.double().t()).to(torch.int32)  # PyTorch's integer product on a GPU takes few shapes only
 
 
