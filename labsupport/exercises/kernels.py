@@ -424,7 +424,8 @@ CROSSOVER = Exercise(
                 _met(lambda w, f, b, r, n: f / b * n / w)),
     ),
     others=(
-        Mutant(lambda w, f, b, r, n: 10**6, "got 1000000, wanted"), Mutant(lambda w, f, b, r, n: round(w / b * n / f), "one too few"),
+        Mutant(lambda w, f, b, r, n: 10**6, "got 1000000, wanted"),
+        Mutant(lambda w, f, b, r, n: round(w / b * n / f), "one too few"),
     ),
 )  # fmt: skip
 
