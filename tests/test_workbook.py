@@ -99,8 +99,10 @@ def test_a_copy_that_was_only_run_is_updated_silently(book: Path, source: Path) 
     notebook.cells[3].outputs = [new_output("stream", name="stdout", text="42, mine\n")]
     nbformat.write(notebook, mine(book))
     course(source, "second")
+    before = mine(book).read_bytes()
     assert workbook.lay_out(book, source) == []
     assert sources(mine(book))["intro"] == "second"
+    assert [path.read_bytes() for path in backups(book)] == [before]
 
 
 @pytest.mark.parametrize("id", ["cell-answer-2-1", "guess", "intro", "below"])
@@ -152,6 +154,7 @@ def test_reset_with_keep_answers_carries_answers_and_predictions_into_the_new_te
     assert now["guess"] == "prediction = 7"
     assert now["intro"] == "second"
     assert now["below"] == "print(42)"
+    assert "cell 4 of your copy (`print('scratch')`) is not carried over: your text for it is in the backup" in lines
     assert "2 answers and predictions were carried over" in lines
     assert workbook.lay_out(book, source) == []
 
@@ -179,14 +182,14 @@ def test_an_answer_without_a_place_any_more_is_named_and_in_the_backup(book: Pat
     assert sources(backups(book)[0])["cell-answer-2-1"] == "def f(x): return x"
 
 
-def test_of_an_answer_cell_that_was_copied_the_last_is_carried_and_the_learner_told(book: Path, source: Path) -> None:
+def test_an_answer_in_several_cells_that_was_copied_or_split_is_put_into_one(book: Path, source: Path) -> None:
     edit(book, "cell-answer-2-1", "def f(x): return 1")
     notebook = nbformat.read(mine(book), as_version=4)
     notebook.cells += [code("copied", "def f(x): return 2", grade_id="answer-2-1"), code("blank", STUB, grade_id="answer-2-1")]
     nbformat.write(notebook, mine(book))
     lines = workbook.reset(book, "2", keep_answers=True, source=source)
-    assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 2"
-    assert "answer-2-1 had 2 cells: the last was carried over, the others are in the backup" in lines
+    assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 1\n\ndef f(x): return 2"
+    assert "answer-2-1 had 2 cells: they were put into one, in their order" in lines
 
 
 def test_a_solution_cell_whose_name_was_deleted_is_not_an_error(book: Path, source: Path) -> None:
@@ -237,7 +240,165 @@ def test_a_failed_write_leaves_the_copy_as_it_was(book: Path, source: Path, monk
     with pytest.raises(OSError, match="no space"):
         workbook.lay_out(book, source)
     assert mine(book).read_bytes() == before
-    assert [p.name for p in book.iterdir()] == ["02_rounding.ipynb"]
+    assert [p.name for p in book.glob("*.*")] == ["02_rounding.ipynb"]
+    assert backups(book) == []
+
+
+def test_answers_written_into_the_courses_own_notebook_are_never_replaced_without_a_backup(tmp_path: Path) -> None:
+    from labsupport.course.execute import source_sha256
+
+    folder, book = course(tmp_path / "notebooks"), tmp_path / "workbook"
+    path = folder / "02_rounding.ipynb"
+    built = nbformat.read(path, as_version=4)
+    built.metadata["labs"] = {"executed_source_sha256": source_sha256(built)}
+    nbformat.write(built, path)
+    as_committed = path.read_bytes()
+    edit(folder, "cell-answer-2-1", "def f(x): return 'mine'")
+    (line,) = workbook.lay_out(book, folder)
+    assert line.startswith(f"{path} has been edited")
+    path.write_bytes(as_committed)
+    (line,) = workbook.lay_out(book, folder)
+    assert "labs reset 02 --keep-answers" in line
+    assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 'mine'"
+    workbook.reset(book, "2", keep_answers=True, source=folder)
+    assert sources(mine(book))["cell-answer-2-1"] == "def f(x): return 'mine'"
+    assert workbook.lay_out(book, folder) == []
+
+
+ANSWER = "def f(x):\n    return 'MY ANSWER'"
+
+
+def answer_cell(notebook: NotebookNode) -> NotebookNode:
+    return next(cell for cell in notebook.cells if cell.get("id") == "cell-answer-2-1")
+
+
+def lost_metadata(notebook: NotebookNode) -> None:
+    answer_cell(notebook).update(source=ANSWER, metadata=NotebookNode())
+
+
+def lost_metadata_and_ids(notebook: NotebookNode) -> None:
+    lost_metadata(notebook)
+    without_ids(notebook)
+
+
+def without_ids(notebook: NotebookNode) -> None:
+    notebook.cells[2].source = "prediction = 7"
+    if notebook.cells[-1].metadata:
+        answer_cell(notebook).source = ANSWER
+    for cell in notebook.cells:
+        del cell["id"]
+    notebook.nbformat_minor = 4
+
+
+def added_below(notebook: NotebookNode) -> None:
+    notebook.cells.append(new_code_cell(ANSWER))
+
+
+def split(notebook: NotebookNode) -> None:
+    answer_cell(notebook).source = ANSWER
+    notebook.cells.insert(4, code("half", "import math", grade_id="answer-2-1"))
+
+
+def merged_into_another(notebook: NotebookNode) -> None:
+    notebook.cells.remove(answer_cell(notebook))
+    notebook.cells[3].source = ANSWER + "\n" + notebook.cells[3].source
+
+
+def renamed(notebook: NotebookNode) -> None:
+    answer_cell(notebook).source = ANSWER
+    answer_cell(notebook).metadata.nbgrader.grade_id = "answer-2-1-copy"
+
+
+def nbgrader_is_text(notebook: NotebookNode) -> None:
+    answer_cell(notebook).source = ANSWER
+    answer_cell(notebook).metadata.nbgrader = "x"
+
+
+def record_is_a_list(notebook: NotebookNode) -> None:
+    answer_cell(notebook).source = ANSWER
+    notebook.metadata.labs = []
+
+
+def blanks_are_a_list(notebook: NotebookNode) -> None:
+    answer_cell(notebook).source = ANSWER
+    notebook.metadata.labs = {"blanks": [], "cells": 3}
+
+
+HANDLED = [
+    lost_metadata, lost_metadata_and_ids, without_ids, added_below, split, merged_into_another, renamed, nbgrader_is_text,
+    record_is_a_list, blanks_are_a_list,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("handle", HANDLED)
+def test_an_answer_is_carried_whatever_an_editor_did_to_its_cell(book: Path, source: Path, handle) -> None:
+    notebook = nbformat.read(mine(book), as_version=4)
+    handle(notebook)
+    mine(book).write_text(json.dumps(notebook))
+    course(source, "second")
+    assert len(workbook.lay_out(book, source)) == 1
+    lines = workbook.reset(book, "2", keep_answers=True, source=source)
+    now = sources(mine(book))
+    assert now["cell-answer-2-1"] == {split: f"import math\n\n{ANSWER}"}.get(handle, ANSWER)
+    assert now["guess"] == ("prediction = 7" if "without_ids" in handle.__name__ or "and_ids" in handle.__name__ else now["guess"])
+    assert now["below"] == "print(42)"
+    assert now["intro"] == "second"
+    assert len(now) == 5, lines
+
+
+def test_a_cell_that_the_learner_added_is_carried_to_its_place_and_named(book: Path, source: Path) -> None:
+    notebook = nbformat.read(mine(book), as_version=4)
+    notebook.cells.insert(4, new_code_cell("helper = 1"))
+    notebook.cells.insert(5, new_markdown_cell("my note"))
+    nbformat.write(notebook, mine(book))
+    lines = workbook.reset(book, "2", keep_answers=True, source=source)
+    assert list(sources(mine(book)).values())[3:6] == ["print(42)", "helper = 1", "my note"]
+    assert "cell 5 of your copy (`helper = 1`), which you added, was carried over" in lines
+
+
+def test_a_second_attempt_beside_a_filled_answer_stays_a_cell_of_its_own(book: Path, source: Path) -> None:
+    edit(book, "cell-answer-2-1", ANSWER)
+    notebook = nbformat.read(mine(book), as_version=4)
+    notebook.cells.append(new_code_cell("def f(x): return 'trial'"))
+    nbformat.write(notebook, mine(book))
+    workbook.reset(book, "2", keep_answers=True, source=source)
+    assert list(sources(mine(book)).values())[-2:] == [ANSWER, "def f(x): return 'trial'"]
+
+
+def test_a_byte_order_mark_is_read_and_half_a_character_is_one_line(book: Path, source: Path) -> None:
+    edit(book, "cell-answer-2-1", ANSWER)
+    mine(book).write_bytes(b"\xef\xbb\xbf" + mine(book).read_bytes())
+    workbook.reset(book, "2", keep_answers=True, source=source)
+    assert sources(mine(book))["cell-answer-2-1"] == ANSWER
+    text = mine(book).read_text().replace("MY ANSWER", "\\ud83d")
+    mine(book).write_text(text)
+    (line,) = workbook.lay_out(book, source)
+    assert "half of a character" in line
+    assert mine(book).read_text() == text
+
+
+def test_a_chapter_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path, source: Path) -> None:
+    (source / "01_first.ipynb").write_text("[" * 100_000)
+    (line,) = workbook.lay_out(tmp_path / "new", source)
+    assert "01_first.ipynb cannot be read as a notebook" in line
+    assert mine(tmp_path / "new").is_file()
+
+
+def test_two_backups_at_once_do_not_replace_each_other(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process backs up between the choice of a name and the copy."""
+    copied, inner = workbook.shutil.copy2, []
+
+    def copy_late(path: Path, target: Path) -> None:
+        if not inner:
+            inner.append(True)
+            edit(book, "intro", "second")
+            workbook.back_up(mine(book))
+        copied(path, target)
+
+    monkeypatch.setattr(workbook.shutil, "copy2", copy_late)
+    edit(book, "intro", "first")
+    workbook.back_up(mine(book))
+    assert len(backups(book)) == 2
 
 
 STEPS = st.sampled_from(["answer", "prediction", "prose", "update", "rename", "lay out", "reset", "keep", "damage"])

@@ -10,15 +10,17 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
 from labsupport import PACKAGE
+from labsupport.course.carry import answers, carry_over, is_prediction, short_hash, table
 from labsupport.model import files
 
 BACKUPS = "backups"
@@ -66,11 +68,19 @@ def chapter(number: str, source: Path | None = None) -> Path:
 def read(path: Path) -> NotebookNode:
     """Raises WorkbookError for anything that is not a notebook; the file is left as it is."""
     try:
-        notebook = nbformat.reads(path.read_text("utf-8"), as_version=4)
-        nbformat.validate(notebook)
+        text = path.read_text("utf-8-sig")  # Notepad writes a byte-order mark
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # cells without ids, as Colab writes them
+            notebook = nbformat.reads(text, as_version=4)
+            nbformat.validate(notebook)
+        if not isinstance(notebook.metadata, dict):
+            raise ValueError("its metadata is not a table")
+        json.dumps(notebook, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise WorkbookError(f"{path} is not there: `labs lab` lays it out") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as error:
+    except UnicodeEncodeError:
+        raise WorkbookError(f"{path} cannot be read as a notebook (it holds half of a character, a lone surrogate)") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, nbformat.ValidationError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise WorkbookError(f"{path} cannot be read as a notebook ({reason})") from None
     return notebook
@@ -87,22 +97,12 @@ def source_hash(notebook: NotebookNode) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
-def is_prediction(cell: NotebookNode) -> bool:
-    return "prediction" in cell.metadata.get("tags", [])
+def is_edited(source: NotebookNode) -> bool:
+    """Whether somebody wrote into one of the course's own notebooks since `labs build` ran it."""
+    from labsupport.course.execute import source_sha256  # it brings the kernels along
 
-
-def answers(notebook: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
-    """The cells that a learner fills in, each with a key that an update keeps: its grade_id, or the cell id of a prediction."""
-    for cell in notebook.cells:
-        about = cell.metadata.get("nbgrader", {})
-        if about.get("solution") and about.get("grade_id"):
-            yield about["grade_id"], cell
-        elif is_prediction(cell):
-            yield f"prediction {cell.get('id')}", cell
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    executed = table(source.metadata, "labs").get("executed_source_sha256")
+    return executed is not None and (any("id" not in cell for cell in source.cells) or executed != source_sha256(source))
 
 
 def learner_copy(source: NotebookNode) -> NotebookNode:
@@ -113,20 +113,42 @@ def learner_copy(source: NotebookNode) -> NotebookNode:
         hidden = hidden or is_prediction(cell)
         if hidden and cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    blanks = {key: _short_hash(cell.source) for key, cell in answers(copy)}
-    copy.metadata["labs"] = {"source_sha256": source_hash(source), "blanks": blanks}
+    record: dict[str, Any] = {"source_sha256": source_hash(source), "blanks": {}, "cells": []}
+    if is_edited(source):
+        # What the cells held before somebody filled them in is not known, so whatever is in them counts as written by the learner.
+        record["from_edited"] = True
+    else:
+        record["blanks"] = {key: short_hash(cell.source) for key, cell in answers(copy)}
+        record["cells"] = sorted({short_hash(cell.source) for cell in copy.cells})
+    copy.metadata["labs"] = record
     return copy
 
 
 def _stale(notebook: NotebookNode, source: NotebookNode) -> bool:
-    return notebook.metadata.get("labs", {}).get("source_sha256", source_hash(notebook)) != source_hash(source)
+    return table(notebook.metadata, "labs").get("source_sha256", source_hash(notebook)) != source_hash(source)
+
+
+def _untouched(notebook: NotebookNode) -> bool:
+    record = table(notebook.metadata, "labs")
+    return record.get("source_sha256") == source_hash(notebook) and not record.get("from_edited")
 
 
 def lay_out(workbook: Path, source: Path | None = None) -> list[str]:
-    """Make the copies that are missing, update those nobody has worked in, and return a line for each that needs a decision."""
+    """Make the copies that are missing, update those nobody has worked in, and return a line for each that needs a decision.
+
+    A copy that is replaced is backed up first. A chapter that cannot be read leaves the others as they would be without it.
+    """
     lines = []
     for number, path in chapters(source).items():
-        original, mine = read(path), workbook / path.name
+        mine = workbook / path.name
+        try:
+            original = read(path)
+        except WorkbookError as error:
+            lines.append(f"{error}, so there is no new copy of it; `git checkout -- notebooks` in the course's folder restores it")
+            continue
+        edited = is_edited(original)
+        if edited:
+            lines.append(edited_line(path, mine))
         if not mine.exists():
             write(learner_copy(original), mine)
             continue
@@ -137,9 +159,10 @@ def lay_out(workbook: Path, source: Path | None = None) -> list[str]:
             continue
         if not _stale(notebook, original):
             continue
-        if notebook.metadata.get("labs", {}).get("source_sha256") == source_hash(notebook):
+        if _untouched(notebook):
+            back_up(mine)
             write(learner_copy(original), mine)
-        else:
+        elif not edited:
             lines.append(
                 f"{mine.name} has changed in the course and you have worked in your copy, so it is left as it is. "
                 f"`labs reset {number:02d} --keep-answers` brings it up to date with your answers in it"
@@ -147,50 +170,41 @@ def lay_out(workbook: Path, source: Path | None = None) -> list[str]:
     return lines
 
 
+def edited_line(path: Path, mine: Path) -> str:
+    return f"{path} has been edited, and an update of the course may replace it: work in {mine}, which updates leave as it is"
+
+
 def back_up(path: Path) -> Path:
-    """A copy of the file under backups/, byte for byte, named after the time."""
+    """A copy of the file under backups/, byte for byte, named after the time. No other process can have taken the name."""
     folder = path.parent / BACKUPS
     folder.mkdir(exist_ok=True)
     stem, count = f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}", 1
     target = folder / f"{stem}.ipynb"
-    while target.exists():
-        count += 1
-        target = folder / f"{stem}-{count}.ipynb"
-    files.replace(target, lambda temporary: shutil.copy2(path, temporary))
+    while True:
+        try:
+            target.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            count += 1
+            target = folder / f"{stem}-{count}.ipynb"
+    try:
+        files.replace(target, lambda temporary: shutil.copy2(path, temporary))
+    except BaseException:
+        target.unlink()
+        raise
     return target
-
-
-def carry_over(old: NotebookNode, fresh: NotebookNode) -> tuple[int, list[str]]:
-    """Put the answers and predictions of `old` into `fresh`. Returns how many, and a line for each text that has no place there.
-
-    A cell that was never filled in is left out, since its stub may have changed. Where several cells hold one answer (a copied cell
-    keeps the name of its original) the last one counts, as it does when the notebook is run.
-    """
-    blanks = old.metadata.get("labs", {}).get("blanks", {})
-    places = dict(answers(fresh))
-    filled: dict[str, list[str]] = {}
-    for key, cell in answers(old):
-        if _short_hash(cell.source) != blanks.get(key):
-            filled.setdefault(key, []).append(cell.source)
-    unplaced = []
-    for key, texts in filled.items():
-        if key not in places:
-            unplaced.append(f"{key} is no longer in this notebook: your text for it is in the backup")
-            continue
-        places[key].source = texts[-1]
-        if len(texts) > 1:
-            unplaced.append(f"{key} had {len(texts)} cells: the last was carried over, the others are in the backup")
-    return sum(key in places for key in filled), unplaced
 
 
 def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path | None = None) -> list[str]:
     """Lay out a fresh copy of one chapter after a backup of the old one; the lines to show. Raises WorkbookError."""
     path = chapter(number, source)
-    fresh, mine = learner_copy(read(path)), workbook / path.name
+    original, mine = read(path), workbook / path.name
+    fresh = learner_copy(original)
+    warning = [edited_line(path, mine)] if is_edited(original) else []
     if not mine.exists():
         write(fresh, mine)
-        return [f"{mine.name}: there was no copy, now there is"]
-    carried, unplaced = 0, []
+        return [f"{mine.name}: there was no copy, now there is", *warning]
+    carried, unplaced = 0, list[str]()
     if keep_answers:
         try:
             carried, unplaced = carry_over(read(mine), fresh)
@@ -202,4 +216,4 @@ def reset(workbook: Path, number: str, keep_answers: bool = False, source: Path 
     lines = [f"{mine.name}: a fresh copy; the old one is {BACKUPS}/{backup.name}"]
     if keep_answers:
         lines.append(f"{carried} answers and predictions were carried over")
-    return lines + unplaced
+    return lines + unplaced + warning
