@@ -56,6 +56,40 @@ def test_train_writes_a_model_and_goes_on(small_recipe, tmp_path):
     assert "holds a run with another seed: choose another directory" in refused.output
 
 
+def test_train_refuses_a_strangers_directory_before_it_trains(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    done = labs("train", "--out", tmp_path / "thesis", "--run", tmp_path / "run")
+    assert done.exit_code == 1
+    assert "thesis is not a model that labs train wrote" in done.output
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_replaces_only_its_own_files(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"mine": 1}')
+    (tmp_path / "x.json.tmp").write_text("mine too")
+    done = labs("bench", "--only", "products", "--rows", 128, "--columns", 128, "--out", path)
+    assert done.exit_code == 1
+    assert "is not a file of measurements" in done.output
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x.json": '{"mine": 1}', "x.json.tmp": "mine too"}
+
+
+def test_ctrl_c_is_one_line_and_exit_130(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupt)
+    monkeypatch.setattr(models, "load_model", interrupt)
+    monkeypatch.setattr(bench, "quantizers", interrupt)
+    for command in (("train", "--out", tmp_path / "new", "--run", tmp_path / "run"), ("sweep", "rtn"), ("bench",)):
+        done = labs(*command)
+        assert done.exit_code == 130, command
+        assert f"labs {command[0]}: stopped. " in done.output
+        assert "Traceback" not in done.output
+
+
 @pytest.mark.slow
 def test_sweep_writes_rows(monkeypatch, tmp_path):
     settings = [{"bits": 4, "group_size": 128, "symmetric": False}]

@@ -147,6 +147,24 @@ def test_tensors_are_kept_with_their_metadata_and_others_may_read_them(tmp_path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
+def test_a_directory_whose_replacement_fails_between_two_names_is_there_again(tmp_path, monkeypatch):
+    path, real, moved = tmp_path / "model", os.replace, []
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def stop_at_the_second(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt), files.replaced_directory(path):
+        pass
+    assert names(path) == {"old"}
+    assert names(tmp_path) == {"model"}
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_directory_appears_when_it_is_complete(tmp_path, before):
     path = tmp_path / "deep" / "model"

@@ -71,6 +71,49 @@ def test_another_recipe_in_the_same_directory(tmp_path):
     assert progress["recipe"]["tokens"] == 3 * 64
 
 
+@pytest.mark.parametrize("name", [train.STATE, train.TOKENIZER])
+def test_a_damaged_run_is_one_line(tmp_path, name):
+    train.train(tmp_path, recipe(2))
+    (tmp_path / name).write_bytes(b"half")
+    with pytest.raises(ValueError, match=name):
+        train.train(tmp_path, recipe(3))
+    assert (tmp_path / name).read_bytes() == b"half"
+
+
+def test_a_run_on_another_text_and_a_folder_of_somebody_else_are_refused(tmp_path, monkeypatch):
+    run, thesis = tmp_path / "run", tmp_path / "thesis"
+    train.train(run, recipe(2))
+    (run / train.PROGRESS).write_text("")  # for people to read: what counts is kept with the weights
+    assert train.train(run, recipe(3))[2]["recipe"]["tokens"] == 3 * 64
+    monkeypatch.setattr(train, "training_documents", lambda: DOCUMENTS[1:])
+    with pytest.raises(ValueError, match="run on another text"):
+        train.train(run, recipe(4))
+    thesis.mkdir()
+    for name in ("thesis.tex", train.STATE, train.PROGRESS):
+        (thesis / name).write_text("years")
+        with pytest.raises(ValueError, match="not of a training run"):
+            train.train(thesis, recipe(2))
+        assert [path.read_text() for path in thesis.iterdir()] == ["years"]
+        (thesis / name).unlink()
+
+
+def test_a_directory_that_is_not_ours_is_never_replaced(tmp_path):
+    thesis, link, file = tmp_path / "thesis", tmp_path / "link", tmp_path / "file"
+    thesis.mkdir()
+    export.check_replaceable(thesis)
+    export.check_replaceable(tmp_path / "new")
+    for name in ("training.json", "model.safetensors", "thesis.tex"):
+        (thesis / name).write_text("years")
+    link.symlink_to(thesis)
+    file.write_text("mine")
+    for path in (thesis, link, file):
+        with pytest.raises(ValueError, match="choose another directory"):
+            export.export(None, tmp_path, {}, path)
+    assert {path.name for path in thesis.iterdir()} == {"training.json", "model.safetensors", "thesis.tex"}
+    (thesis / "thesis.tex").unlink()
+    export.check_replaceable(thesis)
+
+
 def test_export_writes_all_or_nothing(tmp_path, monkeypatch):
     model, tokenizer, progress = train.train(tmp_path / "run", recipe(2))
     monkeypatch.setattr(export, "_card", lambda directory, progress: "card")

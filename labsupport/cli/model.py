@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from labsupport.cli.messages import fail
+from labsupport.cli.messages import fail, stopped
 from labsupport.evidence.settings import SPLITS, SWEEPS
 
 app = typer.Typer()
@@ -15,7 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where the finished model directory goes.")] = Path("data/course-model"),
+    out: Annotated[Path, typer.Option(help="Where the finished model directory goes.")] = Path("runs/course-model"),
     run: Annotated[Path, typer.Option(help="Where the run keeps its state, to continue after a stop.")] = Path("runs/course"),
     tokens: Annotated[
         int, typer.Option(min=8192, help="Tokens to train on; more than before continues a finished run.")
@@ -29,9 +29,12 @@ def train(
 
     from labsupport.course import export
     from labsupport.course import train as training
+    from labsupport.model import files
 
     recipe = training.Recipe(tokens=tokens, seed=seed)
     try:
+        export.check_replaceable(out)
+        files.check_writable(out)
         with tqdm(total=recipe.steps, unit="step") as bar:
 
             def on_step(step: int, loss: float) -> None:
@@ -39,10 +42,12 @@ def train(
                 bar.set_postfix(loss=f"{loss:.3f}")
 
             model, _, progress = training.train(run, recipe, device, compile, on_step=on_step)
+        typer.echo(f"evaluating and writing {out}")
+        export.export(model.cpu(), run / training.TOKENIZER, progress, out)
     except (ValueError, OSError) as error:
         fail("train", error)
-    typer.echo(f"evaluating and writing {out}")
-    export.export(model.cpu(), run / training.TOKENIZER, progress, out)
+    except KeyboardInterrupt:
+        stopped("train", "The same command continues from the last saved step")
 
 
 @app.command()
@@ -80,6 +85,8 @@ def sweep(
             sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row)
     except (ValueError, OSError) as error:
         fail("sweep", error)
+    except KeyboardInterrupt:
+        stopped("sweep", "The same command continues after the last finished row")
     typer.echo(f"wrote {path}")
 
 
@@ -112,6 +119,8 @@ def bench(
             _bench_products(own, budget, threads, out)
     except (ValueError, OSError) as error:
         fail("bench", error)
+    except KeyboardInterrupt:
+        stopped("bench", "Nothing was written")
 
 
 def _table(*names: str):

@@ -62,12 +62,29 @@ def _tokenizer_config(context: int) -> dict[str, Any]:
     }
 
 
+# What `export` writes: a directory with anything else in it is not one of ours.
+NAMES = {
+    "model.safetensors", "tokenizer.json", "config.json", "generation_config.json", "tokenizer_config.json", "training.json",
+    "loss.png", "README.md",
+}  # fmt: skip
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raises ValueError where `directory` is there and neither empty nor a model that `export` wrote."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ValueError(f"{directory} is a file or a link: choose another directory for the model")
+    found = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if found and not ({"training.json", "model.safetensors"} <= found <= NAMES):
+        raise ValueError(f"{directory} is not a model that labs train wrote, and is left as it is: choose another directory")
+
+
 def export(model: nn.Module, tokenizer_file: Path, progress: dict[str, Any], directory: Path) -> None:
     """Write weights, config, tokenizer, card, recipe and loss curve to `directory`, all or nothing.
 
-    progress: what labsupport.course.train.train returned. An existing directory is replaced when the new one is complete.
-    Raises ValueError where a weight does not fit float16.
+    progress: what labsupport.course.train.train returned. A model that this wrote before is replaced when the new one
+    is complete. Raises ValueError where a weight does not fit float16, and where `directory` holds anything else.
     """
+    check_replaceable(directory)
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     if any(not t.isfinite().all() for t in tensors.values()):
         raise ValueError("model has a weight that float16 cannot hold")

@@ -1,6 +1,7 @@
 """Train the course model: a small Llama on the standard library's source and the language reference.
 
-A run has a directory with `state.safetensors` (weights and optimizer) and `progress.json` (settings, losses). A run that was
+A run has a directory with `state.safetensors`: weights, optimizer, and in its metadata settings and losses, so that they are always
+of one step. `progress.json` holds settings and losses again, for people to read. A run that was
 stopped continues where it was; a finished run continues when it is given more tokens. Everything random comes from `seed` and the
 step number, so a resumed run sees the same batches as an uninterrupted one.
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -105,12 +107,28 @@ def batch_at(ids: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     return torch.stack([ids[s : s + recipe.context + 1] for s in starts.tolist()])
 
 
-def _save_state(path: Path, model, optimizer, step: int) -> None:
+def _save_state(path: Path, model, optimizer, step: int, progress: dict[str, Any]) -> None:
     tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
-    files.save_tensors(path, tensors, {"step": str(step)})
+    files.save_tensors(path, tensors, {"step": str(step), "progress": json.dumps(progress)})
+
+
+def _load_progress(directory: Path) -> dict[str, Any] | None:
+    """What a run in `directory` left; None where no run has begun there. Raises ValueError where it holds anything but a run."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {path.name for path in directory.iterdir() if not (path.name.startswith(".") and path.suffix == files.SUFFIX)}
+    if found - {STATE, PROGRESS, TOKENIZER} or (found and TOKENIZER not in found):
+        raise ValueError(f"{directory} holds files that are not of a training run: choose another directory for --run")
+    if STATE not in found:
+        return None
+    try:
+        with safe_open(directory / STATE, "pt") as file:
+            return json.loads(file.metadata()["progress"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / STATE} is damaged or of another kind: delete it to start over") from error
 
 
 def _load_state(path: Path, model, optimizer) -> int:
@@ -139,8 +157,8 @@ def train(
     """Run or resume the recipe in `directory`; returns (model, tokenizer, progress) when all steps are done.
 
     Matrix products run in bfloat16 with float32 weights. `on_step(step, loss)` is called after each step.
-    Raises ValueError for a device that cannot be used here, and where `directory` holds a run of another recipe (more `tokens` is
-    the one change allowed).
+    Raises ValueError for a device that cannot be used here, and where `directory` holds a damaged run, other files, or a run of
+    another text or recipe (more `tokens` is the one change allowed); files.WriteError where nothing can be written there.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -149,12 +167,18 @@ def train(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ValueError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
-    directory.mkdir(parents=True, exist_ok=True)
+    files.check_writable(directory / STATE)
+    before = _load_progress(directory)
     documents = training_documents()
     if not (directory / TOKENIZER).exists():
-        train_tokenizer(documents, recipe.vocab).save(str(directory / TOKENIZER))
+        made = train_tokenizer(documents, recipe.vocab)
+        files.replace(directory / TOKENIZER, lambda temporary: made.save(str(temporary)))
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{directory / TOKENIZER} cannot be read as a tokenizer: {error}") from error
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(directory / TOKENIZER)),
+        tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         model_max_length=recipe.context,
@@ -170,11 +194,13 @@ def train(
 
     progress = {"recipe": asdict(recipe), "losses": [], "seconds": 0.0}
     first = 0
-    if (directory / PROGRESS).exists():
-        progress = json.loads((directory / PROGRESS).read_text())
+    if before is not None:
+        progress = before
         changed = {k for k, v in asdict(recipe).items() if progress["recipe"].get(k) != v} - {"tokens"}
         if changed:
             raise ValueError(f"{directory} holds a run with another {', '.join(sorted(changed))}: choose another directory")
+        if progress["train_sha256"] != stream.sha256:
+            raise ValueError(f"{directory} holds a run on another text, perhaps of another Python: choose another directory")
         first = _load_state(directory / STATE, model, optimizer)
     progress["recipe"] = asdict(recipe)
     progress |= {
@@ -207,6 +233,6 @@ def train(
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             now = time.perf_counter()
             progress["seconds"], began = progress["seconds"] + now - began, now
-            _save_state(directory / STATE, model, optimizer, step + 1)
+            _save_state(directory / STATE, model, optimizer, step + 1, progress)
             files.write_text(directory / PROGRESS, json.dumps(progress, indent=1))
     return model.eval(), fast, progress

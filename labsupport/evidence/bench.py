@@ -171,9 +171,11 @@ def write(path: Path, about: dict[str, object], rows: Sequence[Product]) -> None
 
 
 def check_writable(path: Path) -> None:
-    """Before minutes of measuring: raise OSError where no file can be written at `path`."""
+    """Before minutes of measuring: raise OSError where no file can be written at `path`, ValueError where it is not ours."""
     if path.is_dir():
         raise IsADirectoryError(f"--out is {path}, a directory: wanted a JSON file")
+    if path.exists():
+        measurements.read(path)  # only rows that this wrote are replaced
     files.check_writable(path)
 
 

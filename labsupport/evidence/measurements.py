@@ -19,6 +19,9 @@ def write(path: Path, about: Mapping[str, Any], rows: Iterable[Mapping[str, Any]
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `write` wrote: about, and the rows."""
-    content = json.loads(path.read_text("utf-8"))
-    return content["about"], content["rows"]
+    """What `write` wrote: about, and the rows. Raises ValueError for any other file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return dict(content["about"]), list(content["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of measurements, and is left as it is: choose another") from error

@@ -109,7 +109,7 @@ def save_tensors(
 def replaced_directory(path: Path) -> Iterator[Path]:
     """Inside, an empty directory to fill; afterwards it is `path`, and what `path` was before is removed.
 
-    Where an exception is raised inside, nothing has changed. Raises WriteError.
+    Where an exception is raised, inside or while names are changed, `path` is what it was before. Raises WriteError.
     """
     new, old = temporary_name(path), temporary_name(path)
     try:
@@ -124,5 +124,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             if old.exists():
                 shutil.rmtree(old)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         if new.exists():
             shutil.rmtree(new)
