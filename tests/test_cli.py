@@ -157,6 +157,20 @@ def test_check_runs_the_learners_notebook_and_counts_only_wrong_answers_against_
     assert mine.read_bytes() == before
 
 
+@pytest.mark.slow
+def test_check_cuts_a_flood_interrupts_a_cell_that_hangs_and_goes_on(lessons: Path, tmp_path: Path) -> None:
+    """A line of a million characters: nbclient's own joining of output is quadratic in it, which would take about an hour."""
+    mine = tmp_path / "book" / "02_rounding.ipynb"
+    flood = "# check(\nprint('begin' + 'x' * 1_000_000 + 'end')"
+    cells = [flood, "import time\nwhile True: time.sleep(0.1)", "# check(\nprint('reached')"]
+    workbook.write(new_notebook(cells=[new_code_cell(c) for c in cells]), mine)
+    done = labs("check", "2", "--timeout", "8", "--dir", str(mine.parent))
+    assert done.exit_code == 1, done.output
+    assert len(done.stdout) < 10_000
+    for text in ("begin", "characters are left out", "xend", "reached", "cell 2 raised KeyboardInterrupt", "0 of "):
+        assert text in done.stdout
+
+
 def test_the_server_is_told_where_to_start() -> None:
     command = jupyter_command(Path("/w"), "00_start_here.ipynb", browser=False, port=8899)
     assert "--ServerApp.root_dir=/w" in command

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from labsupport.exercises import check, judging, registry, revisit, score, session, tally
-from labsupport.exercises.attempts import attempt
+from labsupport.exercises.attempts import Attempt, attempt
 from labsupport.quant import grid
 
 EXERCISE = registry.get("2.2")
@@ -263,3 +263,9 @@ def test_names_that_a_learner_reuses_do_no_harm():
 def test_seeds_must_not_be_empty():
     with pytest.raises(ValueError, match="cases is empty"):
         judging.test(EXERCISE, right_answer, [])
+
+
+def test_attempts_whose_names_hold_a_dot_are_files_of_their_own(tmp_path):
+    for number in (4, 5):
+        Attempt("ran", {"a": torch.tensor(number)}).save(tmp_path / f"2.{number}")
+    assert [int(Attempt.load(tmp_path / f"2.{number}").outputs["a"]) for number in (4, 5)] == [4, 5]

@@ -83,7 +83,11 @@ def reset(
 
 
 @app.command()
-def check(number: Chapter, folder: Folder = None) -> None:
+def check(
+    number: Chapter,
+    timeout: Annotated[int | None, typer.Option(min=1, help="Seconds for each cell, after which it is interrupted.")] = None,
+    folder: Folder = None,
+) -> None:
     """Run your copy of one notebook from top to bottom and say how its exercises stand. Exit 1 if one is wrong."""
     from rich.console import Console
     from rich.progress import Progress
@@ -102,7 +106,7 @@ def check(number: Chapter, folder: Folder = None) -> None:
         task = progress.add_task(f"running {copy.name}", total=len(notebook.cells) + 1)
         try:
             outcome = check_notebook(
-                notebook, int(path.name[:2]), copy.parent, lambda index: progress.update(task, completed=index)
+                notebook, int(path.name[:2]), copy.parent, lambda index: progress.update(task, completed=index), timeout
             )
         except RuntimeError as error:  # nbclient raises it when a kernel dies
             fail("check", f"the kernel died while running {copy.name}, perhaps for lack of memory ({error})")

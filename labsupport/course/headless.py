@@ -15,6 +15,7 @@ from nbformat import NotebookNode
 
 from labsupport import PACKAGE
 
+LONGEST_CHECK = 4_000  # characters of what a cell with a check prints that are shown
 MARK = "labs-outcomes "
 # Runs after the learner's last cell, in the same kernel. A chapter without exercises has nothing to tally.
 TALLY = """\
@@ -48,9 +49,24 @@ def _text(cell: NotebookNode) -> str:
     return "".join(o.text for o in cell.get("outputs", []) if o.output_type == "stream" and o.name == "stdout")
 
 
-def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: Callable[[int], None] | None = None) -> Outcome:
+def _cut(text: str) -> str:
+    """The beginning and the end, where the verdict stands, of a text that is too long to read."""
+    half = LONGEST_CHECK // 2
+    if len(text) <= LONGEST_CHECK:
+        return text
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters are left out ...\n{text[-half:]}"
+
+
+def check_notebook(
+    notebook: NotebookNode,
+    chapter: int,
+    folder: Path,
+    on_cell: Callable[[int], None] | None = None,
+    timeout: int | None = None,
+) -> Outcome:
     """Execute a copy of `notebook` in a clean kernel started in `folder`. The notebook's file is neither read nor written.
 
+    timeout: seconds after which a cell is interrupted, as by Jupyter's stop button; the next one then starts.
     on_cell(index) is called as each cell starts; there is one more cell than the notebook has. A cell that raises is reported,
     and the cells after it still run.
     """
@@ -62,13 +78,14 @@ def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: 
     copy.cells.append(nbformat.v4.new_code_cell(TALLY.format(chapter=chapter, mark=MARK)))
     client = NotebookClient(
         copy,
-        timeout=None,
+        timeout=timeout,
+        interrupt_on_timeout=True,
         allow_errors=True,
         kernel_manager_class=ThisInterpreter,
         resources={"metadata": {"path": str(folder)}},
         store_widget_state=False,
         extra_arguments=["--log-level=ERROR"],
-        coalesce_streams=True,
+        coalesce_streams=False,  # nbclient's patterns take minutes on a long line; `_text` joins the pieces
         on_cell_start=(lambda cell, cell_index: on_cell(cell_index)) if on_cell else None,
     )
     env = {k: v for k, v in os.environ.items() if k != "LABS_STRICT"}  # a wrong answer is to be counted, not raised
@@ -83,5 +100,7 @@ def check_notebook(notebook: NotebookNode, chapter: int, folder: Path, on_cell: 
                 reason = (output.evalue.strip().splitlines() or [""])[0]
                 errors.append(f"cell {index} raised {output.ename}: {reason}")
     table, _, found = _text(last).rpartition(MARK)
-    checks = [_text(c).strip() for c in cells if c.metadata.get("nbgrader", {}).get("grade") or re.search(r"\bcheck\(", c.source)]
+    checks = [
+        _cut(_text(c).strip()) for c in cells if c.metadata.get("nbgrader", {}).get("grade") or re.search(r"\bcheck\(", c.source)
+    ]
     return Outcome(tuple(filter(None, checks)), table.rstrip(), json.loads(found or "{}"), tuple(errors))
