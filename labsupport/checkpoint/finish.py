@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.card import Facts
 from labsupport.checkpoint.parts import Parts
 from labsupport.checkpoint.tokenizers import copied_files
+from labsupport.model import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def finish(parts: Parts, source: Path | None, config: Mapping[str, Any], facts: Facts) -> Path:
+def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Mapping[str, Any], facts: Facts) -> Path:
     """Write what stands beside the tensors and let the directory appear. Returns it.
 
+    model: what was quantized; its weights are not looked at, but which linears it has and whether its head is the embedding.
     source: the directory of the original model, whose tokenizer and generation settings are copied. config: its config.json.
     """
     dtype = facts.settings["dtype"]
-    new_config = dict(config) | {"quantization_config": layouts.config(parts.layout, facts.settings, dtype)}
+    quantized = models.linears(model)
+    floats = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in quantized]
+    new_config = dict(config) | {"quantization_config": layouts.config(parts.layout, facts.settings, dtype, floats)}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not embedding.weight:
+        new_config["tie_word_embeddings"] = False  # the config of a model that was trained further may still say otherwise
     # transformers 5 writes dtype, older ones torch_dtype.
     for key in {"torch_dtype", "dtype"} & new_config.keys() or {"torch_dtype"}:
         new_config[key] = dtype

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from labsupport.checkpoint import card, layouts
-from labsupport.checkpoint.skeleton import IGNORED, empty_model
+from labsupport.checkpoint.skeleton import IGNORED, differing_ties, empty_model
 from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, read_json
@@ -112,11 +112,17 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Tensors that the architecture has and the files lack, those that it does not know, and shapes that differ."""
     quantized, weights = set(checkpoint.names), checkpoint.weights
     try:
-        model = empty_model(checkpoint.directory)
+        model = empty_model(checkpoint.directory, weights)
         linears = models.linears(model)
+        untied = differing_ties(checkpoint.directory, weights)
     except ValueError as error:
         yield Finding("config.json", f"{error}; whether tensors are missing was not checked")
         return
+    if untied:
+        message = (
+            f"ties {untied[1]} to {untied[0]}, and the files hold different values: a loader that goes by the config drops one"
+        )
+        yield Finding("config.json", message)
     # gptqmodel can pack a head as well, which is in no block.
     linears |= {name: module for name, module in model.named_modules() if name in quantized and isinstance(module, nn.Linear)}
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}

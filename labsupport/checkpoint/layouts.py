@@ -5,7 +5,7 @@ A layout reads back exactly the values that were written; codes may differ, see 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,21 +92,27 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def config(layout: str, settings: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
-    """The quantization_config of config.json. settings: bits, group_size, symmetric, and the method's others."""
+def config(
+    layout: str, settings: Mapping[str, Any], dtype: str = "float16", floats: Sequence[str] = ("lm_head",)
+) -> dict[str, Any]:
+    """The quantization_config of config.json. settings: bits, group_size, symmetric, and the method's others.
+
+    floats: the linears that are stored as they are. transformers makes 4-bit layers of all others, for AWQ and bitsandbytes; for
+    GPTQ it looks at the blocks alone.
+    """
     if layout == "bitsandbytes":
         return {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
             "_load_in_8bit": False, "bnb_4bit_quant_type": settings.get("codebook", "nf4"),
             "bnb_4bit_use_double_quant": settings.get("double_quant", False), "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": list(floats), "llm_int8_threshold": 6.0,
         }  # fmt: skip
     size = settings["group_size"] or -1
     if layout == "awq":
         return {
             "quant_method": "awq", "version": "gemm", "bits": settings["bits"], "group_size": size, "zero_point": True,
-            "modules_to_not_convert": None,
+            "modules_to_not_convert": list(floats),
         }  # fmt: skip
     scattered = bool(settings.get("act_order") and not settings.get("static_groups"))
     return {

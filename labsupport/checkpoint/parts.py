@@ -140,9 +140,13 @@ class Parts(FinishedBlocks):
         """Write the index and the files in `contents` (name to text), copy others, and let the directory appear. Returns it."""
         with files.explained(self.model):
             for path in self.model.iterdir():
-                if path.suffix != ".safetensors":
+                if path.is_dir():
+                    remove(path)
+                elif path.suffix != ".safetensors":
                     path.unlink()
         for name, source in copied.items():
+            with files.explained(self.model / name):
+                (self.model / name).parent.mkdir(exist_ok=True)
             files.replace(self.model / name, partial(shutil.copyfile, source), sync=True)
         for name, content in {INDEX: json.dumps(self._index(), indent=1), **contents}.items():
             files.write_text(self.model / name, content, sync=True)

@@ -78,7 +78,7 @@ def quantize(
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
         facts = card.Facts(name, recipe.about(), weights, reports, vars(texts) if ids is not None else {}, measured)
-        return finish(parts, source, config, facts)
+        return finish(parts, skeleton.model, source, config, facts)
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -63,7 +63,7 @@ def save(
         config = read_json(Path(source) / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
         weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in stored.values())
         facts = Facts(Path(source).resolve().name if source else "", settings, weights)
-        return finish(parts, Path(source) if source else None, config, facts)
+        return finish(parts, model, Path(source) if source else None, config, facts)
     except BaseException:
         parts.give_up()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,17 +19,58 @@ if TYPE_CHECKING:
 
 # Endings of tensors that older libraries saved and newer ones compute.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+ROWS = 256  # of two matrices that are compared at a time
 
 
-def empty_model(directory: Path) -> PreTrainedModel:
+def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
     """The architecture that a directory's config.json names, in evaluation mode, without weights: its parameters are meta tensors.
 
-    Raises CheckpointError for an architecture that transformers does not know as a causal language model.
+    Where the config ties parameters and the files hold different values for them, they are not tied, as transformers has it, and
+    the model's config says so. Raises CheckpointError for an architecture that transformers does not know as a causal language
+    model, and where such parameters cannot be untied.
     """
+    model = _empty_model(directory, {})
+    if _untied(model, weights) is not None:
+        model = _empty_model(directory, {"tie_word_embeddings": False})
+        if (names := _untied(model, weights)) is not None:
+            raise CheckpointError(f"{directory} holds different values for {names[0]} and {names[1]}, which its architecture ties")
+    return model
+
+
+def differing_ties(directory: Path, weights: Weights) -> tuple[str, str] | None:
+    """Two parameters that config.json ties and for which the files hold different values, None where there are none."""
+    return _untied(_empty_model(directory, {}), weights)
+
+
+def _untied(model: PreTrainedModel, weights: Weights) -> tuple[str, str] | None:
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for names in places.values():
+        packed = [name for name in names if name.removesuffix("weight") + "qweight" in weights]
+        if packed and len(names) > 1:  # what is packed is of one linear alone
+            return next(name for name in names if name not in packed[:1]), packed[0]
+        held = [name for name in names if name in weights]
+        for name in held[1:]:
+            if not _equal(weights, held[0], name):
+                return held[0], name
+    return None
+
+
+def _equal(weights: Weights, one: str, other: str) -> bool:
+    """Whether two tensors of the files hold the same numbers. A few rows at a time: a head can be the largest tensor of all."""
+    if weights.shape(one) != weights.shape(other) or not {weights.kind(one), weights.kind(other)} <= set(FLOATS):
+        return False
+    pairs = zip(weights[one].split(ROWS), weights[other].split(ROWS), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
+    """With `changes` to what config.json says, and tied as that then asks for."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = read_json(directory / "config.json")
+    settings = read_json(directory / "config.json") | changes
     settings.pop("quantization_config", None)
     kind = settings.pop("model_type", None)
     if kind is None:
@@ -38,7 +79,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(kind, **settings)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -55,7 +96,8 @@ class Skeleton(Resident):
     """
 
     def __init__(self, directory: Path, device: torch.device | str = "cpu"):
-        self.model, self.weights, self.device = empty_model(directory), Weights(directory), torch.device(device)
+        self.weights, self.device = Weights(directory), torch.device(device)
+        self.model = empty_model(directory, self.weights)
         self.names = {id(module): name for name, module in self.model.named_modules()}
         try:
             self.blocks = list(models.blocks(self.model))

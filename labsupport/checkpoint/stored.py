@@ -116,7 +116,7 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     from labsupport.checkpoint.tokenizers import read_tokenizer
 
     checkpoint = read(directory)
-    model = empty_model(checkpoint.directory)
+    model = empty_model(checkpoint.directory, checkpoint.weights)
     values: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for name, tensor in checkpoint.tensors():

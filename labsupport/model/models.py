@@ -64,8 +64,10 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     if local:
         _check_directory(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=local, **dtype_argument)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, local_files_only=local, trust_remote_code=False, **dtype_argument
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except SafetensorError as error:
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:

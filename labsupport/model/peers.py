@@ -49,8 +49,10 @@ def load_with_bitsandbytes(
         )
     name = models.model_name(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=settings, dtype=dtype, device_map=device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=settings, dtype=dtype, device_map=device, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     model.eval()
     if method != "int8" and exact:
         # Its layers take the plain path in training mode. The model has no dropout, so nothing else changes.
