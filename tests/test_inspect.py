@@ -309,3 +309,34 @@ def test_too_little_to_tell_is_not_a_fault():
     assert match.best(-1) is None
     offset = statistics.Offset([0.4, -0.9, 1.7, 0.1])
     assert offset.whole_steps is None
+
+
+def in_tensor(name, change):
+    def spoil(tensors, config):
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+
+    return spoil
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model.norm.weight",
+            lambda t: t.index_fill(0, torch.tensor([3]), float("nan")),
+            "model.norm.weight: holds NaN or infinity",
+        ),
+        ("model.norm.weight", lambda t: t.bool(), "model.norm.weight: is stored as BOOL, wanted one of F64, F32, F16, BF16"),
+        (f"{UP}.scales", lambda t: t.double(), f"{UP}: scales is torch.float64, wanted torch.float16 or"),
+        (f"{UP}.scales", lambda t: t.to(torch.float8_e4m3fn), f"{UP}: scales is torch.float8_e4m3fn, wanted torch.float16 or"),
+        (f"{UP}.g_idx", lambda t: t.float(), f"{UP}: g_idx is torch.float32, wanted torch.int32"),
+    ],
+)
+def test_faults_in_any_tensor(spoiled, name, change, message):
+    findings = spoiled("gptq", in_tensor(name, change)).findings
+    assert len(findings) == 1
+    assert str(findings[0]).startswith(message)

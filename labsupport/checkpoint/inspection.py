@@ -13,7 +13,7 @@ from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.skeleton import IGNORED, differing_ties, empty_model
 from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
-from labsupport.checkpoint.weights import CheckpointError, Weights, pickles, read_json
+from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
 from labsupport.model import models
 from labsupport.quant import nf4, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
@@ -97,6 +97,7 @@ def inspect(directory: str | Path) -> Inspection:
         nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
     result.nbytes = {kind: size for kind, size in nbytes.items() if size}
     result.findings += _shortened(_completeness(checkpoint))
+    result.findings += _shortened(_check_floats(checkpoint.weights))
     _check_linears(checkpoint, result)
     return result
 
@@ -152,6 +153,18 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
         wanted = [linears[name].out_features, linears[name].in_features]
         if f"{name}.qweight" in weights and (got := _stored_shape(checkpoint, name)) != wanted:
             yield Finding(name, f"holds a weight {got}, the config asks for {wanted}")
+
+
+def _check_floats(weights: Weights) -> Iterator[Finding]:
+    """Of every tensor that is not quantized."""
+    for name in sorted(weights):
+        kind = weights.kind(name)
+        if card.kind_of(name, kind) != "not quantized" or name.endswith(IGNORED):
+            continue
+        if kind not in FLOATS:
+            yield Finding(name, f"is stored as {kind}, wanted one of {', '.join(FLOATS)}")
+        elif not weights[name].isfinite().all():
+            yield Finding(name, "holds NaN or infinity")
 
 
 def _stored_shape(checkpoint: Checkpoint, name: str) -> list[int]:

@@ -19,6 +19,7 @@ from labsupport.quant.nf4 import BlockTensor
 LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSION = {"gptq": 1, "gptq_v2": 2}
+DTYPES = {"scales": (torch.float16, torch.bfloat16, torch.float32), "g_idx": (torch.int32,)}
 
 
 def check(layout: str, name: str, shape: tuple[int, int], bits: int) -> None:
@@ -87,6 +88,9 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -
     try:
         if layout == "bitsandbytes":
             return bnb_format.read_4bit({key: value for key, value in state.items() if key.partition(".")[0] == "weight"}, "weight")
+        for part, known in DTYPES.items():
+            if part in state and state[part].dtype not in known:
+                raise ValueError(f"{part} is {state[part].dtype}, wanted {' or '.join(map(str, known))}")
         return packing.read_awq(state) if layout == "awq" else packing.read_gptq(state, bits, VERSION[layout])
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
