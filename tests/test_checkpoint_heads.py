@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from labsupport import checkpoint, quantize_model
 from labsupport.checkpoint import CheckpointError
 from labsupport.model import evaluate, models, text
+from labsupport.quant import packing, rtn
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +109,21 @@ def test_a_checkpoint_whose_config_ties_what_differs(untied, tmp_path):
     assert found == [
         f"config.json: ties {HEAD} to {EMBEDDING}, and the files hold different values: a loader that goes by the config drops one"
     ]
+
+
+def test_a_packed_head_is_not_the_embedding(untied, tmp_path):
+    """As gptqmodel packs one. A config that still ties them says what cannot be."""
+    out = run(untied, tmp_path / "out", "rtn")
+    change_config(out, tie_word_embeddings=True)
+    tensors = {name: tensor for path in shards(out) for name, tensor in load_file(path).items()}
+    for path in (*shards(out), out / "model.safetensors.index.json"):
+        path.unlink()
+    packed = rtn.quantize(tensors.pop(HEAD).float(), 4, GROUP)
+    tensors |= {f"lm_head.{part}": value for part, value in packing.write_gptq(packed).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    model, _ = checkpoint.load(out)
+    assert torch.equal(model.lm_head.weight, packed.dequantize())
+    assert torch.equal(model.model.embed_tokens.weight, tensors[EMBEDDING].float())
 
 
 @pytest.mark.parametrize(("method", "layout", "key"), [

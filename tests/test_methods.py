@@ -15,7 +15,7 @@ from labsupport.pipeline import methods
 from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import Quantized, replace_weight
 from labsupport.pipeline.methods import METHODS, Method, Storage
-from labsupport.quant import bnb_format, grid, rtn
+from labsupport.quant import bnb_format, grid, nf4, rtn
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def test_what_a_record_names_is_there_and_takes_the_settings_of_its_storage(name
 
 def test_nf4_is_stored_in_the_blocks_that_its_layout_has():
     assert METHODS["nf4"].storage.group_sizes == bnb_format.BLOCK_SIZES
+    assert METHODS["nf4"].storage.group_size == nf4.BLOCK_SIZE
 
 
 def test_a_setting_has_one_default_in_all_methods_that_are_stored():

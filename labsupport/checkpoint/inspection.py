@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from labsupport.checkpoint import card, layouts
-from labsupport.checkpoint.skeleton import IGNORED, differing_ties, empty_model
+from labsupport.checkpoint.skeleton import IGNORED, empty_model_and_ties
 from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
@@ -113,16 +113,14 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Tensors that the architecture has and the files lack, those that it does not know, and shapes that differ."""
     quantized, weights = set(checkpoint.names), checkpoint.weights
     try:
-        model = empty_model(checkpoint.directory, weights)
+        model, differing = empty_model_and_ties(checkpoint.directory, weights)
         linears = models.linears(model)
-        untied = differing_ties(checkpoint.directory, weights)
     except ValueError as error:
         yield Finding("config.json", f"{error}; whether tensors are missing was not checked")
         return
-    if untied:
-        message = (
-            f"ties {untied[1]} to {untied[0]}, and the files hold different values: a loader that goes by the config drops one"
-        )
+    if differing:
+        one, other = differing
+        message = f"ties {other} to {one}, and the files hold different values: a loader that goes by the config drops one"
         yield Finding("config.json", message)
     # gptqmodel can pack a head as well, which is in no block.
     linears |= {name: module for name, module in model.named_modules() if name in quantized and isinstance(module, nn.Linear)}
@@ -163,7 +161,7 @@ def _check_floats(weights: Weights) -> Iterator[Finding]:
             continue
         if kind not in FLOATS:
             yield Finding(name, f"is stored as {kind}, wanted one of {', '.join(FLOATS)}")
-        elif not weights[name].isfinite().all():
+        elif not all(part.isfinite().all() for part in weights.in_parts(name)):
             yield Finding(name, "holds NaN or infinity")
 
 

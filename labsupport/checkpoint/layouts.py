@@ -101,8 +101,8 @@ def config(
 ) -> dict[str, Any]:
     """The quantization_config of config.json. settings: bits, group_size, symmetric, and the method's others.
 
-    floats: the linears that are stored as they are. transformers makes 4-bit layers of all others, for AWQ and bitsandbytes; for
-    GPTQ it looks at the blocks alone.
+    floats: the linears that are stored as they are. For AWQ and bitsandbytes transformers makes 4-bit layers of all others. For
+    GPTQ it calls optimum, which replaces linears of the blocks alone (GPTQQuantizer.convert_model).
     """
     if layout == "bitsandbytes":
         return {

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Endings of tensors that older libraries saved and newer ones compute.
 IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
-ROWS = 256  # of two matrices that are compared at a time
 
 
 def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
@@ -29,27 +28,30 @@ def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
     the model's config says so. Raises CheckpointError for an architecture that transformers does not know as a causal language
     model, and where such parameters cannot be untied.
     """
+    return empty_model_and_ties(directory, weights)[0]
+
+
+def empty_model_and_ties(directory: Path, weights: Weights) -> tuple[PreTrainedModel, tuple[str, str] | None]:
+    """`empty_model`, and two parameters that config.json ties and whose values in the files differ; None where there are none."""
     model = _empty_model(directory, {})
-    if _untied(model, weights) is not None:
+    differing = _differing_ties(model, weights)
+    if differing is not None:
         model = _empty_model(directory, {"tie_word_embeddings": False})
-        if (names := _untied(model, weights)) is not None:
+        if (names := _differing_ties(model, weights)) is not None:
             raise CheckpointError(f"{directory} holds different values for {names[0]} and {names[1]}, which its architecture ties")
-    return model
+    return model, differing
 
 
-def differing_ties(directory: Path, weights: Weights) -> tuple[str, str] | None:
-    """Two parameters that config.json ties and for which the files hold different values, None where there are none."""
-    return _untied(_empty_model(directory, {}), weights)
-
-
-def _untied(model: PreTrainedModel, weights: Weights) -> tuple[str, str] | None:
+def _differing_ties(model: PreTrainedModel, weights: Weights) -> tuple[str, str] | None:
+    """Two names of one parameter for which the files hold different values, or one of which they hold packed."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
     for names in places.values():
         packed = [name for name in names if name.removesuffix("weight") + "qweight" in weights]
-        if packed and len(names) > 1:  # what is packed is of one linear alone
-            return next(name for name in names if name not in packed[:1]), packed[0]
+        if packed and len(names) > 1:  # an embedding is never packed, so the parameters are two
+            other = next(name for name in names if name != packed[0])
+            return other, packed[0]
         held = [name for name in names if name in weights]
         for name in held[1:]:
             if not _equal(weights, held[0], name):
@@ -58,10 +60,10 @@ def _untied(model: PreTrainedModel, weights: Weights) -> tuple[str, str] | None:
 
 
 def _equal(weights: Weights, one: str, other: str) -> bool:
-    """Whether two tensors of the files hold the same numbers. A few rows at a time: a head can be the largest tensor of all."""
+    """Whether two tensors of the files hold the same numbers, perhaps in different dtypes."""
     if weights.shape(one) != weights.shape(other) or not {weights.kind(one), weights.kind(other)} <= set(FLOATS):
         return False
-    pairs = zip(weights[one].split(ROWS), weights[other].split(ROWS), strict=True)
+    pairs = zip(weights.in_parts(one), weights.in_parts(other), strict=True)
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 

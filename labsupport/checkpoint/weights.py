@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = ("F64", "F32", "F16", "BF16")
+ROWS = 256  # of a matrix that are read at a time
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: 1
 
 
@@ -139,6 +140,15 @@ class Weights(Mapping[str, torch.Tensor]):
         for n in self.shape(name):
             size *= n
         return size * WIDTHS.get(self.kind(name), 1)
+
+    def in_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor, ROWS of its rows at a time: an embedding can be the largest tensor of all."""
+        shape = self.shape(name)
+        if not shape:
+            yield self[name]
+            return
+        for start in range(0, shape[0], ROWS):
+            yield self._slice(name)[start : start + ROWS]
 
     def _slice(self, name: str) -> Any:
         return self._open[self.places[name]].get_slice(name)

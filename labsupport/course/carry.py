@@ -82,7 +82,7 @@ class _Places:
 
 
 def _defined(text: str) -> list[str]:
-    return [one or other for one, other in DEFINES.findall(text)]
+    return [function or variable for function, variable in DEFINES.findall(text)]
 
 
 def carry_over(old: NotebookNode, fresh: NotebookNode) -> tuple[int, list[str]]:

@@ -24,4 +24,4 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         content = json.loads(path.read_text("utf-8"))
         return dict(content["about"]), list(content["rows"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of measurements, and is left as it is: choose another") from error
+        raise ValueError(f"{path} is not a file of measurements") from error

@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
                 ("bitsandbytes",),
                 {"double_quant": True},
                 bits=(4,),
-                group_size=64,
+                group_size=64,  # nf4.BLOCK_SIZE
                 group_sizes=(32, 64, 128, 256, 512, 1024, 2048, 4096),  # bnb_format.BLOCK_SIZES
                 group_setting="block_size",
             ),

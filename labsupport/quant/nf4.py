@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from labsupport.quant import grid
 from labsupport.quant.grid import QuantizedTensor
 
-BLOCK_SIZE = 64
+BLOCK_SIZE = 64  # `labs quantize` has it from pipeline/methods.py
 NESTED_BLOCK_SIZE = 256
 # The outermost probability: half way between those for 8 and for 7 levels, 1 - (1/32 + 1/30) / 2, cut to seven digits.
 OFFSET = 0.9677083

@@ -31,7 +31,7 @@ WORD = 32
 GPTQ_BITS = (2, 3, 4, 8)
 VERSIONS = (1, 2)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbors each nibble of a word holds
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in which nibble each of eight neighbors is
+AWQ_PLACES = tuple(AWQ_ORDER.index(neighbor) for neighbor in range(8))  # in which nibble each of eight neighbors is
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
