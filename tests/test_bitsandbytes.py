@@ -362,11 +362,11 @@ def test_int8_codes_statistics_and_columns(threshold):
 
 def test_int8_product_is_exact_and_its_scaling_theirs():
     g = torch.Generator().manual_seed(0)
-    for rows, inner, outputs in ((1, 64, 3), (17, 256, 33), (5, 1024, 8), (5, 1025, 8), (5, 5000, 8)):
+    for rows, inner, outputs in ((1, 64, 3), (17, 256, 33), (5, 1024, 8), (5, 1025, 8), (5, 1100, 8), (5, 5000, 8)):
         a, b = (torch.randint(-127, 128, (n, inner), generator=g).to(torch.int8) for n in (rows, outputs))
         a[0], b[0] = 127, 127  # the largest sum that quantized values can have
         b[1] = 127
-        b[1, -1] = 126  # an odd sum beyond 2**24 once there are 1,041 columns: one float32 product would lose its last bit
+        b[1, 0] = 126  # an odd sum beyond 2**24 in the first 1,100 and 4,096 columns, which float32 does not hold
         product = int8.matmul_int32(a, b)
         assert product.dtype == torch.int32
         assert torch.equal(product.double(), a.double() @ b.double().t())  # below 2**53, so exact
