@@ -95,6 +95,11 @@ def test_a_run_on_another_text_and_a_folder_of_somebody_else_are_refused(tmp_pat
             train.train(thesis, recipe(2))
         assert [path.read_text() for path in thesis.iterdir()] == ["years"]
         (thesis / name).unlink()
+    for name in (train.TOKENIZER, train.STATE, "config.json"):  # a model of somebody's
+        (thesis / name).write_text("years")
+    with pytest.raises(ValueError, match="not of a training run"):
+        train.train(thesis, recipe(2))
+    assert len(list(thesis.iterdir())) == 3
 
 
 def test_a_directory_that_is_not_ours_is_never_replaced(tmp_path):
