@@ -60,9 +60,15 @@ class Mistake:
     answer: Callable
 
 
+def mistakes_of(make: Callable[[Any], Callable], parts: Mapping[str, Any]) -> tuple[Mistake, ...]:
+    """Mistakes whose answers are make(part), for parts that stand by their sentences. A list of parts gives one for each."""
+    lists = {says: each if isinstance(each, list) else [each] for says, each in parts.items()}
+    return tuple(Mistake(says, make(part)) for says, each in lists.items() for part in each)
+
+
 def mistakes_by_option(answer: Callable, options: Mapping[str, Mapping[str, Any]]) -> tuple[Mistake, ...]:
     """Mistakes that one function makes when it is called with other keyword arguments, which stand by their sentences."""
-    return tuple(Mistake(says, partial(answer, **keywords)) for says, keywords in options.items())
+    return mistakes_of(lambda keywords: partial(answer, **keywords), options)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from labsupport.exercises.compare import got_and_wanted
-from labsupport.exercises.form import Exercise, Mistake, Mutant, generator
+from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_of
+
 
 # 0.1 ------------------------------------------------------------------------------------------------------------------
-
-
 class TinyModel(nn.Module):
     """The parts of a language model that matter here: an embedding shared with the head, a norm kept in float32 and frozen."""
 
@@ -37,50 +36,31 @@ def parameter_inputs(seed: int) -> dict:
 
 
 def _summed(of):
-    return lambda model: sum(of(p) for p in model.parameters())
+    return lambda model: sum(map(of, model.parameters()))
 
 
 PARAMETER_BYTES = Exercise(
     id="0.1", name="parameter_bytes", title="What a model weighs", minutes=4, difficulty=1, points=1,
     returns=("size",), inputs=parameter_inputs, reference=parameter_bytes,
     mistakes=(
-        Mistake("it is the number of parameters. Each of them takes element_size() bytes", _summed(lambda p: p.numel())),
-        Mistake(
-            "the weight that embedding and head share is counted twice: it lies in memory once. What does model.parameters() do "
-            "about it, and what model.state_dict()?",
-            lambda model: sum(p.numel() * p.element_size() for p in model.state_dict().values()),
-        ),
-        Mistake(
-            "every number is taken to have 2 bytes. This model keeps its norm in float32: ask each tensor",
-            _summed(lambda p: 2 * p.numel()),
-        ),
-        Mistake(
-            "every number is taken to have 4 bytes. Most of this model is in 16 bits: ask each tensor",
-            _summed(lambda p: 4 * p.numel()),
-        ),
-        Mistake("it is in bits, eight times too many", _summed(lambda p: 8 * p.numel() * p.element_size())),
-        Mistake(
-            "frozen parameters are left out. They are not trained, but they take memory",
-            _summed(lambda p: p.numel() * p.element_size() * p.requires_grad),
-        ),
-        Mistake(
-            "only the matrices are counted: biases and norms are parameters too",
-            _summed(lambda p: p.numel() * p.element_size() * (p.ndim > 1)),
-        ),
-        *(
-            Mistake(f"it is in {unit}. Wanted: bytes", _summed(lambda p, size=size: p.numel() * p.element_size() / size))
-            for unit, size in {"kB": 1e3, "KiB": 2**10, "MB": 1e6, "MiB": 2**20}.items()
-        ),
+        Mistake("the weight that embedding and head share is counted twice: it lies in memory once. What does model.parameters() "
+                "do about it, and what model.state_dict()?", lambda model: sum(p.nbytes for p in model.state_dict().values())),
+        *mistakes_of(_summed, {
+            "it is the number of parameters. Each of them takes element_size() bytes": lambda p: p.numel(),
+            "every number is taken to have 2 bytes. This model keeps its norm in float32: ask each tensor": lambda p: 2 * p.numel(),
+            "every number is taken to have 4 bytes. Most of this model is in 16 bits: ask each tensor": lambda p: 4 * p.numel(),
+            "it is in bits, eight times too many": lambda p: 8 * p.nbytes,
+            "frozen parameters are left out. They are not trained, but they take memory": lambda p: p.nbytes * p.requires_grad,
+            "only the matrices are counted: biases and norms are parameters too": lambda p: p.nbytes * (p.ndim > 1),
+            "it is in kB. Wanted: bytes": lambda p: p.nbytes / 1e3, "it is in KiB. Wanted: bytes": lambda p: p.nbytes / 2**10,
+            "it is in MB. Wanted: bytes": lambda p: p.nbytes / 1e6, "it is in MiB. Wanted: bytes": lambda p: p.nbytes / 2**20,
+        }),
     ),
-    # A size that was divided by a unit: two roundings of a float64.
-    close=lambda given, want: 1e-15 * want["size"],
-    others=(Mutant(_summed(lambda p: p.numel() * p.element_size() + 1), "got"),),
+    close=lambda given, want: 1e-15 * want["size"],  # a size that was divided by a unit: two roundings of a float64
 )  # fmt: skip
 
 
 # 0.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def window_perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     """Perplexity over all tokens of some windows but the first of each.
 
@@ -97,14 +77,19 @@ def perplexity_inputs(seed: int) -> dict:
     return {"logits": logits, "ids": torch.randint(0, 11, (3, 7), generator=g)}
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Loss of each token in nats, [windows, length - 1]."""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+def _paired(pairs):
+    """An answer from pairs(logits, ids): logits [..., vocabulary], and the token for which each is taken."""
+
+    def answer(logits, ids):
+        predicted, target = pairs(logits, ids)
+        return F.cross_entropy(predicted.reshape(-1, logits.shape[2]), target.flatten()).exp().item()
+
+    return answer
 
 
-def _perplexity(of):
-    """exp of what `of` makes of the losses [windows, length - 1]."""
-    return lambda logits, ids: of(_losses(logits, ids)).exp().item()
+def _of_losses(of):
+    """An answer from the losses in nats, [windows, length - 1]."""
+    return lambda logits, ids: of(F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")).item()
 
 
 PERPLEXITY = Exercise(
@@ -113,65 +98,36 @@ PERPLEXITY = Exercise(
     # Losses here stay below 20 nats. A log-softmax over 11 classes and a mean of 18 round less than 16 times by 2**-23 of that,
     # and an error in the exponent is a relative error in the result.
     allowed=lambda given, want: 20 * 16 * 2**-23 * want["perplexity"],
-    otherwise=lambda given, got, want: (
-        f"{got_and_wanted(got['perplexity'], want['perplexity'])}, for {given['logits'].shape[2]} classes and random logits"
-    ),
     mistakes=(
-        Mistake(
-            "logits and tokens are not shifted: entry t of the logits is about token t + 1",
-            lambda x, ids: F.cross_entropy(x.flatten(0, 1), ids.flatten()).exp().item(),
-        ),
-        Mistake(
-            "logits and tokens are shifted the wrong way: entry t of the logits is about token t + 1, not t - 1",
-            lambda x, ids: F.cross_entropy(x[:, 1:].flatten(0, 1), ids[:, :-1].flatten()).exp().item(),
-        ),
-        Mistake(
-            "the first token of a window is predicted from the end of the window before: shift within each window, then flatten",
-            lambda x, ids: F.cross_entropy(x.flatten(0, 1)[:-1], ids.flatten()[1:]).exp().item(),
-        ),
-        Mistake(
-            "the first token of a window is scored, with logits of the window's end: roll brings it round. Leave it out",
-            lambda x, ids: F.cross_entropy(x.flatten(0, 1), ids.roll(-1, 1).flatten()).exp().item(),
-        ),
-        Mistake(
-            "the sum is divided by all tokens, though the first of each window is not predicted",
-            lambda x, ids: (_losses(x, ids).sum() / ids.numel()).exp().item(),
-        ),
-        Mistake(
-            "it is the mean of exp(loss). Average the losses first, then take exp once: a few hopeless tokens must not decide",
-            lambda x, ids: _losses(x, ids).exp().mean().item(),
-        ),
-        Mistake(
-            "it is the mean of the windows' perplexities. Average the losses of all tokens first, then take exp once",
-            lambda x, ids: _losses(x, ids).mean(1).exp().mean().item(),
-        ),
-        Mistake("it is the loss, in nats. Perplexity is exp of it", lambda x, ids: _losses(x, ids).mean().item()),
-        Mistake(
-            "2 to the power of a loss in nats: cross_entropy uses the natural logarithm, so the base is e",
-            lambda x, ids: 2 ** _losses(x, ids).mean().item(),
-        ),
-        Mistake(
-            "exp of a loss in bits: base and logarithm must be the same", _perplexity(lambda losses: losses.mean() / math.log(2))
-        ),
-        Mistake(
-            "the sign is turned: it is the probability, and perplexity is one over it",
-            _perplexity(lambda losses: -losses.mean()),
-        ),
-        Mistake(
-            "it averages probabilities. Perplexity averages their logarithms",
-            lambda x, ids: 1 / (-_losses(x, ids)).exp().mean().item(),
-        ),
+        *mistakes_of(_paired, {
+            "logits and tokens are not shifted: entry t of the logits is about token t + 1": lambda x, ids: (x, ids),
+            "logits and tokens are shifted the wrong way: entry t of the logits is about token t + 1, not t - 1":
+                lambda x, ids: (x[:, 1:], ids[:, :-1]),
+            "the first token of a window is predicted from the end of the window before: shift within each window, then flatten":
+                lambda x, ids: (x.flatten(0, 1)[:-1], ids.flatten()[1:]),
+            "the first token of a window is scored, with logits of the window's end: roll brings it round. Leave it out":
+                lambda x, ids: (x, ids.roll(-1, 1)),
+        }),
+        *mistakes_of(_of_losses, {
+            "the sum is divided by all tokens, though the first of each window is not predicted":
+                lambda losses: (losses.sum() / (losses.numel() + len(losses))).exp(),
+            "it is the mean of exp(loss). Average the losses first, then take exp once: a few hopeless tokens must not decide":
+                lambda losses: losses.exp().mean(),
+            "it is the mean of the windows' perplexities. Average the losses of all tokens first, then take exp once":
+                lambda losses: losses.mean(1).exp().mean(),
+            "it is the loss, in nats. Perplexity is exp of it": lambda losses: losses.mean(),
+            "2 to the power of a loss in nats: cross_entropy uses the natural logarithm, so the base is e":
+                lambda losses: 2 ** losses.mean(),
+            "exp of a loss in bits: base and logarithm must be the same": lambda losses: (losses.mean() / math.log(2)).exp(),
+            "the sign is turned: it is the probability, and perplexity is one over it": lambda losses: (-losses.mean()).exp(),
+            "it averages probabilities. Perplexity averages their logarithms": lambda losses: 1 / (-losses).exp().mean(),
+        }),
     ),
-    others=(
-        Mutant(lambda x, ids: _losses(x, ids).mean().exp(), ".item()"),
-        Mutant(_perplexity(lambda losses: losses.mean() + 1e-3), "random logits"),
-    ),
+    others=(Mutant(lambda x, ids: F.cross_entropy(x[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp(), ".item()"),),
 )  # fmt: skip
 
 
 # 0.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def bits_per_byte(losses: torch.Tensor, passage: str) -> float:
     """Bits that a model needs for each byte of a passage. losses float [tokens]: nats of each of its tokens."""
     return losses.sum().item() / math.log(2) / len(passage.encode())
@@ -186,7 +142,8 @@ def bits_inputs(seed: int) -> dict:
 
 
 def _bits(of):
-    return lambda losses, passage: of(losses.sum().item(), len(passage.encode()), len(losses), len(passage))
+    """An answer from nats, bits for a nat, bytes, tokens and characters."""
+    return lambda losses, passage: of(losses.sum().item(), 1 / math.log(2), len(passage.encode()), len(losses), len(passage))
 
 
 BITS_PER_BYTE = Exercise(
@@ -195,36 +152,24 @@ BITS_PER_BYTE = Exercise(
     # A sum of fewer than 64 float32 numbers in any order, and two divisions.
     allowed=lambda given, want: 66 * 2**-24 * want["bits"],
     close=lambda given, want: 1e-4 * want["bits"],
-    otherwise=lambda given, got, want: (
-        f"{got_and_wanted(got['bits'], want['bits'])}, for {given['losses'].sum().item():.4g} nats and "
-        f"{len(given['passage'].encode())} bytes"
-    ),
-    mistakes=(
-        Mistake(
-            "divided by characters, not bytes: an é is one character and two bytes in UTF-8",
-            _bits(lambda nats, size, tokens, characters: nats / math.log(2) / characters),
-        ),
-        Mistake(
-            "it is in nats for each byte: cross-entropy uses the natural logarithm, and a bit is log(2) nats",
-            _bits(lambda nats, size, *_: nats / size),
-        ),
-        Mistake(
-            "a bit is log(2) = 0.69 nats, so a loss in bits is the larger number: divide by log(2)",
-            _bits(lambda nats, size, *_: nats * math.log(2) / size),
-        ),
-        Mistake(
-            "it is bits for each token. A token is several bytes, and how many depends on the tokenizer",
-            _bits(lambda nats, size, tokens, _: nats / math.log(2) / tokens),
-        ),
-        Mistake(
-            "the losses are averaged over tokens and then divided by bytes: sum them",
-            _bits(lambda nats, size, tokens, _: nats / math.log(2) / tokens / size),
-        ),
-        Mistake("it is bytes for each bit: turn it over", _bits(lambda nats, size, *_: size * math.log(2) / nats)),
-    ),
+    otherwise=lambda given, got, want: "{}, for {:.4g} nats and {} bytes".format(
+        got_and_wanted(got["bits"], want["bits"]), given["losses"].sum().item(), len(given["passage"].encode())),
+    mistakes=mistakes_of(_bits, {
+        "divided by characters, not bytes: an é is one character and two bytes in UTF-8":
+            lambda nats, bit, size, tokens, characters: nats * bit / characters,
+        "it is in nats for each byte: cross-entropy uses the natural logarithm, and a bit is log(2) nats":
+            lambda nats, bit, size, *_: nats / size,
+        "a bit is log(2) = 0.69 nats, so a loss in bits is the larger number: divide by log(2)":
+            lambda nats, bit, size, *_: nats / bit / size,
+        "it is bits for each token. A token is several bytes, and how many depends on the tokenizer":
+            lambda nats, bit, size, tokens, _: nats * bit / tokens,
+        "the losses are averaged over tokens and then divided by bytes: sum them":
+            lambda nats, bit, size, tokens, _: nats * bit / tokens / size,
+        "it is bytes for each bit: turn it over": lambda nats, bit, size, *_: size / nats / bit,
+    }),
     others=(
         Mutant(lambda losses, passage: losses.sum() / math.log(2) / len(passage.encode()), ".item()"),
-        Mutant(_bits(lambda nats, size, *_: nats / math.log(2) / (size - 1)), "bytes"),
+        Mutant(_bits(lambda nats, bit, size, *_: nats * bit / (size - 1)), "bytes"),
     ),
 )  # fmt: skip
 
