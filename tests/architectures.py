@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,3 +91,17 @@ def make(name: str) -> nn.Module:
             # Norms and biases off their defaults, so that one that is forgotten shows.
             parameter.copy_(0.06 * noise) if parameter.ndim > 1 else parameter.add_(0.05 * noise)
     return model.float().eval()
+
+
+def write(name: str, directory: Path) -> Path:
+    """The model as a directory, float32, with a tokenizer whose tokens are bytes. Returns the directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    make(name).save_pretrained(directory)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    return directory

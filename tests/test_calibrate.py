@@ -2,12 +2,16 @@
 
 import gc
 
+import architectures
 import pytest
 import torch
+from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from labsupport.model import models, text
+from labsupport.checkpoint.measure import evaluate_streamed
+from labsupport.model import evaluate, models, text
 from labsupport.pipeline import calibrate
+from labsupport.pipeline.block import CalibrationError, Resident
 from labsupport.quant import gptq, rtn
 
 ORDER = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),
@@ -274,3 +278,39 @@ def test_input_that_overflowed_is_said(ids):
         model.model.layers[0].input_layernorm.weight[3] = float("inf")
     with pytest.raises(ValueError, match=r"hessian holds (NaN|infinity)"):
         calibrate.blockwise(model, ids, by_gptq)
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gpt-j", "gpt-neo", "gpt2", "llama"])
+@torch.no_grad()
+def test_blocks_whose_callers_take_tuples_apart(name, ids):
+    """What streams through block by block is what the model computes, and so is the perplexity measured at its end."""
+    model, seen, streamed = architectures.make(name), [], []
+    for block in calibrate.blocks(model, ids, batch=2):
+        streamed.append(torch.cat(list(block.outputs())))
+        assert block.returned == (2 if name in ("falcon", "bloom", "gpt-j", "gpt-neo") else 0)
+    handles = [
+        module.register_forward_hook(lambda _, args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        for module in models.blocks(model)
+    ]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(got, want) for got, want in zip(streamed, seen, strict=True))
+    row = ids.flatten()
+    stream = text.TokenStream(row, torch.zeros_like(row), ("all",), len(row), "", "random")
+    measured = evaluate_streamed(model, Resident(), stream, 24, None)
+    assert measured.mean_loss == evaluate.evaluate(model, stream, 24).mean_loss
+
+
+def test_callers_that_hand_on_something_else_are_refused(ids):
+    """Neither the hidden states nor the first item of a tuple reaches the second block."""
+    model = llama()
+    second = model.model.layers[1]
+
+    def narrow(self, hidden, **others):
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return nn.Module.__call__(self, hidden[..., :8], **others)
+
+    second.__class__ = type("Narrowed", (type(second),), {"__call__": narrow})
+    with pytest.raises(CalibrationError, match="second block"):
+        next(calibrate.blocks(model, ids))

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from labsupport import checkpoint, quantize_model
-from labsupport.checkpoint import CheckpointError, layouts, parts, weights
+from labsupport.checkpoint import CheckpointError, card, layouts, parts, weights
 from labsupport.checkpoint.measure import evaluate_streamed
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.cli import app
@@ -537,3 +538,35 @@ def test_only_one_block_has_weights_at_a_time(source, words, monkeypatch, tmp_pa
     monkeypatch.setattr(gptq, "quantize", watched)
     run(source, tmp_path / "out", "gptq", words)
     assert seen == [{str(block)} for block in range(3) for _ in range(7)]
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gpt-j", "gpt-neo"])
+def test_blocks_that_return_tuples_are_quantized_and_measured(name, words, tmp_path, monkeypatch):
+    source = architectures.write(name, tmp_path / "model")
+    monkeypatch.setattr(text, "documents", lambda domain="code", split="heldout": [text.Document("a", WORDS)])
+    out = run(source, tmp_path / "out", "gptq", words, windows=2)
+    report = json.loads((out / card.REPORT).read_text())
+    original, tokenizer = models.load_model(str(source), device="cpu")
+    held_out = text.load_text(tokenizer)
+    assert report["perplexity"]["before"] == evaluate.perplexity(original, held_out, TEXTS["length"], 2)
+    # What is not quantized is stored in float16, half a unit in the last place off: 2**-12 of each value.
+    after = evaluate.perplexity(checkpoint.load(out)[0], held_out, TEXTS["length"], 2)
+    assert report["perplexity"]["after"] == pytest.approx(after, rel=1e-3)
+
+
+def test_a_measurement_that_fails_does_not_cost_the_checkpoint(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "documents", lambda domain="code", split="heldout": [text.Document("a", WORDS)])
+
+    def fail(*_):
+        raise IndexError("too many indices\nfor this tensor")
+
+    monkeypatch.setattr("labsupport.checkpoint.run.evaluate_streamed", fail)
+    arguments = [str(source), "--out", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32", "--length", "48"]
+    result = CliRunner().invoke(app, ["quantize", *arguments, "--windows", "2"])
+    assert result.exit_code == 0
+    assert "perplexity could not be measured: IndexError: too many indices\nwrote" in result.output
+    assert "Perplexity could not be measured: IndexError: too many indices." in (tmp_path / "out" / "README.md").read_text()
+    want, _ = in_memory(source, "rtn", None, group_size=GROUP)
+    assert torch.equal(
+        checkpoint.load(tmp_path / "out")[0].model.layers[0].mlp.up_proj.weight, want.model.layers[0].mlp.up_proj.weight
+    )

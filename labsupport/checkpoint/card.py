@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -19,6 +20,7 @@ ENDINGS = {
     ".absmax": "scales", ".nested_absmax": "scales", ".quant_map": "tables", ".nested_quant_map": "tables",
     ".quant_state.bitsandbytes__nf4": "tables", ".quant_state.bitsandbytes__fp4": "tables",
 }  # fmt: skip
+REPORT = "quantization_report.json"
 KINDS = ("codes", "scales", "zero-points", "group of each column", "tables", "not quantized")
 LOADERS = {
     "gptq": "transformers with gptqmodel; AutoGPTQ; vLLM, if 4 bits, symmetric and in column order",
@@ -51,7 +53,7 @@ class Facts:
     """What is known of a checkpoint when it is complete.
 
     source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. layers: what became of each.
-    texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text.
+    texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed".
     """
 
     source: str
@@ -99,7 +101,9 @@ class Facts:
             lines.append(f"| calibration text | {self.texts['calibration']}, {taken} |")
         lines += ["", "| stored | bytes |", "|---|---:|", *(f"| {kind} | {size:,} |" for kind, size in sizes.items())]
         lines += ["", f"{self.bits_per_weight(sizes):.3f} bits for each of {self.weights:,} quantized weights, all counted."]
-        if self.measured:
+        if "failed" in self.measured:
+            lines += ["", f"Perplexity could not be measured: {self.measured['failed']}."]
+        elif self.measured:
             before, after = self.measured["before"], self.measured["after"]
             lines += [
                 "", f"Perplexity {after:.4f}, unquantized {before:.4f} ({100 * (after / before - 1):+.2f} %), on "
@@ -114,3 +118,10 @@ class Facts:
 
 def _word(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def remarks(directory: Path) -> Iterator[str]:
+    """What a user should know of a checkpoint that `labs quantize` wrote, and would not expect: a line each."""
+    report = json.loads((directory / REPORT).read_text())
+    if "failed" in report["perplexity"]:
+        yield f"perplexity could not be measured: {report['perplexity']['failed']}"

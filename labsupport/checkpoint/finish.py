@@ -38,7 +38,7 @@ def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Ma
     sizes = card.sizes(parts.shard(index) for index in range(len(parts.names) + 1))
     contents = {
         "config.json": json.dumps(new_config, indent=1),
-        "quantization_report.json": json.dumps(facts.report(sizes), indent=1),
+        card.REPORT: json.dumps(facts.report(sizes), indent=1),
         "README.md": facts.text(sizes),
     }
     for name, content in layouts.other_configs(parts.layout, facts.settings).items():

@@ -30,9 +30,11 @@ def evaluate_streamed(
     ids = stream.ids[stream.positions(length, windows)]
     modules = models.blocks(model)
     last: list[torch.Tensor] = []
+    returned = 0
     for block in calibrate.blocks(model, ids, evaluate.BATCH, weights):
         at_block(block)
         if block.index + 1 == len(modules):
             last = list(block.outputs())
-    with weights.outside(), calibrate.passing_through(modules, iter(last)):
+            returned = block.returned
+    with weights.outside(), calibrate.passing_through(modules, returned, iter(last)):
         return evaluate.evaluate(model, stream, length, windows)

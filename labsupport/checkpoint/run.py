@@ -50,6 +50,7 @@ def quantize(
 
     settings: what Recipe.of takes. The codes are those of quantize_model with the same settings. A run that was stopped continues
     after its last finished block if everything is the same; restart: forget it. Returns `out`.
+    A measurement that fails is said in the card, and the checkpoint is written.
     Raises CheckpointError or TextError with a message of one line; `out` is then not there.
     """
     recipe, out, model_name = Recipe.of(method, **settings), Path(out), str(source)
@@ -73,7 +74,7 @@ def quantize(
     with _tidied(parts):
         reports = _quantize_blocks(skeleton, recipe, ids, parts, progress)
         parts.save_outside(skeleton.read(skeleton.outer))
-        measured = _measure(skeleton, parts, texts, held_out, progress)
+        measured = _measured_or_why_not(skeleton, parts, texts, held_out, progress)
         weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
@@ -101,6 +102,20 @@ def _quantize_blocks(
     model, settings = skeleton.model, recipe.settings()
     with tqdm(total=len(models.linears(model)), desc=recipe.method.name, unit="layer", disable=not progress) as bar:
         return quantize_blocks(model, recipe.method, lambda name: settings, ids, parts, lambda name: bar.update(), skeleton)
+
+
+def _measured_or_why_not(
+    skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream | None, progress: bool
+) -> dict[str, Any]:
+    """What _measure returns, or {"failed": why}: the blocks are written and whole, and a model that cannot be run does not cost
+    them. Raises what reading the model's files or the finished blocks raises.
+    """
+    try:
+        return _measure(skeleton, parts, texts, stream, progress)
+    except (CheckpointError, SafetensorError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream | None, progress: bool) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def quantize(
     A run that was stopped continues after its last finished block.
     """
     from labsupport import checkpoint
+    from labsupport.checkpoint import card
 
     _return_memory()
     try:
@@ -110,6 +111,8 @@ def quantize(
     except KeyboardInterrupt:
         typer.echo("labs quantize: stopped. The same command continues after the last finished block", err=True)
         raise typer.Exit(130) from None
+    for line in card.remarks(out):
+        typer.echo(f"labs quantize: {line}", err=True)
     typer.echo(f"wrote {out}; its card is {out / 'README.md'}")
 
 

@@ -82,7 +82,8 @@ class Block:
     """One block of a model, and everything that it is fed.
 
     linears: by full name. inputs: hidden states, [windows, length, hidden] for each batch. calls: what else the block is called
-    with, for each batch; batches of one shape share it (positions, masks, rotary tables).
+    with, for each batch; batches of one shape share it (positions, masks, rotary tables). returned: how many items the tuple
+    has that the block returned when it was last run, hidden states first; 0 where it returned these alone.
     """
 
     index: int
@@ -90,6 +91,7 @@ class Block:
     linears: dict[str, nn.Linear]
     inputs: list[torch.Tensor]
     calls: list[Call]
+    returned: int = 0
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """What the block, as it now is, gives for each batch. [windows, length, hidden]."""
@@ -161,7 +163,8 @@ class Block:
             output = self.module(self.inputs[batch], *args, **kwargs)
         except Stop:
             return None
-        return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+        self.returned = len(output) if isinstance(output, tuple) else 0
+        return output[0] if self.returned else output
 
 
 @contextmanager

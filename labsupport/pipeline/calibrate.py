@@ -39,8 +39,8 @@ def blocks(model: nn.Module, ids: torch.Tensor, batch: int = BATCH, weights: Res
 
     ids: int64 [windows, length]; `batch` windows go through at a time. weights: loads and drops a block's weights where the model
     does not hold them. A run that continues an older one puts the weights of each finished block back before asking for the next.
-    Raises text.TextError for no text at all, CalibrationError for a model in training mode and for linears that share a weight
-    with another part of the model.
+    Raises text.TextError for no text at all, CalibrationError for a model in training mode, for linears that share a weight
+    with another part of the model, and where a block is not fed by what the one before it returns.
     """
     if ids.ndim != 2 or ids.numel() == 0:
         raise TextError(f"calibration text has shape {list(ids.shape)}, wanted [windows, length], neither of them 0")
@@ -90,9 +90,28 @@ def blockwise(
     return results
 
 
-@torch.no_grad()
+class _TakenApart(Exception):
+    """A block was handed an item of what the one before it returned: its caller expects a tuple."""
+
+
 def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
     """What the first block is fed for each batch, and for each batch size what else every block is called with."""
+    try:
+        return _first_inputs_with(model, ids, batch, returned=0)
+    except _TakenApart:
+        pass
+    try:
+        return _first_inputs_with(model, ids, batch, returned=2)
+    except _TakenApart:
+        message = "its second block is handed neither what the first returns nor the first item of that"
+        raise CalibrationError(f"a {type(model).__name__} cannot be calibrated block by block: {message}") from None
+
+
+@torch.no_grad()
+def _first_inputs_with(
+    model: nn.Module, ids: torch.Tensor, batch: int, returned: int
+) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
+    """The same where what blocks return is known: see passing_through. Raises _TakenApart where it is something else."""
     device = model.get_input_embeddings().weight.device
     modules = list(models.blocks(model))
     inputs: list[torch.Tensor] = []
@@ -103,6 +122,8 @@ def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int) -> tuple[list
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if index == 0:
             inputs.append(hidden)
+        elif hidden.shape != inputs[-1].shape:
+            raise _TakenApart
         seen = calls.setdefault(len(hidden), [])
         if len(seen) == index:
             seen.append((args, kwargs))
@@ -115,7 +136,7 @@ def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int) -> tuple[list
     ]
     try:
         # What else a block is called with does not depend on what the one before it gives, so no block need be computed.
-        with passing_through(modules):
+        with passing_through(modules, returned):
             for windows_of_batch in ids.to(device).split(batch):
                 with suppress(Stop):
                     model(input_ids=windows_of_batch, use_cache=False)
@@ -126,15 +147,16 @@ def _first_inputs(model: nn.Module, ids: torch.Tensor, batch: int) -> tuple[list
 
 
 @contextmanager
-def passing_through(modules: Iterable[nn.Module], first: Iterator[torch.Tensor] | None = None) -> Iterator[None]:
-    """Inside, blocks return their input and are not computed; the first returns the next item of `first`, where it is given."""
-    import transformers
+def passing_through(modules: Iterable[nn.Module], returned: int, first: Iterator[torch.Tensor] | None = None) -> Iterator[None]:
+    """Inside, blocks return their input and are not computed; the first returns the next item of `first`, where it is given.
 
-    as_tuple = int(transformers.__version__.split(".")[0]) < 5  # see Block._run
+    returned: what blocks return, see Block.returned: their callers take a tuple apart, and a tensor in its place as well.
+    """
 
     def forward(index: int, *args: Any, **kwargs: Any) -> Any:
         hidden = next(first) if index == 0 and first is not None else args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if as_tuple and not isinstance(hidden, tuple) else hidden
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return (hidden, *[None] * (returned - 1)) if returned else hidden
 
     modules = list(modules)
     for index, module in enumerate(modules):
