@@ -110,7 +110,7 @@ class Exercise:
     """One exercise.
 
     id: "2.4", the chapter and a number. name: the function that the learner writes. returns: names of what it returns.
-    inputs(seed): the arguments by name, in the order in which the answer takes them.
+    inputs(seed): the arguments by name, in the order in which the answer takes them; or cases by name, with drive_cases.
     reference: a right answer; where labsupport has the function, that function.
     drive(answer, given): makes a dict of tensors, numbers and texts from an answer; without one, the answer is called.
 
@@ -172,3 +172,8 @@ def _longest_literal(sentence: str) -> str:
 def generator(seed: int) -> torch.Generator:
     """Where an exercise's inputs come from."""
     return torch.Generator().manual_seed(seed)
+
+
+def drive_cases(answer: Callable, given: dict) -> dict:
+    """For inputs that are cases, each the arguments of one call: what the answer returns for each, by the same names."""
+    return {case: answer(*arguments) for case, arguments in given.items()}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
+from functools import partial
 
 from labsupport.evidence import planner, roofline
 from labsupport.evidence.planner import GIB
 from labsupport.evidence.roofline import A100
 from labsupport.exercises.compare import first_difference, got_and_wanted, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, right
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, drive_cases, mistakes_by_option, mistakes_of, right
 
 
 def _near(given: dict, want: dict) -> dict:
@@ -26,25 +28,17 @@ def stored_inputs(seed: int) -> dict:
     return {"quantized": quantized, "others": others, "bits": r.choice([3, 4]), "group_size": group_size}
 
 
-def _stored(bits_of, unit=GIB):
-    """An answer: bits_of(quantized, others, bits, groups), in bytes and in another unit."""
-
-    def answer(quantized, others, bits, group_size):
-        total = bits_of(quantized, others, bits, quantized / group_size) / 8
-        return total, total / unit
-
-    return answer
-
-
-def _all_bits(n, o, b, g):
-    return n * b + g * (16 + b) + o * 16
+def _stored(quantized, others, bits, group_size, *, times=1, scale=16, zero=1, other=16, unit=GIB):
+    """A right answer, with what can go wrong as options: bits of a scale and of another weight, zero-points for each group."""
+    total = times * (quantized * bits + quantized / group_size * (scale + zero * bits) + others * other) / 8
+    return total, total / unit
 
 
 def _wrong_total(given: dict, got: dict, want: dict) -> str:
     place, have, wanted = first_difference(got, want, _near(given, want))
     if place == "gib":
         return f"the bytes are right; for {want['total']:.6g} bytes in GiB: {got_and_wanted(have, wanted)}"
-    weights = f"{given['quantized']:,} weights in {given['bits']} bits and {given['others']:,} in 16"
+    weights = "{quantized:,} weights in {bits} bits and {others:,} in 16".format(**given)
     return "{}: got {} bytes, wanted {}".format(weights, *shown(have, wanted, 6))
 
 
@@ -52,32 +46,26 @@ STORED_BYTES = Exercise(
     id="1.1", name="stored_bytes", title="What a model weighs", minutes=8, difficulty=2, points=2,
     returns=("total", "gib"), inputs=stored_inputs, reference=planner.stored_bytes, allowed=_near, otherwise=_wrong_total,
     mistakes=(
-        Mistake("these are bits: a byte holds eight of them", _stored(lambda *sizes: 8 * _all_bits(*sizes))),
-        Mistake("the scales and zero-points are missing: every group stores one of each",
-                _stored(lambda n, o, b, g: n * b + o * 16)),
-        Mistake("the zero-points are missing: every group stores one, in `bits` bits",
-                _stored(lambda n, o, b, g: n * b + g * 16 + o * 16)),
-        Mistake("the scales are missing: every group stores one, in 16 bits", _stored(lambda n, o, b, g: n * b + g * b + o * 16)),
-        Mistake("a zero-point is a code, so it takes `bits` bits, not 16", _stored(lambda n, o, b, g: n * b + g * 32 + o * 16)),
-        Mistake("the 16-bit weights are missing: embedding, head and norms must be stored as well",
-                _stored(lambda n, o, b, g: n * b + g * (16 + b))),
-        Mistake("only the codes of the quantized weights are counted", _stored(lambda n, o, b, g: n * b)),
+        *mistakes_by_option(_stored, {
+            "these are bits: a byte holds eight of them": {"times": 8},
+            "the scales and zero-points are missing: every group stores one of each": {"scale": 0, "zero": 0},
+            "the zero-points are missing: every group stores one, in `bits` bits": {"zero": 0},
+            "the scales are missing: every group stores one, in 16 bits": {"scale": 0},
+            "a zero-point is a code, so it takes `bits` bits, not 16": {"scale": 32, "zero": 0},
+            "the 16-bit weights are missing: embedding, head and norms must be stored as well": {"other": 0},
+            "only the codes of the quantized weights are counted": {"scale": 0, "zero": 0, "other": 0},
+            "16 bits are 2 bytes: the 16-bit weights are counted with one byte, or with sixteen": [{"other": 8}, {"other": 128}],
+            "GiB is 2**30 bytes; this divides by 10**9, which gives GB": {"unit": 1e9},
+            "this is in MiB: divide by 2**30": {"unit": 2**20},
+            "GiB is 2**30 bytes; this multiplies": {"unit": 1 / GIB},
+            "a byte is counted as one bit on the way to GiB": {"unit": GIB / 8},
+        }),
         Mistake("embedding, head and norms stay in 16 bits: here they are quantized too",
-                _stored(lambda n, o, b, g: (n + o) * (b + g / n * (16 + b)))),
+                lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes)),
         Mistake("this is every weight at `bits` bits, the figure that people quote: the others stay in 16 bits, and groups have "
-                "scales", _stored(lambda n, o, b, g: (n + o) * b)),
-        *(Mistake("16 bits are 2 bytes: the 16-bit weights are counted with one byte, or with sixteen",
-                  _stored(lambda n, o, b, g, size=size: n * b + g * (16 + b) + o * 8 * size)) for size in (1, 16)),
-        Mistake("GiB is 2**30 bytes; this divides by 10**9, which gives GB", _stored(_all_bits, 1e9)),
-        Mistake("this is in MiB: divide by 2**30", _stored(_all_bits, 2**20)),
-        Mistake("GiB is 2**30 bytes; this multiplies", _stored(_all_bits, 1 / GIB)),
-        Mistake("a byte is counted as one bit on the way to GiB", _stored(_all_bits, GIB / 8)),
+                "scales", lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes, scale=0, zero=0)),
     ),
-    others=(
-        Mutant(lambda n, o, b, g: _all_bits(n, o, b, n / g) / 8, "wanted 2"),
-        Mutant(_stored(lambda n, o, b, g: n * b + g * (8 + b) + o * 16), "got"),
-        Mutant(_stored(_all_bits, 2**40), "the bytes are right"),
-    ),
+    others=(Mutant(partial(_stored, scale=8), "got"), Mutant(partial(_stored, unit=2**40), "the bytes are right")),
 )  # fmt: skip
 
 
@@ -91,13 +79,10 @@ def intensity_inputs(seed: int) -> dict:
     return {"tokens": r.randrange(9, 400), "in_features": in_features, "out_features": out_features, "weight_bits": bits}
 
 
-def _over(moved):
-    """An answer: operations over moved(tokens, in_features, out_features, bytes of the weights)."""
-    return lambda t, i, o, b: 2 * t * i * o / moved(t, i, o, i * o * b / 8)
-
-
-def _bytes_moved(t, i, o, weights):
-    return weights + 2 * t * (i + o)
+def _intensity(tokens, in_features, out_features, weight_bits, *, operations=2, weights=1, inputs=2, outputs=2):
+    """A right answer, with what can go wrong as options: operations and bytes for each number."""
+    moved = weights * in_features * out_features * weight_bits / 8 + tokens * (inputs * in_features + outputs * out_features)
+    return operations * tokens * in_features * out_features / moved
 
 
 INTENSITY = Exercise(
@@ -106,22 +91,25 @@ INTENSITY = Exercise(
     otherwise=lambda given, got, want: "[{tokens}, {in_features}] times [{in_features}, {out_features}] with {weight_bits}-bit "
     "weights: got {}, wanted {}".format(*shown(got["flops_per_byte"], want["flops_per_byte"], 6), **given),
     mistakes=(
-        Mistake("half of it: a multiplication and an addition are two operations", _over(lambda *sizes: 2 * _bytes_moved(*sizes))),
-        Mistake("turned around: these are bytes for each operation", lambda *sizes: 1 / _over(_bytes_moved)(*sizes)),
-        Mistake("the activations are missing: inputs and outputs move as well", _over(lambda t, i, o, weights: weights)),
-        Mistake("the weights are missing, and here they are most of the bytes", _over(lambda t, i, o, weights: 2 * t * (i + o))),
-        Mistake("the outputs are missing: they have to be written", _over(lambda t, i, o, weights: weights + 2 * t * i)),
-        Mistake("the inputs are missing: they have to be read", _over(lambda t, i, o, weights: weights + 2 * t * o)),
-        Mistake("weight_bits are bits: eight of them make a byte", _over(lambda t, i, o, weights: 8 * weights + 2 * t * (i + o))),
+        *mistakes_by_option(_intensity, {
+            "half of it: a multiplication and an addition are two operations": {"operations": 1},
+            "the activations are missing: inputs and outputs move as well": {"inputs": 0, "outputs": 0},
+            "the weights are missing, and here they are most of the bytes": {"weights": 0},
+            "the outputs are missing: they have to be written": {"outputs": 0},
+            "the inputs are missing: they have to be read": {"inputs": 0},
+            "weight_bits are bits: eight of them make a byte": {"weights": 8},
+            "an activation has 16 bits, which are 2 bytes": {"inputs": 16, "outputs": 16},
+            "these are operations for each bit": {"operations": 2 / 8},
+        }),
+        Mistake("turned around: these are bytes for each operation", lambda *sizes: 1 / _intensity(*sizes)),
         Mistake("the weights are counted once for each token. They are read once for all of them",
-                _over(lambda t, i, o, weights: t * weights + 2 * t * (i + o))),
+                lambda tokens, *sizes: _intensity(tokens, *sizes, weights=tokens)),
         Mistake("only the weights are quantized: activations stay in 16 bits",
-                _over(lambda t, i, o, weights: weights + t * (i + o) * weights / (i * o))),
-        Mistake("an activation has 16 bits, which are 2 bytes", _over(lambda t, i, o, weights: weights + 16 * t * (i + o))),
-        Mistake("the activations are those of one token", _over(lambda t, i, o, weights: weights + 2 * (i + o))),
-        Mistake("these are operations for each bit", _over(lambda *sizes: 8 * _bytes_moved(*sizes))),
+                lambda *sizes: _intensity(*sizes, inputs=sizes[3] / 8, outputs=sizes[3] / 8)),
+        Mistake("the activations are those of one token",
+                lambda tokens, *sizes: _intensity(tokens, *sizes, inputs=2 / tokens, outputs=2 / tokens)),
     ),
-    others=(Mutant(_over(lambda t, i, o, weights: weights + 2 * t * i + 4 * t * o), "-bit weights: got"),),
+    others=(Mutant(partial(_intensity, outputs=4), "-bit weights: got"),),
 )  # fmt: skip
 
 
@@ -134,47 +122,38 @@ def decode_inputs(seed: int) -> dict:
     read = parameters * r.uniform(0.55, 1.9)
     meet = ridge * read / parameters / 2
     batches = [r.randrange(2, 4), math.floor(meet), math.floor(meet) + 1, int(meet * r.uniform(3, 9))]
-    return {"read": read, "parameters": parameters, "batches": batches, "bandwidth": bandwidth, "rate": bandwidth * ridge}
+    return {f"batch {batch}": (read, parameters, batch, bandwidth, bandwidth * ridge) for batch in batches}
 
 
-def drive_decode(answer, given: dict) -> dict:
-    read, parameters, batches, bandwidth, rate = given.values()
-    return {f"batch {batch}": answer(read, parameters, batch, bandwidth, rate) for batch in batches}
-
-
-def _in_seconds(tokens_a_second):
-    """An answer from the batch, and the seconds for reading and for computing."""
-    return lambda read, p, batch, bandwidth, rate: tokens_a_second(batch, read / bandwidth, 2 * p * batch / rate)
+def _decode_rate(read, parameters, batch, bandwidth, rate, *, reading=1, operations=2, together=max):
+    """A right answer, with what can go wrong as options: how often weights are read, and what the two times make together."""
+    return batch / together(reading * read / bandwidth, operations * parameters * batch / rate)
 
 
 DECODE_RATE = Exercise(
     id="1.3", name="decode_rate", title="Tokens a second, at best", minutes=8, difficulty=2, points=2,
-    returns=("tokens_per_second",), inputs=decode_inputs, reference=roofline.decode_rate, drive=drive_decode, allowed=_near,
+    returns=("tokens_per_second",), inputs=decode_inputs, reference=roofline.decode_rate, drive=drive_cases, allowed=_near,
     otherwise=lambda given, got, want: "{}: got {} tokens a second, wanted {}".format(
         (first := first_difference(got, want, _near(given, want)))[0], *shown(*first[1:], 6)),
     mistakes=(
-        Mistake("this counts operations only: at a small batch the machine waits for the weights",
-                _in_seconds(lambda n, reading, computing: n / computing)),
+        *mistakes_by_option(_decode_rate, {
+            "this counts operations only: at a small batch the machine waits for the weights": {"reading": 0},
+            "this counts bytes only: at a large batch the operations take longer, and they grow with the batch": {"operations": 0},
+            "this adds the two times. Reading and computing overlap: the longer one decides": {"together": operator.add},
+            "this takes the shorter of the two times: both have to be over": {"together": min},
+            "half of the operations are missing: each weight is multiplied and added": {"operations": 1},
+            "read and bandwidth are both in bytes; nothing needs a factor 8": {"reading": 8},
+        }),
         Mistake("this divides the rate of operations by bytes: weights arrive at the bandwidth",
-                lambda read, p, n, bandwidth, rate: n * rate / read),
-        Mistake("this counts bytes only: at a large batch the operations take longer, and they grow with the batch",
-                _in_seconds(lambda n, reading, computing: n / reading)),
+                lambda read, parameters, batch, bandwidth, rate: batch * rate / read),
         Mistake("these are steps a second: every step gives one token for each sequence of the batch",
-                _in_seconds(lambda n, reading, computing: 1 / max(reading, computing))),
+                lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine) / batch),
         Mistake("the weights are read once for each sequence here. A step reads them once for the whole batch",
-                _in_seconds(lambda n, reading, computing: n / max(n * reading, computing))),
-        Mistake("this adds the two times. Reading and computing overlap: the longer one decides",
-                _in_seconds(lambda n, reading, computing: n / (reading + computing))),
-        Mistake("this takes the shorter of the two times: both have to be over",
-                _in_seconds(lambda n, reading, computing: n / min(reading, computing))),
-        Mistake("half of the operations are missing: each weight is multiplied and added",
-                _in_seconds(lambda n, reading, computing: n / max(reading, computing / 2))),
-        Mistake("read and bandwidth are both in bytes; nothing needs a factor 8",
-                _in_seconds(lambda n, reading, computing: n / max(8 * reading, computing))),
+                lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine, reading=batch)),
         Mistake("this is the time of a step, not tokens a second",
-                _in_seconds(lambda n, reading, computing: max(reading, computing))),
+                lambda read, parameters, batch, *machine: batch / _decode_rate(read, parameters, batch, *machine)),
     ),
-    others=(Mutant(_in_seconds(lambda n, reading, computing: n / max(reading, 1.5 * computing)), "tokens a second, wanted"),),
+    others=(Mutant(partial(_decode_rate, operations=3), "tokens a second, wanted"),),
 )  # fmt: skip
 
 
@@ -187,47 +166,41 @@ def crossover_inputs(seed: int) -> dict:
         bandwidth, bits = r.uniform(20e9, 3000e9), r.choice([3, 4])
         machines.append([bandwidth, bandwidth * (r.randrange(20, 200) + beyond) * 16 / bits, bits])
     r.shuffle(machines)
-    return {"machines": machines}
+    return {f"machine {i}": machine for i, machine in enumerate(machines)}
 
 
-def drive_crossover(answer, given: dict) -> dict:
-    return {f"machine {i}": answer(*machine) for i, machine in enumerate(given["machines"])}
-
-
-def _first_batch(value, whole=math.ceil):
-    """An answer: value(operations a byte of the machine, bits), made whole."""
-    return lambda bandwidth, rate, bits: whole(value(rate / bandwidth, bits))
+def _crossover(bandwidth, rate, weight_bits, *, crossing=16, whole=math.ceil):
+    """A right answer, with what can go wrong as options: bits of weights that cross over at the ridge, and how it is made whole."""
+    return whole(rate / bandwidth * weight_bits / crossing)
 
 
 def _wrong_batch(given: dict, got: dict, want: dict) -> str:
-    place, have, wanted = first_difference(got, want)
-    bandwidth, rate, bits = given["machines"][int(place.split()[1])]
+    machine, have, wanted = first_difference(got, want)
+    bandwidth, rate, bits = given[machine]
     return f"a ridge of {rate / bandwidth:.6g} operations a byte and {bits}-bit weights: {got_and_wanted(have, wanted)}"
 
 
 CROSSOVER_BATCH = Exercise(
     id="1.4", name="crossover_batch", title="Where the batch takes over", minutes=8, difficulty=2, points=2,
-    returns=("batch",), inputs=crossover_inputs, reference=roofline.crossover_batch, drive=drive_crossover, otherwise=_wrong_batch,
+    returns=("batch",), inputs=crossover_inputs, reference=roofline.crossover_batch, drive=drive_cases, otherwise=_wrong_batch,
     faults=(
         Fault("a batch is a whole number, got {batch:.6g}: which is the first one at which operations take as long?",
               lambda given, got, want: next(({"batch": batch} for batch in got.values() if batch != math.floor(batch)), None),
-              (_first_batch(lambda ridge, bits: ridge * bits / 16, whole=float),)),
+              (partial(_crossover, whole=float),)),
     ),
     mistakes=(
-        Mistake("one too few: at this batch reading the weights still takes longer",
-                _first_batch(lambda ridge, bits: ridge * bits / 16, whole=math.floor)),
-        Mistake("twice too many: each weight is multiplied and added for each sequence, two operations",
-                _first_batch(lambda ridge, bits: ridge * bits / 8)),
+        *mistakes_by_option(_crossover, {
+            "one too few: at this batch reading the weights still takes longer": {"whole": math.floor},
+            "twice too many: each weight is multiplied and added for each sequence, two operations": {"crossing": 8},
+            "eight times too many: weight_bits are bits, the bandwidth is in bytes": {"crossing": 2},
+        }),
         Mistake("this is the operations a byte of the machine, where 16-bit weights cross over. These weights are narrower",
-                _first_batch(lambda ridge, bits: ridge)),
-        Mistake("eight times too many: weight_bits are bits, the bandwidth is in bytes",
-                _first_batch(lambda ridge, bits: ridge * bits / 2)),
+                lambda bandwidth, rate, bits: _crossover(bandwidth, rate, 16)),
         Mistake("turned around: narrower weights are read sooner, so the batch at which operations take over is smaller",
-                _first_batch(lambda ridge, bits: ridge * 16 / bits)),
-        Mistake("bandwidth and rate are exchanged", _first_batch(lambda ridge, bits: bits / 16 / ridge)),
+                lambda bandwidth, rate, bits: math.ceil(rate / bandwidth * 16 / bits)),
+        Mistake("bandwidth and rate are exchanged", lambda bandwidth, rate, bits: _crossover(rate, bandwidth, bits)),
     ),
-    others=tuple(Mutant(_first_batch(lambda ridge, bits: ridge * bits / 16, whole=whole), "a ridge of")
-                 for whole in (round, lambda value: math.floor(value) + 1)),
+    others=tuple(Mutant(partial(_crossover, whole=whole), "a ridge of") for whole in (round, lambda batch: math.floor(batch) + 1)),
 )  # fmt: skip
 
 
@@ -245,45 +218,45 @@ def limits_inputs(seed: int) -> dict:
     for share, other in r.sample(pairs, len(pairs)):
         for of_memory, of_compute in ((share, other), (other, share)):
             seconds = r.uniform(1e-3, 0.1)
-            runs.append([seconds, of_memory * seconds * bandwidth, of_compute * seconds * rate])
-    return {"runs": runs, "bandwidth": bandwidth, "rate": rate}
+            runs.append((seconds, of_memory * seconds * bandwidth, of_compute * seconds * rate, bandwidth, rate))
+    return {f"run {i}": run for i, run in enumerate(runs)}
 
 
-def drive_limits(answer, given: dict) -> dict:
-    return {f"run {i}": answer(*run, given["bandwidth"], given["rate"]) for i, run in enumerate(given["runs"])}
+def _shares(seconds, read, operations, bandwidth, rate):
+    return read / seconds / bandwidth, operations / seconds / rate
 
 
 def _by_shares(decide):
-    return lambda s, w, f, b, r: decide(w / s / b, f / s / r)
+    """An answer: decide(share of the bandwidth, share of the rate)."""
+    return lambda *run: decide(*_shares(*run))
 
 
 def _wrong_word(given: dict, got: dict, want: dict) -> str:
-    place, have, wanted = first_difference(got, want)
-    seconds, read, operations = given["runs"][int(place.split()[1])]
-    of_memory, of_compute = 100 * read / seconds / given["bandwidth"], 100 * operations / seconds / given["rate"]
-    return f"a run that used {of_memory:.3g} % of the bandwidth, {of_compute:.3g} % of the rate: got {have!r}, wanted {wanted!r}"
+    run, have, wanted = first_difference(got, want)
+    of_memory, of_compute = (100 * share for share in _shares(*given[run]))
+    return f"a run that used {of_memory:.3g} % of the bandwidth, {of_compute:.3g} % of the rate: {got_and_wanted(have, wanted)}"
 
 
 WHAT_LIMITS = Exercise(
     id="1.5", name="what_limits", title="Which run is memory-bound?", minutes=8, difficulty=2, points=2,
-    returns=("word",), inputs=limits_inputs, reference=roofline.what_limits, drive=drive_limits, otherwise=_wrong_word,
+    returns=("word",), inputs=limits_inputs, reference=roofline.what_limits, drive=drive_cases, otherwise=_wrong_word,
     faults=(
         Fault(f"{{name}}: got {{word!r}}, wanted one of {', '.join(WORDS)}",
               lambda given, got, want: next(({"name": n, "word": word} for n, word in got.items() if word not in WORDS), None),
               (lambda *run: "bandwidth",)),
     ),
-    mistakes=(
-        Mistake("some runs get less than a third of either limit, and are not limited by them: that is overhead",
-                _by_shares(lambda m, c: "memory" if m > c else "compute")),
-        Mistake("turned around: a run that moves bytes as fast as the machine can is limited by memory",
-                _by_shares(lambda m, c: "overhead" if max(m, c) < 1 / 3 else "compute" if m > c else "memory")),
-        Mistake("a run that uses one of the two well is limited by it, however little it uses the other",
-                _by_shares(lambda m, c: "overhead" if min(m, c) < 1 / 3 else "memory" if m > c else "compute")),
-        Mistake("where both are above a third, the larger share decides",
-                _by_shares(lambda m, c: "memory" if m >= 1 / 3 else "compute" if c >= 1 / 3 else "overhead")),
-        Mistake("where both are above one third, the larger share decides, and that can be memory",
-                _by_shares(lambda m, c: "compute" if c >= 1 / 3 else "memory" if m >= 1 / 3 else "overhead")),
-    ),
+    mistakes=mistakes_of(_by_shares, {
+        "some runs get less than a third of either limit, and are not limited by them: that is overhead":
+            lambda m, c: "memory" if m > c else "compute",
+        "turned around: a run that moves bytes as fast as the machine can is limited by memory":
+            lambda m, c: "overhead" if max(m, c) < 1 / 3 else "compute" if m > c else "memory",
+        "a run that uses one of the two well is limited by it, however little it uses the other":
+            lambda m, c: "overhead" if min(m, c) < 1 / 3 else "memory" if m > c else "compute",
+        "where both are above a third, the larger share decides":
+            lambda m, c: "memory" if m >= 1 / 3 else "compute" if c >= 1 / 3 else "overhead",
+        "where both are above one third, the larger share decides, and that can be memory":
+            lambda m, c: "compute" if c >= 1 / 3 else "memory" if m >= 1 / 3 else "overhead",
+    }),
     others=tuple(Mutant(_by_shares(lambda m, c, third=third: "overhead" if max(m, c) < third else "memory" if m > c else "compute"),
                         "a run that used") for third in (0.1, 0.33, 0.34, 0.5)),
 )  # fmt: skip
@@ -323,7 +296,6 @@ UNHELPED_MATMUL = Exercise(
     accepts=lambda given, got, want: None if _helped(given, got, want) else right(), otherwise=_helped,
     others=(
         Mutant(lambda: (4096, 4096, 4096), "limited by its operations"),
-        Mutant(lambda: (32, 8192, 8192), "What else"),
         Mutant(lambda: (128, 8192, 8192), "What else"),
         Mutant(lambda: (64, 64, 64), "worth speeding up"),
         Mutant(lambda: (65536.5, 4096, 16), "whole number"),
