@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import functools
+from functools import cache, partial
 
 import torch
+from torch.linalg import cholesky, inv
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, right
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, mistakes_of, right
 from labsupport.pipeline.calibrate import InputStatistics
 from labsupport.quant import gptq, grid, rtn
 
@@ -29,13 +29,10 @@ def _hessian(columns: int, g: torch.Generator, least: float = 0.0) -> torch.Tens
 
 
 # 6.1 ------------------------------------------------------------------------------------------------------------------
-
-
 def batch_inputs(seed: int) -> dict:
     """Batches of 5, 1, 12 and 2 tokens, each louder or quieter than the last, none of them centered on 0. Seven channels."""
     g = generator(seed)
-    sizes = (5, 1, 12, 2)
-    return {"batches": [(0.5 + torch.randn(n, 7, generator=g)) * (1 + i) for i, n in enumerate(sizes)]}
+    return {"batches": [(0.5 + torch.randn(n, 7, generator=g)) * (1 + i) for i, n in enumerate((5, 1, 12, 2))]}
 
 
 def hessian(batches: list[torch.Tensor]) -> torch.Tensor:
@@ -48,12 +45,7 @@ def hessian(batches: list[torch.Tensor]) -> torch.Tensor:
 
 def _of_grams(finish):
     """An answer: what `finish` makes of the batches' X^T X [batches, in, in] and numbers of tokens [batches, 1, 1]."""
-    return lambda batches: finish(
-        torch.stack([x.T @ x for x in batches]), torch.tensor([float(len(x)) for x in batches])[:, None, None]
-    )
-
-
-_right = _of_grams(lambda grams, tokens: 2 * grams.sum(0) / tokens.sum())
+    return lambda batches: finish(torch.stack([x.T @ x for x in batches]), torch.tensor([[[float(len(x))]] for x in batches]))
 
 
 def _where_hessian(given: dict, got: dict, want: dict) -> str:
@@ -81,30 +73,28 @@ HESSIAN = Exercise(
               (lambda batches: torch.cat(batches) @ torch.cat(batches).T,), early=True),
     ),
     mistakes=(
-        Mistake("this is the mean of the batches' own means: a batch of one token counts as much as one of many. Sum first, then "
-                "divide once", _of_grams(lambda grams, tokens: (2 * grams / tokens).mean(0))),
-        Mistake("the batches' own means are added up: sum first, then divide once, by the number of all tokens",
-                _of_grams(lambda grams, tokens: (2 * grams / tokens).sum(0))),
-        Mistake("this is the last batch alone: the others were overwritten",
-                _of_grams(lambda grams, tokens: (2 * grams / tokens)[-1])),
-        Mistake("the sum is divided by the number of batches. n counts tokens, the rows of X",
-                _of_grams(lambda grams, tokens: 2 * grams.mean(0))),
-        Mistake("the sum is not divided by n, the number of tokens", _of_grams(lambda grams, tokens: 2 * grams.sum(0))),
-        Mistake("everything is half of what was asked for: the 2 of 2/n is missing. (No code would change, the loss would)",
-                _of_grams(lambda grams, tokens: grams.sum(0) / tokens.sum())),
+        *mistakes_of(_of_grams, {
+            "this is the mean of the batches' own means: a batch of one token counts as much as one of many. Sum first, then "
+            "divide once": lambda grams, tokens: (2 * grams / tokens).mean(0),
+            "the batches' own means are added up: sum first, then divide once, by the number of all tokens":
+                lambda grams, tokens: (2 * grams / tokens).sum(0),
+            "this is the last batch alone: the others were overwritten": lambda grams, tokens: (2 * grams / tokens)[-1],
+            "the sum is divided by the number of batches. n counts tokens, the rows of X": lambda grams, tokens: 2 * grams.mean(0),
+            "the sum is not divided by n, the number of tokens": lambda grams, tokens: 2 * grams.sum(0),
+            "everything is half of what was asked for: the 2 of 2/n is missing. (No code would change, the loss would)":
+                lambda grams, tokens: grams.sum(0) / tokens.sum(),
+            "only the diagonal is there: products of two different channels are missing":
+                lambda grams, tokens: (2 * grams.sum(0) / tokens.sum()).diagonal().diag(),
+        }),
         Mistake("the mean of the inputs was taken off, as for a covariance. A layer is fed the inputs as they are",
                 lambda batches: 2 * torch.cov(torch.cat(batches).T, correction=0)),
-        Mistake("only the diagonal is there: products of two different channels are missing",
-                lambda batches: _right(batches).diagonal().diag()),
     ),
-    others=(Mutant(lambda batches: _right(batches) * 20 / 19, "times what was asked"),
-            Mutant(lambda batches: _right(batches).triu(), "hessian[1, 0]: got 0, wanted")),
+    others=(Mutant(_of_grams(lambda grams, tokens: 2 * grams.sum(0) / 19), "times what was asked"),
+            Mutant(_of_grams(lambda grams, tokens: 2 * grams.sum(0).triu() / 20), "hessian[1, 0]: got 0, wanted")),
 )  # fmt: skip
 
 
 # 6.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def error_inputs(seed: int) -> dict:
     """Four rows, six columns, inputs that share directions."""
     g = generator(seed)
@@ -127,29 +117,24 @@ OUTPUT_ERROR = Exercise(
     # Sums of 6 and of 24 products, and the difference that E is: as many roundings of the magnitudes, whatever cancels.
     allowed=lambda given, want: 34 * ROUNDING * _energy((given["values"] - given["weight"]).abs(), given["hessian"].abs()).item(),
     close=lambda given, want: 1e-4,  # of energies near 10
-    mistakes=(
-        Mistake("this is the squared error of the weights: H was not used", _error(lambda w, v, h: (v - w).pow(2).sum())),
-        Mistake("only the diagonal of H was used: that is each column's error on its own. What two columns do together is in the "
-                "other entries", _error(lambda w, v, h: ((v - w).pow(2) @ h.diagonal()).sum())),
-        Mistake("all entries of E H E^T are added up; the trace is the diagonal alone. Rows do not meet",
-                _error(lambda w, v, h: ((v - w) @ h @ (v - w).T).sum())),
-        Mistake("E H is squared: H comes in twice. E H, times E, summed", _error(lambda w, v, h: ((v - w) @ h).pow(2).sum())),
-        *(Mistake("this is the energy of one less that of the other, wanted the energy of their difference",
-                  _error(lambda w, v, h, sign=sign: sign * (_energy(v, h) - _energy(w, h)))) for sign in (1, -1)),
-        Mistake("this is the energy of the values, not that of their error", _error(lambda w, v, h: _energy(v, h))),
-        Mistake("this is a mean over the rows, wanted their sum", _error(lambda w, v, h: _energy(v - w, h) / len(w))),
-        Mistake("this is the root, wanted what is under it", _error(lambda w, v, h: _energy(v - w, h).sqrt())),
-        Mistake("this is a share of the weight's own energy, wanted the error itself",
-                _error(lambda w, v, h: _energy(v - w, h) / _energy(w, h))),
-    ),
-    others=(Mutant(lambda w, v, h: _energy(v - w, h), "a plain number"),
-            Mutant(_error(lambda w, v, h: 2 * _energy(v - w, h)), "error: got")),
+    mistakes=mistakes_of(_error, {
+        "this is the squared error of the weights: H was not used": lambda w, v, h: (v - w).pow(2).sum(),
+        "only the diagonal of H was used: that is each column's error on its own. What two columns do together is in the other "
+        "entries": lambda w, v, h: ((v - w).pow(2) @ h.diagonal()).sum(),
+        "all entries of E H E^T are added up; the trace is the diagonal alone. Rows do not meet":
+            lambda w, v, h: ((v - w) @ h @ (v - w).T).sum(),
+        "E H is squared: H comes in twice. E H, times E, summed": lambda w, v, h: ((v - w) @ h).pow(2).sum(),
+        "this is the energy of one less that of the other, wanted the energy of their difference": [
+            lambda w, v, h: _energy(v, h) - _energy(w, h), lambda w, v, h: _energy(w, h) - _energy(v, h)],
+        "this is the energy of the values, not that of their error": lambda w, v, h: _energy(v, h),
+        "this is a mean over the rows, wanted their sum": lambda w, v, h: _energy(v - w, h) / len(w),
+        "this is the root, wanted what is under it": lambda w, v, h: _energy(v - w, h).sqrt(),
+        "this is a share of the weight's own energy, wanted the error itself": lambda w, v, h: _energy(v - w, h) / _energy(w, h),
+    }),
 )  # fmt: skip
 
 
 # 6.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def step_inputs(seed: int) -> dict:
     """Three rows, five columns; neither the first column nor the last is the one that is fixed."""
     g = generator(seed)
@@ -170,23 +155,12 @@ def make_up(weight: torch.Tensor, hessian: torch.Tensor, column: int, value: tor
     return moved.float()
 
 
-def _step(weight, hessian, column, value, row=None, sign=-1.0) -> torch.Tensor:
+def _step(weight, hessian, column, value, row=lambda h, inverse, p: inverse[p] / inverse[p, p], sign=-1.0) -> torch.Tensor:
     """The right answer by the inverse, or with another row in the place of [H^-1]_p / [H^-1]_pp; the column ends at its value."""
-    inverse = torch.linalg.inv(hessian.double())
-    row = inverse[column] / inverse[column, column] if row is None else row(hessian.double(), inverse, column)
-    moved = weight.double() + sign * (weight[:, column] - value).double()[:, None] * row
+    h = hessian.double()
+    moved = weight.double() + sign * (weight[:, column] - value).double()[:, None] * row(h, inv(h), column)
     moved[:, column] = value.double()
     return moved.float()
-
-
-def _next_alone(h, inverse, p):
-    row = torch.zeros_like(h[p])
-    row[p + 1] = -h[p, p + 1] / h[p + 1, p + 1]
-    return row
-
-
-def _step_answer(**how):
-    return lambda weight, hessian, column, value: _step(weight, hessian, column, value, **how)
 
 
 def _step_limit(given: dict, want: dict) -> float:
@@ -194,23 +168,22 @@ def _step_limit(given: dict, want: dict) -> float:
     return 2 * 5 * CONDITION * ROUNDING * want["moved"].abs().max().item()
 
 
-def _far(given: dict, a: torch.Tensor, b: torch.Tensor, want: dict, fixed: bool) -> bool:
-    """Whether two tensors differ: in the fixed column, or in the others."""
-    there = (torch.arange(len(given["hessian"])) == given["column"]) == fixed
-    return largest_difference(a[:, there], b[:, there]) > _step_limit(given, want)
+def _differ(given: dict, a: torch.Tensor, b: torch.Tensor) -> tuple[bool, bool]:
+    """Whether two tensors differ in the fixed column, and in any other."""
+    far = ((a.double() - b.double()).abs() > _step_limit(given, {"moved": b})).any(0)
+    fixed = far[given["column"]]
+    return bool(fixed), bool(far.sum() > fixed)
 
 
 def _fixed_elsewhere(given: dict, got: dict, want: dict) -> dict | None:
-    if _far(given, got["moved"], want["moved"], want, fixed=False) or not _far(
-        given, got["moved"], want["moved"], want, fixed=True
-    ):
+    if _differ(given, got["moved"], want["moved"]) != (True, False):
         return None
-    return {"at": "somewhere else" if _far(given, got["moved"], given["weight"], want, fixed=True) else "where it was"}
+    return {"at": "somewhere else" if _differ(given, got["moved"], given["weight"])[0] else "where it was"}
 
 
 def _where_step(given: dict, got: dict, want: dict) -> str:
     (weight, hessian, column, value), moved = given.values(), got["moved"]
-    if _far(given, moved, want["moved"], want, fixed=True):
+    if _differ(given, moved, want["moved"])[0]:
         row = int((moved[:, column] - value).abs().argmax())
         have, wanted = shown(moved[row, column].item(), value[row].item())
         return f"column {column} is at {have} in row {row}, wanted its value {wanted}"
@@ -225,57 +198,40 @@ MAKE_UP = Exercise(
     id="6.3", name="make_up", title="Fix one weight, solve for the others", minutes=15, difficulty=3, points=4,
     returns=("moved",), inputs=step_inputs, reference=make_up, allowed=_step_limit, otherwise=_where_step,
     # Whether the fixed column has its value or not: the mistake is in the others.
-    alike=lambda given, got, theirs: not _far(given, got["moved"], theirs["moved"], theirs, fixed=False),
+    alike=lambda given, got, theirs: not _differ(given, got["moved"], theirs["moved"])[1],
     faults=(
         Fault("nothing has moved, not even the column that was to take its value",
-              lambda given, got, want: largest_difference(got["moved"], given["weight"]) <= _step_limit(given, want),
-              (lambda w, h, c, v: w,)),
+              lambda given, got, want: not any(_differ(given, got["moved"], given["weight"])), (lambda w, h, c, v: w,)),
         Fault("the others are right, but the fixed column is {at} and not at its value", _fixed_elsewhere,
               (lambda w, h, c, v: torch.where(torch.arange(5) == c, w, _step(w, h, c, v)),
                lambda w, h, c, v: _step(w, h, c, v) + (torch.arange(5) == c))),
     ),
-    mistakes=(
-        Mistake("the other columns are where they were: nobody makes up for the error", _step_answer(row=lambda h, i, p: 0 * h[p])),
-        Mistake("the other columns move the wrong way: they add to the error. Which sign makes 2 E H zero?",
-                _step_answer(sign=1.0)),
-        Mistake("the error was not divided by [H^-1]_pp, the diagonal entry of the column that is fixed",
-                _step_answer(row=lambda h, i, p: i[p])),
-        Mistake("the error is divided by the root of [H^-1]_pp, wanted the entry itself",
-                _step_answer(row=lambda h, i, p: i[p] / i[p, p].sqrt())),
-        Mistake("this is a row of H, not of its inverse", _step_answer(row=lambda h, i, p: h[p] / h[p, p])),
-        Mistake("each of the others makes up for the error as if it were alone; together they do too much",
-                _step_answer(row=lambda h, i, p: -h[p] / h.diagonal())),
-        Mistake("only the next column moves. All others can help", _step_answer(row=_next_alone)),
-        Mistake("every weight's move is divided by its own entry of the diagonal, wanted that of the fixed one",
-                _step_answer(row=lambda h, i, p: i[p] / i.diagonal())),
-    ),
+    mistakes=mistakes_by_option(_step, {
+        "the other columns are where they were: nobody makes up for the error": {"row": lambda h, i, p: 0 * h[p]},
+        "the other columns move the wrong way: they add to the error. Which sign makes 2 E H zero?": {"sign": 1.0},
+        "the error was not divided by [H^-1]_pp, the diagonal entry of the column that is fixed": {"row": lambda h, i, p: i[p]},
+        "the error is divided by the root of [H^-1]_pp, wanted the entry itself": {"row": lambda h, i, p: i[p] / i[p, p].sqrt()},
+        "this is a row of H, not of its inverse": {"row": lambda h, i, p: h[p] / h[p, p]},
+        "each of the others makes up for the error as if it were alone; together they do too much": {
+            "row": lambda h, i, p: -h[p] / h.diagonal()},
+        "only the next column moves. All others can help": {
+            "row": lambda h, i, p: -h[p] / h.diagonal() * (torch.arange(5) == p + 1)},
+        "every weight's move is divided by its own entry of the diagonal, wanted that of the fixed one": {
+            "row": lambda h, i, p: i[p] / i.diagonal()},
+    }),
     others=(Mutant(lambda w, h, c, v: _step(w, h, c, v) + 0.01 * (torch.arange(5) == c + 1), "would still lower the loss"),
             Mutant(lambda w, h, c, v: _step(w, h, c, 2 * v), "wanted its value")),
 )  # fmt: skip
 
 
 # 6.4 ------------------------------------------------------------------------------------------------------------------
-
-
 def factor_inputs(seed: int) -> dict:
     return {"hessian": _hessian(6, generator(seed))}
 
 
-def _inverse(hessian: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.inv(hessian.double())
-
-
-def _lower(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.cholesky(matrix.double())
-
-
-def _upper(hessian: torch.Tensor) -> torch.Tensor:
-    """The right answer, in float64."""
-    return _lower(_inverse(hessian)).T
-
-
 def _factor(of):
-    return lambda hessian: of(hessian).float()
+    """An answer: what `of` makes of H and its inverse, in float64."""
+    return lambda hessian: of(hessian.double(), inv(hessian.double())).float()
 
 
 def _factor_limit(given: dict, want: dict) -> float:
@@ -288,7 +244,7 @@ def _where_factor(given: dict, got: dict, want: dict) -> str:
     below = upper.tril(-1).abs().max().item()
     if below > _factor_limit(given, want):
         return f"below the diagonal there are entries up to {below:.3g}, wanted an upper triangle"
-    return f"U^T U is off the inverse of H by up to {largest_difference(upper.T @ upper, _inverse(given['hessian'])):.3g}"
+    return f"U^T U is off the inverse of H by up to {largest_difference(upper.T @ upper, inv(given['hessian'].double())):.3g}"
 
 
 FACTOR = Exercise(
@@ -298,104 +254,68 @@ FACTOR = Exercise(
         Fault("U^T U is the inverse, but rows have the other sign: Cholesky's diagonal is positive",
               lambda given, got, want: (got["upper"].diagonal() < 0).any()
               and largest_difference(got["upper"].abs(), want["upper"].abs()) <= _factor_limit(given, want),
-              (_factor(lambda h: -_upper(h)), _factor(lambda h: _upper(h) * torch.tensor([1, -1, 1, 1, 1, 1])[:, None]))),
+              (_factor(lambda h, i: -cholesky(i).T), _factor(lambda h, i: cholesky(i).T * (1 - 2 * torch.eye(6)[1])[:, None]))),
     ),
-    mistakes=(
-        Mistake("this is the lower factor, L L^T = H^-1: right of its diagonal a row is empty, so no later column would ever "
-                "answer, and GPTQ would be rounding. Transpose it", _factor(lambda h: _lower(_inverse(h)))),
-        Mistake("this is the upper factor of H itself, wanted that of its inverse", _factor(lambda h: _lower(h).T)),
-        Mistake("this is the lower factor of H itself, wanted the upper one of its inverse", _factor(_lower)),
-        Mistake("this is the inverse itself, not its factor", _factor(_inverse)),
-        Mistake("U^T U is the inverse, but U is lower: it serves an order from the last column to the first",
-                _factor(lambda h: torch.linalg.inv(_lower(h)))),
-        Mistake("it is upper and U U^T is the inverse, wanted U^T U: its rows are not those of the shrinking inverse",
-                _factor(lambda h: torch.linalg.inv(_lower(h)).T)),
-        Mistake("each row is divided by its diagonal entry: the rows have the right direction, and U^T U is not the inverse",
-                _factor(lambda h: _upper(h) / _upper(h).diagonal()[:, None])),
-    ),
-    others=(Mutant(_factor(lambda h: _upper(h) + 0.01 * torch.eye(6).roll(1, 0)), "wanted an upper triangle"),
-            Mutant(_factor(lambda h: 1.01 * _upper(h)), "off the inverse of H")),
+    mistakes=mistakes_of(_factor, {
+        "this is the lower factor, L L^T = H^-1: right of its diagonal a row is empty, so no later column would ever answer, and "
+        "GPTQ would be rounding. Transpose it": lambda h, i: cholesky(i),
+        "this is the upper factor of H itself, wanted that of its inverse": lambda h, i: cholesky(h).T,
+        "this is the lower factor of H itself, wanted the upper one of its inverse": lambda h, i: cholesky(h),
+        "this is the inverse itself, not its factor": lambda h, i: i,
+        "U^T U is the inverse, but U is lower: it serves an order from the last column to the first":
+            lambda h, i: inv(cholesky(h)),
+        "it is upper and U U^T is the inverse, wanted U^T U: its rows are not those of the shrinking inverse":
+            lambda h, i: inv(cholesky(h)).T,
+        "each row is divided by its diagonal entry: the rows have the right direction, and U^T U is not the inverse":
+            lambda h, i: (cholesky(i) / cholesky(i).diagonal()).T,
+    }),
+    others=(Mutant(_factor(lambda h, i: cholesky(i).T + 0.01 * torch.eye(6).roll(1, 0)), "wanted an upper triangle"),
+            Mutant(_factor(lambda h, i: 1.01 * cholesky(i).T), "off the inverse of H")),
 )  # fmt: skip
 
 
 # 6.5 ------------------------------------------------------------------------------------------------------------------
-
-
 def _loop(
-    weight, hessian, scale, zero_point, bits, factor=None, original=False, divide=1, sign=-1.0, reach=None, clamp=True, stored=None
-):
-    """The loop in float64, right or with one thing changed. Returns codes, and each weight as it was when rounded, in steps.
+    weight, hessian, scale, zero_point, bits, factor=lambda h: cholesky(inv(h)).T, original=False, divide=1, sign=-1.0, reach=10,
+    clamp=True, stored=lambda rounded, code, zero: code, steps=None,
+):  # fmt: skip
+    """The loop in float64, right or with one thing changed. steps: gets each column as it is before it is rounded, in steps.
 
-    stored: what is returned of a code before and after the clamp; by default the latter.
+    stored: what is returned of a code before and after the clamp.
     """
     work, scale, zero = weight.double().clone(), scale[:, 0].double(), zero_point[:, 0].double()
-    upper = (factor or _upper)(hessian)
-    codes, steps = [], []
+    upper, codes = factor(hessian.double()), []
     for i in range(work.shape[1]):
-        steps.append(work[:, i] / scale)
-        rounded = steps[-1].round() + zero
+        in_steps = work[:, i] / scale
+        rounded = in_steps.round() + zero
         code = rounded.clamp(0, 2**bits - 1) if clamp else rounded
-        codes.append(stored(rounded, code) if stored else code)
+        codes.append(stored(rounded, code, zero))
         error = ((weight if original else work)[:, i] - (code - zero) * scale) / upper[i, i] ** divide
-        stop = work.shape[1] if reach is None else i + 1 + reach
-        work[:, i + 1 : stop] += sign * error[:, None] * upper[i, i + 1 : stop]
-    return torch.stack(codes, 1), torch.stack(steps, 1)
+        work[:, i + 1 : i + 1 + reach] += sign * error[:, None] * upper[i, i + 1 : i + 1 + reach]
+        if steps is not None:
+            steps.append(in_steps)
+    return torch.stack(codes, 1)
 
 
-def _loop_answer(**how):
-    return lambda *given: _loop(*given, **how)[0]
-
-
-@functools.cache
-def _loop_case(seed: int) -> dict:
+@cache
+def loop_inputs(seed: int) -> dict:
+    """Six rows, ten columns, 3 bits. No rounding is near a tie, some weights are driven off their grid, and every mistake shows."""
     g = generator(seed)
     while True:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         given = {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point, "bits": 3}
-        codes, steps = _loop(**given)
-        rounded = steps.round()
+        codes, steps = [_loop(**given, steps=(columns := []))], torch.stack(columns)
         # A float32 inverse of condition 100 moves a weight by some 1e-4 of a step.
-        if (steps - rounded).abs().max() > 0.5 - 2e-3 or torch.equal(rounded + zero_point, codes):
-            continue
-        mistaken = [mistake.answer(*given.values()) for mistake in LOOP_MISTAKES]
-        if all(not torch.equal(a, b) for i, a in enumerate([codes, *mistaken]) for b in mistaken[i:]):
-            return given
+        if (steps - steps.round()).abs().max() < 0.5 - 2e-3:
+            codes += [mistake.answer(*given.values()) for mistake in GPTQ_LOOP.mistakes]
+            if len({each.numpy().tobytes() for each in codes}) == len(codes):
+                return given
 
 
-def loop_inputs(seed: int) -> dict:
-    """Six rows, ten columns, 3 bits. No rounding is near a tie, some weights are driven off their grid, and every mistake shows."""
-    return copy.deepcopy(_loop_case(seed))  # the search is long
-
-
-def gptq_loop(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int
-) -> torch.Tensor:
+def gptq_loop(weight, hessian, scale, zero_point, bits: int) -> torch.Tensor:
     """The loop on the grid that is given, in float64. On a weight's own grids these are gptq.quantize's codes: test_lessons.py."""
-    return _loop(weight, hessian, scale, zero_point, bits)[0].float()
-
-
-LOOP_MISTAKES = (
-    Mistake("these are the codes of rounding to nearest: no later column has answered. Does the update reach the tensor that the "
-            "next column is read from? A lower factor does the same in silence: right of its diagonal a row is empty",
-            _loop_answer(factor=lambda h: _lower(_inverse(h)))),
-    Mistake("the later columns move the wrong way: the error times the factor's row is to be subtracted", _loop_answer(sign=1.0)),
-    Mistake("the error is taken against the original weight. It is that of the weight as the columns before it have left it",
-            _loop_answer(original=True)),
-    Mistake("the error was not divided by U_ii", _loop_answer(divide=0)),
-    Mistake("the error is divided by U_ii twice: rows of U are divided by the root already", _loop_answer(divide=2)),
-    Mistake("one inverse of H served all columns. Once a column is fixed the problem is smaller, and so is its inverse: take rows "
-            "of its Cholesky factor", _loop_answer(factor=_inverse)),
-    Mistake("the factor is that of H itself, not of its inverse", _loop_answer(factor=lambda h: _lower(h).T)),
-    Mistake("this factor is upper and U U^T is the inverse, wanted U^T U",
-            _loop_answer(factor=lambda h: torch.linalg.inv(_lower(h)).T)),
-    Mistake("only the next column answers, wanted all that are still to come", _loop_answer(reach=1)),
-    *(Mistake("a weight that was driven off its grid has a code below 0 or above 2**bits - 1: it must be clamped", answer)
-      for answer in (_loop_answer(clamp=False), _loop_answer(stored=lambda rounded, code: rounded))),
-    Mistake("the zero-point was not added: negative weights all got code 0", lambda w, h, s, z, b: _loop(w, h, s, 0 * z, b)[0]),
-    Mistake("the zero-point is missing in the codes that are returned, though the values were read back with it",
-            lambda w, h, s, z, b: _loop(w, h, s, z, b)[0] - z),
-)  # fmt: skip
+    return _loop(weight, hessian, scale, zero_point, bits).float()
 
 
 def _where_loop(given: dict, got: dict, want: dict) -> str:
@@ -410,21 +330,41 @@ def _where_loop(given: dict, got: dict, want: dict) -> str:
 
 GPTQ_LOOP = Exercise(
     id="6.5", name="gptq_loop", title="The column loop", minutes=20, difficulty=4, points=5,
-    returns=("codes",), inputs=loop_inputs, reference=gptq_loop, mistakes=LOOP_MISTAKES, otherwise=_where_loop,
+    returns=("codes",), inputs=loop_inputs, reference=gptq_loop, otherwise=_where_loop,
     faults=(
         Fault("codes are whole numbers, and {value:.4g} is not. Are these values that were read back from codes?",
-              lambda given, got, want: {"value": (odd := got["codes"])[odd != odd.round()][0].item()}
-              if (got["codes"] != got["codes"].round()).any() else None,
-              (lambda w, h, s, z, b: (_loop(w, h, s, z, b)[0] - z) * s,)),
+              lambda given, got, want: (odd := got["codes"][got["codes"].frac() != 0]).numel() and {"value": odd[0].item()},
+              (lambda w, h, s, z, b: (_loop(w, h, s, z, b) - z) * s,)),
     ),
-    others=(Mutant(lambda w, h, s, z, b: _loop(w, h, s, z, b)[0] + 3, "wanted 0 to 7"),
-            Mutant(lambda w, h, s, z, b: _loop(w, h, s, z, b)[0].flip(0), "At column 0"),
-            Mutant(lambda *given: torch.cat([_loop(*given)[0][:, :9], 0 * given[0][:, 9:]], 1), "All columns before it are right")),
+    mistakes=(
+        Mistake("the zero-point was not added: negative weights all got code 0", lambda w, h, s, z, b: _loop(w, h, s, 0 * z, b)),
+        *mistakes_by_option(_loop, {
+            "these are the codes of rounding to nearest: no later column has answered. Does the update reach the tensor that the "
+            "next column is read from? A lower factor does the same in silence: right of its diagonal a row is empty": {
+                "factor": lambda h: cholesky(inv(h))},
+            "the later columns move the wrong way: the error times the factor's row is to be subtracted": {"sign": 1.0},
+            "the error is taken against the original weight. It is that of the weight as the columns before it have left it": {
+                "original": True},
+            "the error was not divided by U_ii": {"divide": 0},
+            "the error is divided by U_ii twice: rows of U are divided by the root already": {"divide": 2},
+            "one inverse of H served all columns. Once a column is fixed the problem is smaller, and so is its inverse: take rows "
+            "of its Cholesky factor": {"factor": inv},
+            "the factor is that of H itself, not of its inverse": {"factor": lambda h: cholesky(h).T},
+            "this factor is upper and U U^T is the inverse, wanted U^T U": {"factor": lambda h: inv(cholesky(h)).T},
+            "only the next column answers, wanted all that are still to come": {"reach": 1},
+            "a weight that was driven off its grid has a code below 0 or above 2**bits - 1: it must be clamped": [
+                {"clamp": False}, {"stored": lambda rounded, code, zero: rounded}],
+            "the zero-point is missing in the codes that are returned, though the values were read back with it": {
+                "stored": lambda rounded, code, zero: code - zero},
+        }),
+    ),
+    others=(Mutant(partial(_loop, stored=lambda rounded, code, zero: code + 3), "wanted 0 to 7"),
+            Mutant(lambda *given: _loop(*given).flip(0), "At column 0"),
+            Mutant(lambda *given: _loop(*given) * (torch.arange(10) < 9), "All columns before it are right")),
 )  # fmt: skip
 
 
 # 6.6 ------------------------------------------------------------------------------------------------------------------
-
 SPREAD, GAIN = 1000, 0.5
 
 
@@ -445,49 +385,31 @@ def two_hessians(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _unequal(size), _equal(size)
 
 
-def _not_one(hessian: torch.Tensor) -> str | None:
-    """Why a matrix cannot be a Hessian with an inverse, or None."""
-    hessian = hessian.float()
-    if not hessian.isfinite().all():
-        return "holds numbers beyond float32, in which GPTQ computes"
-    gap = (hessian - hessian.T).abs().max().item()
-    if gap > 1e-5 * hessian.abs().max():
-        return f"is not symmetric: it differs from its transpose by up to {gap:.3g}, and 2/n X^T X cannot"
-    if torch.linalg.cholesky_ex(hessian)[1]:
-        return "is not positive definite: it has no Cholesky factor, so no inputs with an inverse give it"
-    return None
-
-
 def _fault_of_two(given: dict, got: dict, want: dict) -> str | None:
-    for name, hessian in got.items():
-        if fault := _not_one(hessian):
-            return f"{name} {fault}"
+    for name, matrix in got.items():
+        hessian = matrix.float()
+        if not hessian.isfinite().all():
+            return f"{name} holds numbers beyond float32, in which GPTQ computes"
+        if (gap := largest_difference(hessian, hessian.T)) > 1e-5 * hessian.abs().max():
+            return f"{name} is not symmetric: it differs from its transpose by up to {gap:.3g}, and 2/n X^T X cannot"
+        if torch.linalg.cholesky_ex(hessian)[1]:
+            return f"{name} is not positive definite: it has no Cholesky factor, so no inputs with an inverse give it"
     weight = torch.randn(32, given["size"], generator=generator(given["size"]))
     nearest = rtn.quantize(weight, 3, None)
-    changed, losses = {}, {}
-    for name, hessian in got.items():
-        stored = gptq.quantize(weight, hessian, 3, None, damping=0.0)
-        changed[name] = (stored.codes != nearest.codes).float().mean().item()
-        error, of_rounding = (gptq.output_error(weight, q.dequantize(), hessian) for q in (stored, nearest))
-        losses[name] = error / of_rounding
-    spread = {name: (h.diagonal().max() / h.diagonal().min()).item() for name, h in got.items()}
-    if changed["unequal"]:
-        return (
-            f"unequal: {100 * changed['unequal']:.2g} % of the codes differ from rounding, wanted none. A column answers to "
-            "another's error through the entry of H^-1 that they share"
-        )
-    if spread["unequal"] < SPREAD:
-        return (
-            f"unequal: GPTQ is rounding here, but the loudest column counts {spread['unequal']:.6g} times the quietest, "
-            f"wanted {SPREAD} times at least"
-        )
-    if spread["equal"] > 1.0001:
-        return f"equal: the diagonal is not: its largest entry is {spread['equal']:.6g} times its smallest"
-    if not changed["equal"]:
-        return "equal: no code differs from rounding. What do columns need in common to help each other?"
-    if losses["equal"] > GAIN:
-        return f"equal: the output error is {losses['equal']:.3g} of that of rounding, wanted {GAIN} at most: correlate more"
-    return None
+    unequal, equal = (gptq.quantize(weight, hessian, 3, None, damping=0.0) for hessian in got.values())
+    changed, helped = (100 * (q.codes != nearest.codes).float().mean().item() for q in (unequal, equal))
+    loss, of_rounding = (gptq.output_error(weight, q.dequantize(), got["equal"]) for q in (equal, nearest))
+    spread, uneven = ((h.diagonal().max() / h.diagonal().min()).item() for h in got.values())
+    return next((message for fault, message in (
+        (changed, f"unequal: {changed:.2g} % of the codes differ from rounding, wanted none. A column answers to another's error "
+                  "through the entry of H^-1 that they share"),
+        (spread < SPREAD, f"unequal: GPTQ is rounding here, but the loudest column counts {spread:.6g} times the quietest, wanted "
+                          f"{SPREAD} times at least"),
+        (uneven > 1.0001, f"equal: the diagonal is not: its largest entry is {uneven:.6g} times its smallest"),
+        (not helped, "equal: no code differs from rounding. What do columns need in common to help each other?"),
+        (loss > GAIN * of_rounding, f"equal: the output error is {loss / of_rounding:.3g} of that of rounding, wanted {GAIN} at "
+                                    "most: correlate more"),
+    ) if fault), None)  # fmt: skip
 
 
 TWO = Exercise(
