@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from remembering import remember_outputs
 
-from labsupport.exercises import judging, registry
-from labsupport.exercises.attempts import Attempt, attempt, run
+from labsupport.exercises import registry
+from labsupport.exercises.attempts import Attempt, attempt
 from labsupport.exercises.judging import INTERNAL, assess
 
 EXERCISES = registry.all_exercises()
@@ -27,34 +28,15 @@ def test_reference_is_accepted(exercise):
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
 def test_mutants_are_rejected_each_with_its_message(exercise, monkeypatch):
-    """What the reference and the known mistakes return for a seed is computed once, and not again for each mutant judged."""
+    remember_outputs(monkeypatch)
     for seed in seeds_of(exercise):
         given = exercise.inputs(seed)
-        monkeypatch.setattr(judging, "run", remembering(run))
         for number, mutant in enumerate(exercise.mutants):
             name = f"seed {seed}, mutant {number}, {mutant.says!r}"
             verdict = assess(exercise, given, attempt(exercise, mutant.answer, given))
             assert not verdict.passed, f"{name} passes"
             assert mutant.says in verdict.message, f"{name}: {verdict.message}"
             assert INTERNAL not in verdict.message, f"{name}: {verdict.message}"
-
-
-def remembering(run):
-    """`run` for one input only: it keeps what each answer returned, or what it raised."""
-    outcomes = {}
-
-    def outcome(exercise, answer, given):
-        if answer not in outcomes:
-            try:
-                outcomes[answer] = run(exercise, answer, given), None
-            except Exception as error:
-                outcomes[answer] = None, error
-        outputs, error = outcomes[answer]
-        if error is not None:
-            raise error
-        return outputs
-
-    return outcome
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
@@ -75,8 +57,9 @@ def test_inputs_depend_on_the_seed_alone_and_survive_the_reference(exercise):
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
-def test_attempt_survives_a_file(exercise, tmp_path):
+def test_attempt_survives_a_file(exercise, tmp_path, monkeypatch):
     """Judging what was written to safetensors and JSON gives the same verdict as judging what is in memory."""
+    remember_outputs(monkeypatch)
     given = exercise.inputs(1)
     for answer in (exercise.reference, *(m.answer for m in exercise.mutants)):
         tried = attempt(exercise, answer, given)

@@ -140,17 +140,22 @@ def _accepted(exercise: Exercise, given: Outputs, got: Outputs, want: Outputs) -
     return right(off, limit) if within else None
 
 
+def outputs(exercise: Exercise, answer: Callable, given: Outputs) -> Outputs:
+    """What an answer of ours returns for a copy of `given`. Lets its exceptions through."""
+    return run(exercise, answer, copy.deepcopy(given))
+
+
 def _returns_this(mistake: Mistake, exercise: Exercise, given: Outputs, got: Outputs) -> bool:
     """Whether a mistake gives exactly this output, which has another shape or dtype than the reference's."""
     try:
-        return difference(got, run(exercise, mistake.answer, copy.deepcopy(given)))[2]
+        return difference(got, outputs(exercise, mistake.answer, given))[2]
     except (WrongReturn, RuntimeError, ValueError, IndexError):
         return False
 
 
 def _is_mistake(exercise: Exercise, mistake: Mistake, given: Outputs, got: Outputs, want: Outputs) -> bool:
     try:
-        theirs = run(exercise, mistake.answer, copy.deepcopy(given))
+        theirs = outputs(exercise, mistake.answer, given)
         theirs = {name: _settled(name, theirs[name], value, exercise) for name, value in want.items()}
     except (WrongReturn, _Refused, RuntimeError, ValueError, IndexError):  # it has no output to compare with on these inputs
         return False
@@ -206,7 +211,7 @@ def _judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]]) 
     for given, tried in cases:
         if message := _unusable(tried):
             return wrong(message)
-        want = run(exercise, exercise.reference, copy.deepcopy(given))
+        want = outputs(exercise, exercise.reference, given)
         verdict, got = _found(exercise, given, tried, want)
         if verdict is not None and not verdict.passed:
             return wrong(verdict.message + _few_digits(tried, want))
