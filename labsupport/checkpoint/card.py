@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -48,23 +50,44 @@ def sizes(files: Iterable[Path]) -> dict[str, int]:
     return {kind: size for kind, size in nbytes.items() if size}
 
 
+def in_short(names: Iterable[str]) -> str:
+    """Full names, those together that differ in numbers alone: "model.layers.*.mlp.gate.weight (32)"."""
+    counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a checkpoint when it is complete.
 
-    source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. layers: what became of each.
+    source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. left_in_float: how many values
+    the other matrices of the blocks hold, by name, as they are stored. layers: what became of each linear.
     texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed".
+    readers: what loads it.
     """
 
     source: str
     settings: Mapping[str, Any]
     weights: int
+    left_in_float: Mapping[str, int] = field(default_factory=dict)
     layers: Mapping[str, LayerReport] = field(default_factory=dict)
     texts: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    readers: str = ""
 
     def bits_per_weight(self, sizes: Mapping[str, int]) -> float:
+        """Of the quantized linears."""
         return 8 * sum(size for kind, size in sizes.items() if kind != "not quantized") / self.weights
+
+    def bits_of_blocks(self, sizes: Mapping[str, int]) -> float:
+        """For each weight of all matrices of the blocks, those that are left in float with 16."""
+        floats = sum(self.left_in_float.values())
+        return (self.bits_per_weight(sizes) * self.weights + 16 * floats) / (self.weights + floats)
+
+    @property
+    def rounded(self) -> list[str]:
+        """Experts that too few tokens reached."""
+        return [name for name, layer in self.layers.items() if layer.rounded]
 
     def versions(self) -> dict[str, str]:
         packages = {name: version(name) for name in ("labsupport", "torch", "transformers", "safetensors")}
@@ -78,6 +101,10 @@ class Facts:
             "perplexity": dict(self.measured),
             "bytes": dict(sizes),
             "bits_per_weight": self.bits_per_weight(sizes),
+            "bits_per_weight_of_blocks": self.bits_of_blocks(sizes),
+            "left_in_float": dict(self.left_in_float),
+            "rounded_for_want_of_tokens": self.rounded,
+            "read_by": self.readers,
             "versions": self.versions(),
             "date": date.today().isoformat(),
             "layers": {name: asdict(report) for name, report in self.layers.items()},
@@ -101,6 +128,17 @@ class Facts:
             lines.append(f"| calibration text | {self.texts['calibration']}, {taken} |")
         lines += ["", "| stored | bytes |", "|---|---:|", *(f"| {kind} | {size:,} |" for kind, size in sizes.items())]
         lines += ["", f"{self.bits_per_weight(sizes):.3f} bits for each of {self.weights:,} quantized weights, all counted."]
+        if self.left_in_float:
+            floats = sum(self.left_in_float.values())
+            lines += [
+                "", f"Left in {self.settings['dtype']}: {in_short(self.left_in_float)}, {floats:,} values. "
+                f"With them it is {self.bits_of_blocks(sizes):.3f} bits for each weight of the blocks.",
+            ]  # fmt: skip
+        if self.rounded:
+            lines += [
+                "",
+                f"Rounded to nearest, since too few tokens of the calibration text reached them: {', '.join(self.rounded)}.",
+            ]
         if "failed" in self.measured:
             lines += ["", f"Perplexity could not be measured: {self.measured['failed']}."]
         elif self.measured:
@@ -113,7 +151,7 @@ class Facts:
         else:
             lines += ["", "Perplexity was not measured."]
         versions = ", ".join(f"{name} {number}" for name, number in self.versions().items())
-        return "\n".join([*lines, "", f"Read by: {LOADERS[layout]}.", "", f"Made with {versions}, {date.today().isoformat()}.", ""])
+        return "\n".join([*lines, "", f"Read by: {self.readers}.", "", f"Made with {versions}, {date.today().isoformat()}.", ""])
 
 
 def _word(value: Any) -> str:
@@ -125,3 +163,11 @@ def remarks(directory: Path) -> Iterator[str]:
     report = json.loads((directory / REPORT).read_text())
     if "failed" in report["perplexity"]:
         yield f"perplexity could not be measured: {report['perplexity']['failed']}"
+    if report["read_by"] != LOADERS[report["settings"]["layout"]]:
+        yield f"read by {report['read_by']}"
+    if left := report["left_in_float"]:
+        bits = f"{report['bits_per_weight_of_blocks']:.3f} bits a weight of the blocks with them"
+        yield f"left in {report['settings']['dtype']}: {in_short(left)}, {sum(left.values()):,} values; {bits}"
+    if rounded := report["rounded_for_want_of_tokens"]:
+        count = f"{len(rounded)} linears of experts saw too few tokens and were rounded to nearest: {in_short(rounded)}"
+        yield f"{count}; {REPORT} names them, more --samples reach more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from labsupport.checkpoint import card, layouts
 from labsupport.checkpoint.card import Facts
 from labsupport.checkpoint.parts import Parts
 from labsupport.checkpoint.tokenizers import copied_files
-from labsupport.model import models
+from labsupport.model import models, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ALONE = "labsupport.checkpoint.load"
 
 
 def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Mapping[str, Any], facts: Facts) -> Path:
@@ -36,6 +39,7 @@ def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Ma
     for key in {"torch_dtype", "dtype"} & new_config.keys() or {"torch_dtype"}:
         new_config[key] = dtype
     sizes = card.sizes(parts.shard(index) for index in range(len(parts.names) + 1))
+    facts = replace(facts, readers=_readers(parts.layout, model))
     contents = {
         "config.json": json.dumps(new_config, indent=1),
         card.REPORT: json.dumps(facts.report(sizes), indent=1),
@@ -44,3 +48,17 @@ def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Ma
     for name, content in layouts.other_configs(parts.layout, facts.settings).items():
         contents[name] = json.dumps(content, indent=1)
     return parts.finish(contents, copied_files(source) if source else {})
+
+
+def _readers(layout: str, model: PreTrainedModel) -> str:
+    """What reads a checkpoint of this model, which is taken apart; where that is not what reads the layout in general, and why."""
+    classes = {type(linear) for linear in models.linears(model).values()}
+    if opened.routed(model):
+        reason = "transformers from 5 on does not: it holds the experts of a block in one tensor"
+        return f"{ALONE}. {reason}. Each expert has the names and the form that {layout} loaders with a layer for each ask for"
+    if opened.Turned in classes and layout == "awq":
+        return f"{ALONE}. transformers and AutoAWQ put AWQ's layer in the place of an nn.Linear, and this model has Conv1D"
+    others = sorted(kind.__name__ for kind in classes - {nn.Linear, opened.Turned})
+    if others and layout == "bitsandbytes":
+        return f"{ALONE}. transformers puts bitsandbytes' layer in the place of an nn.Linear itself, and this model has {others[0]}"
+    return card.LOADERS[layout]

@@ -14,7 +14,7 @@ from labsupport.checkpoint.skeleton import IGNORED, empty_model_and_ties
 from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
-from labsupport.model import models
+from labsupport.model import models, opened
 from labsupport.quant import nf4, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor
@@ -37,7 +37,11 @@ class Finding:
 
 @dataclass
 class Inspection:
-    """What was found. known: checked and right. unknown: what the bytes cannot tell. nbytes: by what tensors are for."""
+    """What was found.
+
+    known: checked and right. unknown: what the bytes cannot tell. nbytes: by what tensors are for. left_in_float: how many values
+    the matrices of the blocks hold that are not quantized, by full name.
+    """
 
     directory: Path
     layout: str = ""
@@ -45,6 +49,7 @@ class Inspection:
     linears: int = 0
     weights: int = 0
     nbytes: dict[str, int] = field(default_factory=dict)
+    left_in_float: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -60,6 +65,10 @@ class Inspection:
             settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
             yield f"{self.directory}: {self.layout}, {settings}"
             yield f"{self.linears} quantized linears, {self.weights:,} weights at {self.bits_per_weight:.3f} bits"
+            if self.left_in_float:
+                floats = sum(self.left_in_float.values())
+                bits = (self.bits_per_weight * self.weights + 16 * floats) / (self.weights + floats)
+                yield f"left in float: {card.in_short(self.left_in_float)}, {floats:,} weights; with them {bits:.3f} bits"
             width = max((len(f"{size:,}") for size in self.nbytes.values()), default=0)
             yield from (f"  {size:>{width},} bytes  {kind}" for kind, size in self.nbytes.items())
         for title, items in (("right", self.known), ("cannot be known", self.unknown)):
@@ -96,7 +105,7 @@ def inspect(directory: str | Path) -> Inspection:
     for name in checkpoint.weights:
         nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
     result.nbytes = {kind: size for kind, size in nbytes.items() if size}
-    result.findings += _shortened(_completeness(checkpoint))
+    result.findings += _shortened(_completeness(checkpoint, result))
     result.findings += _shortened(_check_floats(checkpoint.weights))
     _check_linears(checkpoint, result)
     return result
@@ -109,12 +118,16 @@ def _shortened(findings: Iterator[Finding] | list[Finding]) -> Iterator[Finding]
         yield Finding("and", f"{len(findings) - SHOWN} more of this kind")
 
 
-def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Tensors that the architecture has and the files lack, those that it does not know, and shapes that differ."""
-    quantized, weights = set(checkpoint.names), checkpoint.weights
+def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Finding]:
+    """Tensors that the architecture has and the files lack, those that it does not know, and shapes that differ.
+
+    What the blocks hold in float goes into `result`.
+    """
+    weights = checkpoint.weights
     try:
         model, differing = empty_model_and_ties(checkpoint.directory, weights)
-        linears = models.linears(model)
+        pieces = opened.open_up(model).pieces
+        linears, quantized = models.linears(model), set(checkpoint.names)
     except ValueError as error:
         yield Finding("config.json", f"{error}; whether tensors are missing was not checked")
         return
@@ -126,7 +139,12 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
     linears |= {name: module for name, module in model.named_modules() if name in quantized and isinstance(module, nn.Linear)}
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
+    result.left_in_float = models.left_in_float(model)
+    whole = {name: piece.parameter for name, piece in pieces.items() if piece.parameter in weights}
     for name in linears.keys() - quantized:
+        result.left_in_float[f"{name}.weight"] = linears[name].weight.numel()
+        if f"{name}.weight" in whole:
+            continue
         if f"{name}.weight" not in weights or weights.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
             yield Finding(name, "is missing: neither packed nor as a plain weight")
     for name in sorted(quantized - linears.keys()):
@@ -142,7 +160,7 @@ def _completeness(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding(name, f"has shape {weights.shape(name)}, the config asks for {shape}")
     for name in sorted(weights):
         of_a_linear = any(name.startswith(linear + ".") for linear in linears)
-        if not of_a_linear and name not in shapes and not name.endswith(IGNORED):
+        if not of_a_linear and name not in shapes and name not in whole.values() and not name.endswith(IGNORED):
             yield Finding(name, "is not known to the architecture")
     for name in sorted(quantized & linears.keys()):
         parts = NEEDED.get(checkpoint.layout, ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,9 @@ class Parts(FinishedBlocks):
     """Finished blocks of one run as they will be stored: packed, everything else rounded to `dtype`.
 
     What is rounded is kept exactly as well, in the run's folder, for the blocks that come after. names: the full name of each
-    block's module. Raises CheckpointError where `out` exists, where another run is at work, where OUT.partial is not an unfinished
-    run, and where it holds a run with another identity and not `restart`; files.WriteError where it cannot be written.
+    block's module. to_file: from a name in the model to the one in the files. Raises CheckpointError where `out` exists, where
+    another run is at work, where OUT.partial is not an unfinished run, and where it holds a run with another identity and not
+    `restart`; files.WriteError where it cannot be written.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Parts(FinishedBlocks):
         bits: int,
         dtype: torch.dtype,
         restart: bool = False,
+        to_file: Callable[[str], str] = str,
     ):
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         super().__init__(self.partial / "run", identity)
-        self.layout, self.names, self.bits, self.dtype = layout, names, bits, dtype
+        self.layout, self.names, self.bits, self.dtype, self.to_file = layout, names, bits, dtype, to_file
         self.model = self.partial / "model"
         check_free(out)
         with files.explained(self.partial):
@@ -105,13 +107,14 @@ class Parts(FinishedBlocks):
         packed = self.rounded(others)
         for name, tensor in tensors.items():
             packed |= {key: value.cpu() for key, value in layouts.write(self.layout, name, tensor, self.dtype).items()}
-        self._save(self.shard(block.index), packed)
+        self._save(self.shard(block.index), {self.to_file(name): value for name, value in packed.items()})
         self._save(self.path(block.index, "safetensors"), others)
 
     def restore(self, block: Block) -> None:
         packed, start = load_file(self.shard(block.index)), self.names[block.index] + "."
         for name, layer in block.linears.items():
-            state = {key.removeprefix(name + "."): value for key, value in packed.items() if key.startswith(name + ".")}
+            prefix = self.to_file(name) + "."
+            state = {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
             layer.weight.data.copy_(layouts.read(self.layout, name, state, self.bits).dequantize())
         # The other weights as they were, in float32: the shard holds them rounded.
         own = block.module.state_dict()
@@ -120,7 +123,7 @@ class Parts(FinishedBlocks):
 
     def save_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write embedding, last norm, head: whatever is in no block."""
-        self._save(self.shard(len(self.names)), self.rounded(tensors))
+        self._save(self.shard(len(self.names)), {self.to_file(name): value for name, value in self.rounded(tensors).items()})
 
     def _save(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         files.save_tensors(path, tensors, {"format": "pt"}, sync=True)

@@ -70,7 +70,7 @@ def quantize(
     if ids is not None:
         identity |= {"calibration": _digest(ids.tolist())}
     names = [skeleton.name(block) for block in skeleton.blocks]
-    parts = Parts(out, identity, recipe.layout, names, recipe.bits, DTYPES[recipe.dtype], restart)
+    parts = Parts(out, identity, recipe.layout, names, recipe.bits, DTYPES[recipe.dtype], restart, skeleton.to_file)
     with _tidied(parts):
         reports = _quantize_blocks(skeleton, recipe, ids, parts, progress)
         parts.save_outside(skeleton.read(skeleton.outer))
@@ -78,7 +78,8 @@ def quantize(
         weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
-        facts = card.Facts(name, recipe.about(), weights, reports, vars(texts) if ids is not None else {}, measured)
+        left = models.left_in_float(skeleton.model)
+        facts = card.Facts(name, recipe.about(), weights, left, reports, vars(texts) if ids is not None else {}, measured)
         return finish(parts, skeleton.model, source, config, facts)
 
 

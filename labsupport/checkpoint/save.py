@@ -15,7 +15,7 @@ from labsupport.checkpoint.finish import finish
 from labsupport.checkpoint.parts import Parts, in_one_line
 from labsupport.checkpoint.recipe import DTYPES
 from labsupport.checkpoint.weights import CheckpointError, read_json
-from labsupport.model import models
+from labsupport.model import models, names, opened
 from labsupport.pipeline import calibrate
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
@@ -44,6 +44,20 @@ def save(
     for name, value, known in (("layout", layout, layouts.LAYOUTS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise CheckpointError(f"{name} is {value!r}, wanted one of {', '.join(known)}")
+    with opened.opened(model):
+        return _save(model, stored, Path(out), layout, Path(source) if source else None, method, dtype)
+
+
+def _save(
+    model: PreTrainedModel,
+    stored: Mapping[str, QuantizedTensor],
+    out: Path,
+    layout: str,
+    source: Path | None,
+    method: str,
+    dtype: str,
+) -> Path:
+    """A model that is taken apart."""
     linears = models.linears(model)
     if missing := sorted(linears.keys() - stored.keys()):
         raise CheckpointError(f"stored lacks {missing[0]}: the {layout} layout is for models of which every linear is quantized")
@@ -52,18 +66,18 @@ def save(
     settings = {"method": method or layout, "layout": layout, "dtype": dtype} | _settings_of(stored)
     for name, layer in linears.items():
         layouts.check(layout, name, (layer.out_features, layer.in_features), settings["bits"])
-    names = {id(module): name for name, module in model.named_modules()}
-    blocks = [names[id(module)] for module in models.blocks(model)]
-    parts = Parts(Path(out), {}, layout, blocks, settings["bits"], DTYPES[dtype], restart=True)
+    places = {id(module): name for name, module in model.named_modules()}
+    blocks = [places[id(module)] for module in models.blocks(model)]
+    parts = Parts(out, {}, layout, blocks, settings["bits"], DTYPES[dtype], restart=True, to_file=names.to_file(model))
     try:
         for block in calibrate.bare_blocks(model):
             parts.write(block, {}, {name: stored[name] for name in block.linears})
         inside = tuple(name + "." for name in blocks)
         parts.save_outside({name: p.detach().cpu() for name, p in model.named_parameters() if not name.startswith(inside)})
-        config = read_json(Path(source) / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
+        config = read_json(source / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
         weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in stored.values())
-        facts = Facts(Path(source).resolve().name if source else "", settings, weights)
-        return finish(parts, model, Path(source) if source else None, config, facts)
+        facts = Facts(source.resolve().name if source else "", settings, weights, models.left_in_float(model))
+        return finish(parts, model, source, config, facts)
     except BaseException:
         parts.give_up()
         raise

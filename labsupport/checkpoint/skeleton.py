@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
-from labsupport.model import models
+from labsupport.model import models, names, opened
 from labsupport.pipeline.block import Resident
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
     """The architecture that a directory's config.json names, in evaluation mode, without weights: its parameters are meta tensors.
 
+    `weights` get the names that the model has for them.
     Where the config ties parameters and the files hold different values for them, they are not tied, as transformers has it, and
     the model's config says so. Raises CheckpointError for an architecture that transformers does not know as a causal language
     model, and where such parameters cannot be untied.
@@ -34,11 +35,12 @@ def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
 def empty_model_and_ties(directory: Path, weights: Weights) -> tuple[PreTrainedModel, tuple[str, str] | None]:
     """`empty_model`, and two parameters that config.json ties and whose values in the files differ; None where there are none."""
     model = _empty_model(directory, {})
+    weights.rename(names.from_file(model))
     differing = _differing_ties(model, weights)
     if differing is not None:
         model = _empty_model(directory, {"tie_word_embeddings": False})
-        if (names := _differing_ties(model, weights)) is not None:
-            raise CheckpointError(f"{directory} holds different values for {names[0]} and {names[1]}, which its architecture ties")
+        if (tied := _differing_ties(model, weights)) is not None:
+            raise CheckpointError(f"{directory} holds different values for {tied[0]} and {tied[1]}, which its architecture ties")
     return model, differing
 
 
@@ -47,12 +49,12 @@ def _differing_ties(model: PreTrainedModel, weights: Weights) -> tuple[str, str]
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    for names in places.values():
-        packed = [name for name in names if name.removesuffix("weight") + "qweight" in weights]
-        if packed and len(names) > 1:  # an embedding is never packed, so the parameters are two
-            other = next(name for name in names if name != packed[0])
+    for tied in places.values():
+        packed = [name for name in tied if name.removesuffix("weight") + "qweight" in weights]
+        if packed and len(tied) > 1:  # an embedding is never packed, so the parameters are two
+            other = next(name for name in tied if name != packed[0])
             return other, packed[0]
-        held = [name for name in names if name in weights]
+        held = [name for name in tied if name in weights]
         for name in held[1:]:
             if not _equal(weights, held[0], name):
                 return held[0], name
@@ -92,7 +94,7 @@ def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
 
 
 class Skeleton(Resident):
-    """A model without weights, and the files that they are read from. In memory they are float32.
+    """A model without weights, taken apart (model.opened), and the files that they are read from. In memory they are float32.
 
     Raises CheckpointError for tensors that are missing, that do not belong to the model, of another shape, or not floats.
     """
@@ -100,11 +102,13 @@ class Skeleton(Resident):
     def __init__(self, directory: Path, device: torch.device | str = "cpu"):
         self.weights, self.device = Weights(directory), torch.device(device)
         self.model = empty_model(directory, self.weights)
-        self.names = {id(module): name for name, module in self.model.named_modules()}
+        self.to_file = names.to_file(self.model)
         try:
-            self.blocks = list(models.blocks(self.model))
+            self.pieces = opened.open_up(self.model).pieces
         except models.ModelError as error:
             raise CheckpointError(f"{directory}: {error}") from error
+        self.names = {id(module): name for name, module in self.model.named_modules()}
+        self.blocks = list(models.blocks(self.model))
         inside = {f"{self.name(block)}.{name}" for block in self.blocks for name in block.state_dict()}
         self.outer = [name for name, _ in self.model.named_parameters() if name not in inside]  # of tied ones, the first
         self._check(directory)
@@ -116,28 +120,39 @@ class Skeleton(Resident):
     def _check(self, directory: Path) -> None:
         wanted = {name: list(p.shape) for name, p in self.model.state_dict().items()}
         tied = wanted.keys() - {name for name, _ in self.model.named_parameters()} - {n for n, _ in self.model.named_buffers()}
-        if missing := sorted(wanted.keys() - self.weights.keys() - tied):
+        whole = {name: piece for name, piece in self.pieces.items() if piece.parameter in self.weights}
+        if missing := sorted(wanted.keys() - self.weights.keys() - tied - whole.keys()):
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise CheckpointError(f"{directory} lacks {missing[0]}{more}, which its config asks for")
-        foreign = sorted(name for name in self.weights.keys() - wanted.keys() if not name.endswith(IGNORED))
+        shapes = wanted | {piece.parameter: list(piece.shape) for piece in whole.values()}
+        foreign = sorted(name for name in self.weights.keys() - shapes.keys() if not name.endswith(IGNORED))
         if foreign:
             more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
             raise CheckpointError(f"{directory} holds {foreign[0]}{more}, which its config does not know")
-        for name in wanted.keys() & self.weights.keys():
-            if self.weights.shape(name) != wanted[name]:
+        for name in shapes.keys() & self.weights.keys():
+            if self.weights.shape(name) != shapes[name]:
                 raise CheckpointError(
-                    f"{name} has shape {self.weights.shape(name)} in {directory}, its config asks for {wanted[name]}"
+                    f"{name} has shape {self.weights.shape(name)} in {directory}, its config asks for {shapes[name]}"
                 )
             if self.weights.kind(name) not in FLOATS:
                 raise CheckpointError(f"{name} is {self.weights.kind(name)} in {directory}, wanted one of {', '.join(FLOATS)}")
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """float32 copies of tensors, by full name. Raises CheckpointError for NaN and infinity."""
-        tensors = {name: self.weights[name].to(self.device, torch.float32, copy=True) for name in names}
+        tensors = {name: self._tensor(name) for name in names}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{name} holds NaN or infinity in {self.weights.directory}, wanted numbers")
         return tensors
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        piece = self.pieces.get(name)
+        held = (
+            self.weights[name]
+            if piece is None or piece.parameter not in self.weights
+            else piece.take(self.weights[piece.parameter])
+        )
+        return held.to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

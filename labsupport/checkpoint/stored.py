@@ -13,6 +13,7 @@ from torch import nn
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.skeleton import empty_model
 from labsupport.checkpoint.weights import CheckpointError, Weights, read_json
+from labsupport.model import opened
 from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor
 
@@ -117,6 +118,7 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
 
     checkpoint = read(directory)
     model = empty_model(checkpoint.directory, checkpoint.weights)
+    taken_apart = opened.open_up(model)
     values: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for name, tensor in checkpoint.tensors():
@@ -124,7 +126,7 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
         taken |= {f"{name}.{part}" for part in checkpoint.state(name) if part != "bias"}
     for name in checkpoint.weights:
         if name not in taken:
-            values[name] = checkpoint.weights[name].to(torch.float32, copy=True)
+            values |= taken_apart.parts(name, checkpoint.weights[name].to(torch.float32, copy=True))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = parameters.keys() - dict(model.named_parameters()).keys()
     wanted = model.state_dict().keys()
@@ -137,5 +139,6 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
             wanted_shape = list(model.state_dict()[name].shape)
             raise CheckpointError(f"{name} has shape {list(values[name].shape)} in {directory}, its config asks for {wanted_shape}")
     model.load_state_dict({name: value for name, value in values.items() if name not in tied}, strict=False, assign=True)
+    taken_apart.close()
     model.tie_weights()
     return model.eval().requires_grad_(False), read_tokenizer(checkpoint.directory)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ class Weights(Mapping[str, torch.Tensor]):
         self.files = self._list(any_name)
         self._open: dict[str, Any] = {}  # handles of safetensors, which has no types
         self._stack = ExitStack()
-        self.places: dict[str, str] = {}
+        self.places: dict[str, tuple[str, str]] = {}  # the file of each tensor, and what it is called there
         for file in sorted(set(self.files.values()) if isinstance(self.files, dict) else self.files):
             for name in self._enter(file).keys():  # noqa: SIM118
                 if name in self.places:
-                    raise CheckpointError(f"{name} is in {self.places[name]} and in {file} of {directory}")
-                self.places[name] = file
+                    raise CheckpointError(f"{name} is in {self.places[name][0]} and in {file} of {directory}")
+                self.places[name] = file, name
         if isinstance(self.files, dict):
             self._check_index(self.files)
 
@@ -107,17 +107,28 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _check_index(self, placed: dict[str, str]) -> None:
         for name, file in placed.items():
-            if self.places.get(name) != file:
+            if self.places.get(name) != (file, name):
                 raise CheckpointError(f"{name} is missing in {file} of {self.directory}, where the index places it")
         if foreign := sorted(self.places.keys() - placed.keys()):
             raise CheckpointError(
-                f"{self.places[foreign[0]]} of {self.directory} holds {foreign[0]}, which the index does not name"
+                f"{self.places[foreign[0]][0]} of {self.directory} holds {foreign[0]}, which the index does not name"
             )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.places:
             raise KeyError(name)
-        return self._open[self.places[name]].get_tensor(name)
+        file, stored = self.places[name]
+        return self._open[file].get_tensor(stored)
+
+    def rename(self, rename: Callable[[str], str]) -> None:
+        """Give every tensor the name that `rename` makes of its own. Raises CheckpointError where two would have one name."""
+        renamed: dict[str, tuple[str, str]] = {}
+        for name, place in self.places.items():
+            new = rename(name)
+            if new in renamed:
+                raise CheckpointError(f"{renamed[new][1]} and {place[1]} of {self.directory} are both {new} in the model")
+            renamed[new] = place
+        self.places = renamed
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -151,7 +162,8 @@ class Weights(Mapping[str, torch.Tensor]):
             yield self._slice(name)[start : start + ROWS]
 
     def _slice(self, name: str) -> Any:
-        return self._open[self.places[name]].get_slice(name)
+        file, stored = self.places[name]
+        return self._open[file].get_slice(stored)
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under a module's name, by the rest of their names."""
@@ -161,7 +173,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def digest(self) -> str:
         """Of every file's name, size, time and header: what tells these weights from others without reading them all."""
         digest = hashlib.sha256()
-        for file in sorted(set(self.places.values())):
+        for file in sorted({file for file, _ in self.places.values()}):
             stat = (self.directory / file).stat()
             with (self.directory / file).open("rb") as stream:
                 header = stream.read(8)

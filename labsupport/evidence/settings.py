@@ -28,11 +28,13 @@ CHOICES = ((2, "row"), (2, 32), (3, "row"), (3, 128), (3, 64), (3, 32), (3, 16),
 
 def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
     """One linear at a time, the others as they are."""
-    from labsupport.model import models
+    from labsupport.model import models, opened
 
+    with opened.opened(model):
+        columns = {name: layer.in_features for name, layer in models.linears(model).items()}
     for bits, group_size in CHOICES:
-        for layer, module in models.linears(model).items():
-            if group_size == "row" or module.in_features % group_size == 0:
+        for layer, in_features in columns.items():
+            if group_size == "row" or in_features % group_size == 0:
                 yield {"layer": layer, "bits": bits, "group_size": group_size, "symmetric": False}
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from labsupport.evidence import measurements
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SWEEPS
-from labsupport.model import files, models
+from labsupport.model import files, models, opened
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.methods import METHODS
@@ -81,8 +81,10 @@ def load(name: str) -> Measurements:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of the weights of all linears of the blocks, as float32."""
     digest = hashlib.sha256()
-    for layer in models.linears(model).values():
-        digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
+    with opened.opened(model):
+        weights = [layer.weight for layer in models.linears(model).values()]
+    for weight in weights:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -167,7 +169,8 @@ def _arguments(name: str, model: nn.Module, setting: dict[str, Any], calibration
 def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:
     """A divergence and not a loss: one linear moves the loss by less than the choice of text does."""
     group_size = None if setting["group_size"] == "row" else setting["group_size"]
-    others = {name: None for name in models.linears(model) if name != setting["layer"]}
+    with opened.opened(model):
+        others = {name: None for name in models.linears(model) if name != setting["layer"]}
     quantized, report = quantize_model(model, "rtn", bits=setting["bits"], group_size=group_size, overrides=others)
     kl, agreement = divergence(model, quantized, stream, length, windows)
     return {**setting, "nbytes": report.layers[setting["layer"]].nbytes, "kl": kl, "agreement": agreement}

@@ -14,6 +14,10 @@ from labsupport import PACKAGE
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
+# Linears that decide which experts see a token, or how much of one counts: small, and never quantized.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
 class ModelError(ValueError):
     """A model does not exist, has no weights, cannot be read, or is not built as it has to be for what is done with it."""
 
@@ -85,9 +89,24 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside the blocks, by full name. The embedding and the output head are not among them."""
+    """The linear layers inside the blocks, by full name. The embedding and the output head are not among them, nor are routers.
+
+    See model.opened for layers that are linears in all but their class.
+    """
     inside = {id(m) for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)}
-    return {name: m for name, m in model.named_modules() if id(m) in inside}
+    return {name: m for name, m in model.named_modules() if id(m) in inside and name.rpartition(".")[2] not in ROUTERS}
+
+
+def left_in_float(model: nn.Module) -> dict[str, int]:
+    """The matrices of the blocks that are of no linear, which no method changes: how many values they hold, by full name."""
+    of_linears = {f"{name}.weight" for name in linears(model)}
+    inside = {id(parameter) for block in blocks(model) for parameter in block.parameters() if parameter.ndim > 1}
+    return {name: p.numel() for name, p in model.named_parameters() if id(p) in inside and name not in of_linears}
+
+
+def address(parameter: torch.Tensor) -> int:
+    """The same number for two parameters on one memory. A meta tensor has no memory, an empty one no address of its own."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
 def role(name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+SHARE = 0.25  # of a block's size, which the statistics of linears that are fed in one pass may add to it
 
 # What a block is called with beside the hidden states: positional and by name.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,6 +47,8 @@ class InputStatistics:
     def add(self, inputs: torch.Tensor) -> None:
         """inputs: float [..., in]. Batches may differ in size: sums are kept, and divided by the count at the end."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(x):  # an expert to which no token was routed
+            return
         self.gram.addmm_(x.t(), x)
         magnitude = x.abs()
         self.sum_abs += magnitude.sum(0)
@@ -82,8 +86,9 @@ class Block:
     """One block of a model, and everything that it is fed.
 
     linears: by full name. inputs: hidden states, [windows, length, hidden] for each batch. calls: what else the block is called
-    with, for each batch; batches of one shape share it (positions, masks, rotary tables). returned: how many items the tuple
-    has that the block returned when it was last run, hidden states first; 0 where it returned these alone.
+    with, for each batch; batches of one shape share it (positions, masks, rotary tables). steps: of the linears of experts, by
+    full name, the step in which they are called (opened.routed). returned: how many items the tuple has that the block returned
+    when it was last run, hidden states first; 0 where it returned these alone.
     """
 
     index: int
@@ -91,6 +96,7 @@ class Block:
     linears: dict[str, nn.Linear]
     inputs: list[torch.Tensor]
     calls: list[Call]
+    steps: dict[str, str] = field(default_factory=dict)
     returned: int = 0
 
     def outputs(self) -> Iterator[torch.Tensor]:
@@ -151,10 +157,26 @@ class Block:
         """
         groups = self.groups()
         at_once = {} if true_sequential else self.statistics(group[0] for group in groups)
-        for first, *others in groups:
-            statistics = at_once.pop(first) if at_once else self.statistics([first])[first]
-            for name in (first, *others):
-                yield name, statistics
+        for together in [groups] if at_once else self._passes(groups):
+            fed = at_once or self.statistics(first for first, *_ in together)
+            for group in together:
+                statistics = fed.pop(group[0])
+                for name in group:
+                    yield name, statistics
+
+    def _passes(self, groups: list[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+        """Groups that are fed in one pass: one, or those of one step, while their statistics are SHARE of the block's size."""
+        most = SHARE * sum(parameter.numel() for parameter in self.module.parameters())
+        together: list[tuple[str, ...]] = []
+        size = 0
+        for group in groups:
+            more, step = self.linears[group[0]].in_features ** 2, self.steps.get(group[0])
+            if together and (step is None or step != self.steps.get(together[0][0]) or size + more > most):
+                yield together
+                together, size = [], 0
+            together, size = [*together, group], size + more
+        if together:
+            yield together
 
     @torch.no_grad()
     def _run(self, batch: int) -> torch.Tensor | None:

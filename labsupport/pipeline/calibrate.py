@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.model import models
+from labsupport.model import models, opened
 from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline.block import Block, CalibrationError, Call, InputStatistics, Resident, Stop
 
@@ -60,13 +60,13 @@ def blocks(model: nn.Module, ids: torch.Tensor, batch: int = BATCH, weights: Res
 
 def bare_blocks(model: nn.Module, weights: Resident | None = None) -> Iterator[Block]:
     """Each block in turn, with its weights and no inputs: for methods that look at no text."""
-    weights, remaining = weights or Resident(), models.linears(model)
+    weights, remaining, steps = weights or Resident(), models.linears(model), opened.routed(model)
     for index, module in enumerate(models.blocks(model)):
         inside = set(module.modules())
         # A linear that two blocks share comes with the first.
         linears = {name: remaining.pop(name) for name, layer in list(remaining.items()) if layer in inside}
         with weights.block(index):
-            yield Block(index, module, linears, [], [])
+            yield Block(index, module, linears, [], [], {name: steps[name] for name in linears if name in steps})
 
 
 def blockwise(
@@ -170,13 +170,9 @@ def passing_through(modules: Iterable[nn.Module], returned: int, first: Iterator
 
 def _check_shared(model: nn.Module) -> None:
     """Raise CalibrationError where the weight of a linear is used in a second place."""
-
-    def place(parameter: torch.Tensor) -> int:
-        return parameter.data_ptr() or id(parameter)  # a meta tensor has no address
-
     owners: dict[int, str] = {}
-    inside = {place(layer.weight) for layer in models.linears(model).values()}
+    inside = {models.address(layer.weight) for layer in models.linears(model).values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        pointer = place(parameter)
+        pointer = models.address(parameter)
         if pointer in inside and owners.setdefault(pointer, name) != name:
             raise CalibrationError(f"{owners[pointer]} and {name} are one weight: it cannot be quantized for two places")

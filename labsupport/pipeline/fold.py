@@ -159,10 +159,9 @@ def _multiplies(norm: nn.Module) -> bool:
 def _check_not_shared(model: nn.Module, checked: Sequence[Group]) -> None:
     """Raise ModelError where a weight or bias that would be scaled is used in a second place."""
     places = list(model.named_parameters(remove_duplicate=False))
-    # The address tells two parameters on one memory; an empty or meta tensor has none of its own.
-    uses = Counter(p.data_ptr() or id(p) for _, p in places)
+    uses = Counter(models.address(parameter) for _, parameter in places)
     scaled = {name for group in checked for name in (*group.linears, group.before)}
     for name, parameter in places:
-        if name.rpartition(".")[0] in scaled and uses[key := parameter.data_ptr() or id(parameter)] > 1:
-            others = [other for other, p in places if (p.data_ptr() or id(p)) == key and other != name]
+        if name.rpartition(".")[0] in scaled and uses[key := models.address(parameter)] > 1:
+            others = [other for other, p in places if models.address(p) == key and other != name]
             raise ModelError(f"{name} is shared with {', '.join(others)}: a scale folded into one would change the other")

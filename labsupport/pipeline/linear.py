@@ -22,13 +22,16 @@ class LayerReport:
 
     nbytes: stored. bits_per_weight. error: the share of its output's energy that is lost on the calibration text, or of its
     weight's energy where there is none; 0 for a linear that was left as it is. seconds: how long it took, by GPTQ together with
-    the pass that fed it; of linears that share an input, the first has the pass.
+    the pass that fed it; of linears that share an input, the first has the pass. tokens: rows of calibration text that it was fed,
+    0 where none was looked at. rounded: another method was asked for, and it was rounded to nearest for want of tokens.
     """
 
     nbytes: int
     bits_per_weight: float
     error: float
     seconds: float
+    tokens: int = 0
+    rounded: bool = False
 
     @classmethod
     def of(cls, weight: torch.Tensor, nbytes: int, error: float, seconds: float) -> LayerReport:

@@ -1,4 +1,4 @@
-"""A whole model through a method: every linear of its blocks is quantized.
+"""A whole model through a method: every linear of its blocks is quantized, and what is one in all but its class (model.opened).
 
 A method that stores weights alone leaves in each layer the weights as they read back. int8 rounds what comes into a layer as well,
 so it puts another layer in its place.
@@ -7,7 +7,7 @@ so it puts another layer in its place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from labsupport.model import models
+from labsupport.model import models, opened
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate
 from labsupport.pipeline.driver import quantize_blocks
@@ -27,19 +27,30 @@ from labsupport.quant.grid import QuantizedTensor
 
 @dataclass(frozen=True)
 class Report:
-    """What was stored. weights: how many the model's linears hold. layers: what became of each linear, by full name."""
+    """What was stored.
+
+    weights: how many the model's linears hold. layers: what became of each linear, by full name. left_in_float: other matrices
+    of the blocks, as routers are, and how many values they hold, by full name; they count with 16 bits each.
+    """
 
     weights: int
     layers: dict[str, LayerReport]
+    left_in_float: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all linears, counted from what is stored."""
-        return sum(layer.nbytes for layer in self.layers.values())
+        """Bytes of all matrices of the blocks, those of linears counted from what is stored."""
+        return sum(layer.nbytes for layer in self.layers.values()) + 2 * sum(self.left_in_float.values())
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.weights
+        """Over all matrices of the blocks."""
+        return 8 * self.nbytes / (self.weights + sum(self.left_in_float.values()))
+
+    @property
+    def rounded(self) -> list[str]:
+        """The experts that were rounded to nearest, since too few tokens of the calibration text reached them, by full name."""
+        return [name for name, layer in self.layers.items() if layer.rounded]
 
 
 @torch.no_grad()
@@ -62,7 +73,8 @@ def quantize_model(
     of 512 tokens are taken. overrides: other settings for the linears whose full name ends in a key, or None to leave them as they
     are, at 16 bits a weight. A copy is made unless `in_place`. keep: a folder for the finished blocks of a method that needs text;
     a run that was stopped goes on from it. progress: show a bar. stored: a dict that gets each linear's QuantizedTensor by full
-    name, for labsupport.checkpoint. The same arguments give the same codes.
+    name, for labsupport.checkpoint. An expert is named as in the model's files; int8 leaves each of them a layer of its own.
+    The same arguments give the same codes.
     Raises ValueError for an unknown method or setting, an override that matches nothing, calibration missing or in vain, a folder
     of another run, and what the method raises.
     """
@@ -79,10 +91,6 @@ def quantize_model(
         raise ValueError(f"stored is given beside method {method}, whose layers hold what they store")
     if stored is not None and keep is not None:
         raise ValueError("stored is given beside keep: blocks found there come back as floats")
-    names = models.linears(model).keys()
-    for key in overrides or {}:
-        if not any(name.endswith(key) for name in names):
-            raise ValueError(f"overrides names {key!r}, with which no linear's name ends")
 
     def settings_of(name: str) -> Mapping[str, Any] | None:
         chosen: Mapping[str, Any] | None = settings
@@ -92,11 +100,16 @@ def quantize_model(
         return chosen
 
     model = model if in_place else models.duplicate(model)
-    weights = sum(layer.weight.numel() for layer in models.linears(model).values())
     ids = calibrate.windows(calibration) if isinstance(calibration, TokenStream) else calibration
-    finished = None
-    if keep is not None:
-        finished = FinishedBlocks(Path(keep), {"identity": digest(model, method, ids, settings_of)})
-    with tqdm(total=len(names), desc=method, unit="layer", disable=not progress) as bar:
-        layers = quantize_blocks(model, record, settings_of, ids, finished, lambda name: bar.update(), stored=stored)
-    return model, Report(weights, layers)
+    with opened.opened(model):
+        linears = models.linears(model)
+        for key in overrides or {}:
+            if not any(name.endswith(key) for name in linears):
+                raise ValueError(f"overrides names {key!r}, with which no linear's name ends")
+        weights, left = sum(layer.weight.numel() for layer in linears.values()), models.left_in_float(model)
+        finished = None
+        if keep is not None:
+            finished = FinishedBlocks(Path(keep), {"identity": digest(model, method, ids, settings_of)})
+        with tqdm(total=len(linears), desc=method, unit="layer", disable=not progress) as bar:
+            layers = quantize_blocks(model, record, settings_of, ids, finished, lambda name: bar.update(), stored=stored)
+    return model, Report(weights, layers, left)

@@ -173,5 +173,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        if not len(flat):  # an expert to which no token is routed
+            return x.new_zeros(*x.shape[:-1], len(self.codes))
         output = linear(flat, self.stored, self.bias, self.threshold, self.outlier_weight, self.granularity)
         return output.view(*x.shape[:-1], -1)

@@ -1,0 +1,51 @@
+"""The names that a model's tensors have in its files, where they are not those in the model: transformers' own rules for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def conversions(model: nn.Module) -> list[Any]:
+    """transformers' rules from the tensors of a file to those of the model, in order. None before transformers 5.
+
+    They are of two kinds: a WeightRenaming, and a WeightConverter, which makes one tensor of several.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return get_model_conversion_mapping(model, add_legacy=False)
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    return [rule for rule in conversions(model) if type(rule).__name__ == "WeightRenaming"]
+
+
+def from_file(model: nn.Module) -> Callable[[str], str]:
+    """A function from a tensor's name in a file to its name in the model, which need not be there.
+
+    A file of the model without its head, as GPT-2's on the hub, lacks the prefix of the names; it is put in front.
+    """
+    rules, known, prefix = _renamings(model), model.state_dict().keys(), getattr(model, "base_model_prefix", "")
+
+    def rename(name: str) -> str:
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        return f"{prefix}.{name}" if name not in known and f"{prefix}.{name}" in known else name
+
+    return rename
+
+
+def to_file(model: nn.Module) -> Callable[[str], str]:
+    """A function from a tensor's or module's name in the model to the one that transformers would save it by."""
+    rules = [rule.reverse_transform() for rule in reversed(_renamings(model))]
+
+    def rename(name: str) -> str:
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        return name
+
+    return rename
