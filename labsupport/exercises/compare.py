@@ -74,22 +74,27 @@ def difference(
     return worst, limit_there, within
 
 
-def first_difference(
+def first_place(
     have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
-) -> tuple[str, Any, Any]:
-    """The first entry that is further off than its limit: where, what stands there, and what is wanted. The forms are the same.
+) -> tuple[str, tuple[int, ...], Any, Any]:
+    """The first entry that is further off than its limit: path, place in its tensor, and both entries. The forms are the same.
 
     Raises ValueError where nothing differs.
     """
     for (name, path, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
-        gap = _gap(a, b)
-        beyond = gap > torch.as_tensor(_limit(limits, name), dtype=torch.float64)
+        beyond = _gap(a, b) > torch.as_tensor(_limit(limits, name), dtype=torch.float64)
         if beyond.any():
-            if not isinstance(b, torch.Tensor) or b.ndim == 0:
-                return path, *(v.item() if isinstance(v, torch.Tensor) else v for v in (a, b))
             place = tuple(beyond.nonzero()[0].tolist())
-            return f"{path}{list(place)}", a[place].item(), b[place].item()
+            return path, place, *(v[place].item() if isinstance(v, torch.Tensor) else v for v in (a, b))
     raise ValueError("have and want differ nowhere")
+
+
+def first_difference(
+    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
+) -> tuple[str, Any, Any]:
+    """The same with path and place in one text, such as codes[3, 0]."""
+    path, place, *entries = first_place(have, want, limits)
+    return path + (str(list(place)) if place else ""), *entries
 
 
 def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:

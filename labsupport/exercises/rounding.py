@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Verdict, generator, right
+from labsupport.exercises.compare import first_place, shown
+from labsupport.exercises.form import Exercise, Fault, Limits, Mistake, Mutant, Verdict, generator, mistakes_by_option, right
 from labsupport.quant import grid
 
 # Division and a product in float32: each rounds by at most 2**-24 of the result; four units of 2**-23 cover any order of them.
@@ -18,8 +19,12 @@ def _or_one(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def _max(weight: torch.Tensor) -> torch.Tensor:
+    return weight.amax(1, keepdim=True)
+
+
 def _absmax(weight: torch.Tensor) -> torch.Tensor:
-    return weight.abs().amax(1, keepdim=True)
+    return _max(weight.abs())
 
 
 # 2.1 ------------------------------------------------------------------------------------------------------------------
@@ -48,13 +53,9 @@ def _within(relative: float):
     return lambda given, want: (relative * want["scale"]).masked_fill(~given["weight"].any(1, keepdim=True), torch.inf)
 
 
-def _follows_maximum(given: dict, got: dict, want: dict) -> bool:
-    return math.isclose(got["scale"][1], 2 * given["weight"][1].max() / (2 ** given["bits"] - 1), rel_tol=1e-5)
-
-
-def _symmetric(reach_of):
-    """An answer: the grid of every row as long as reach_of(weight, bits)."""
-    return lambda weight, bits: _or_one(reach_of(weight, bits) / (2**bits - 1))
+def _symmetric(weight, bits, *, reach=_absmax, steps=lambda bits: 2**bits - 1):
+    """A right answer, with what can go wrong as options: how far a row's grid reaches on either side, and in how many steps."""
+    return _or_one(2 * reach(weight) / steps(bits))
 
 
 SYMMETRIC_SCALE = Exercise(
@@ -65,29 +66,25 @@ SYMMETRIC_SCALE = Exercise(
     faults=(
         Fault("there is one scale for each column. A row is one output's weights: reduce along dim 1, keepdim=True",
               lambda given, got, want: got["scale"].shape in ((1, 9), (9,)),
-              tuple(_symmetric(lambda w, b, keep=keep: 2 * w.abs().amax(0, keep)) for keep in (True, False)), early=True),
+              tuple(partial(_symmetric, reach=lambda w, keep=keep: w.abs().amax(0, keep)) for keep in (True, False)), early=True),
         Fault(ZERO_ROW, _zero_row, (lambda w, b: 2 * _absmax(w) / (2**b - 1),), early=True),
         Fault("in a row whose largest magnitude is negative, the scale follows the largest value, not the largest magnitude. max() "
-              "for abs().max()?", _follows_maximum,
-              tuple(_symmetric(lambda w, b, least=least: 2 * w.amax(1, keepdim=True).clamp(min=least)) for least in (-9.0, 0.01))),
+              "for abs().max()?",
+              lambda given, got, want: math.isclose(got["scale"][1], _symmetric(**given, reach=_max)[1], rel_tol=1e-5),
+              (partial(_symmetric, reach=_max), partial(_symmetric, reach=lambda w: _max(w).clamp(min=0.01)))),
         Fault("a scale is negative: it is the distance between two levels", lambda given, got, want: (got["scale"] < 0).any(),
-              (_symmetric(lambda w, b: -2 * _absmax(w)), _symmetric(lambda w, b: 2 * w.amin(1, keepdim=True)))),
+              (partial(_symmetric, reach=lambda w: -_absmax(w)), partial(_symmetric, reach=lambda w: -_max(-w)))),
     ),
-    mistakes=(
-        Mistake("the grid is a step too short: how many steps lie between 2**bits levels?",
-                _symmetric(lambda w, b: 2 * _absmax(w) * (2**b - 1) / 2**b)),
-        Mistake("this leaves the lowest code unused. Here all 2**bits levels count: absmax lies (2**bits - 1) / 2 steps from 0",
-                _symmetric(lambda w, b: _absmax(w) * (2**b - 1) / (2 ** (b - 1) - 1))),
-        Mistake("the scale is half of what it should be: the grid reaches from -absmax to absmax, twice absmax",
-                _symmetric(lambda w, b: _absmax(w))),
-        *(Mistake("the scale spans from min to max. A symmetric grid reaches absmax on either side, whatever the row",
-                  _symmetric(lambda w, b, least=least: w.amax(1, keepdim=True).clamp(min=least) - w.amin(1, keepdim=True)))
-          for least in (-torch.inf, 0.0)),
-    ),
-    others=(
-        Mutant(_symmetric(lambda w, b: 2 * w.abs().amax(1)), "keepdim=True keeps the second axis"),
-        Mutant(_symmetric(lambda w, b: 2 * w.abs().mean(1, keepdim=True)), "scale[0, 0]: got"),
-    ),
+    mistakes=mistakes_by_option(_symmetric, {
+        "the grid is a step too short: how many steps lie between 2**bits levels?": {"steps": lambda bits: 2**bits},
+        "this leaves the lowest code unused. Here all 2**bits levels count: absmax lies (2**bits - 1) / 2 steps from 0":
+            {"steps": lambda bits: 2**bits - 2},
+        "the scale is half of what it should be: the grid reaches from -absmax to absmax, twice absmax":
+            {"reach": lambda w: _absmax(w) / 2},
+        "the scale spans from min to max. A symmetric grid reaches absmax on either side, whatever the row":
+            [{"reach": lambda w: (_max(w) + _max(-w)) / 2}, {"reach": lambda w: (_max(w).clamp(min=0) + _max(-w)) / 2}],
+    }),
+    others=(Mutant(partial(_symmetric, reach=lambda w: w.abs().amax(1)), "keepdim=True keeps the second axis"),),
 )  # fmt: skip
 
 
@@ -152,17 +149,13 @@ def _close_grid(given: dict, want: dict) -> dict:
     return {name: (share * want[name]).masked_fill(flat, torch.inf) for name, share in (("scale", 1e-5), ("zero_point", 0.0))}
 
 
-def _asymmetric(more_steps: int = 0, sign: int = -1, finish=lambda zero, bits: zero.round(), guard=_or_one, reach_zero=True):
+def _asymmetric(weight, bits, *, more_steps=0, sign=-1, finish=lambda zero, bits: zero.round(), guard=_or_one, reach_zero=True):
     """A right answer, with what can go wrong as options. The notebook's naive_grid is without reach_zero, and has no guard."""
-
-    def answer(weight, bits):
-        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-        if reach_zero:
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = guard((high - low) / (2**bits - 1 + more_steps))
-        return scale, finish(sign * low / scale, bits)
-
-    return answer
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    if reach_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = guard((high - low) / (2**bits - 1 + more_steps))
+    return scale, finish(sign * low / scale, bits)
 
 
 def _stored(zero, bits):
@@ -172,25 +165,24 @@ def _stored(zero, bits):
 GRID = dict(
     returns=("scale", "zero_point"), reference=grid.scale_and_zero_point, accepts=_accepts_grid, close=_close_grid,
     otherwise=_grid_fault, hint="One scale and one zero-point for each row",
-    faults=(Fault(ZERO_ROW, _zero_row, (_asymmetric(guard=lambda scale: scale),), early=True),),
+    faults=(Fault(ZERO_ROW, _zero_row, (partial(_asymmetric, guard=lambda scale: scale),), early=True),),
 )  # fmt: skip
-GRID_MISTAKES = (
-    Mistake("the zero-point is a code, so a whole number: it is not rounded", _asymmetric(finish=lambda zero, bits: zero)),
-    Mistake("the zero-point is cut off, not rounded to the nearest code", _asymmetric(finish=lambda zero, bits: zero.floor())),
-    Mistake("the sign of the zero-point is turned: it is the code of 0.0, so it grows as the minimum falls", _asymmetric(sign=1)),
-    *(Mistake("the grid is too short for the row: how many steps lie between 2**bits levels?", _asymmetric(1, finish=finish))
-      for finish in (lambda zero, bits: zero.round(), _stored)),
-    *(Mistake("the zero-point is the same for all rows: it says which code stands for 0, and depends on the minimum",
-              _asymmetric(finish=lambda zero, bits, share=share: torch.full_like(zero, share * 2**bits))) for share in (0.0, 0.5)),
-)  # fmt: skip
+GRID_MISTAKES = mistakes_by_option(_asymmetric, {
+    "the zero-point is a code, so a whole number: it is not rounded": {"finish": lambda zero, bits: zero},
+    "the zero-point is cut off, not rounded to the nearest code": {"finish": lambda zero, bits: zero.floor()},
+    "the sign of the zero-point is turned: it is the code of 0.0, so it grows as the minimum falls": {"sign": 1},
+    "the grid is too short for the row: how many steps lie between 2**bits levels?":
+        [{"more_steps": 1}, {"more_steps": 1, "finish": _stored}],
+    "the zero-point is the same for all rows: it says which code stands for 0, and depends on the minimum":
+        [{"finish": lambda zero, bits: 0 * zero}, {"finish": lambda zero, bits: 0 * zero + 2 ** (bits - 1)}],
+})  # fmt: skip
 GRID_MUTANTS = (
-    Mutant(lambda w, b: tuple(t.squeeze(1) for t in _asymmetric()(w, b)), "for each row"),
+    Mutant(lambda w, b: tuple(t.squeeze(1) for t in _asymmetric(w, b)), "for each row"),
     Mutant(lambda w, b: (-1e-3 + 0 * _absmax(w) + (w == 0).all(1, keepdim=True), 0 * _absmax(w)), "A scale is a positive number"),
-    Mutant(_asymmetric(finish=lambda zero, bits: zero + 0.1), "is not a whole number"),
-    Mutant(_asymmetric(finish=lambda zero, bits: zero.round() - 2 ** (bits - 1)), "cannot be stored"),
-    Mutant(_asymmetric(finish=lambda zero, bits: zero.ceil().clamp(max=2**bits - 1)), "comes back as"),
-    Mutant(lambda w, b: (grid.symmetric_scale(w, b), torch.full((len(w), 1), 2.0 ** (b - 1))), "coarser than it need be"),
-    Mutant(_asymmetric(-1), "coarser than it need be"),
+    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero + 0.1), "is not a whole number"),
+    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.round() - 2 ** (bits - 1)), "cannot be stored"),
+    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.ceil().clamp(max=2**bits - 1)), "comes back as"),
+    Mutant(partial(_asymmetric, more_steps=-1), "coarser than it need be"),
 )  # fmt: skip
 
 SCALE_AND_ZERO_POINT = Exercise(
@@ -201,14 +193,11 @@ SCALE_AND_ZERO_POINT = Exercise(
 MENDED_GRID = Exercise(
     id="2.5", name="mended_grid", title="Find the bug: a row without zero", minutes=8, difficulty=2, points=3,
     inputs=one_sided_inputs, **GRID,
-    mistakes=(
-        *GRID_MISTAKES,
-        *(Mistake("values in 3..5 get a grid from 0 to 2: it is as long as max - min, and its zero-point, clamped to a code, puts "
-                  "one end at 0. Should the scale not come from a range that has 0 in it?",
-                  _asymmetric(reach_zero=False, finish=_stored, guard=guard))
-          for guard in (_or_one, lambda scale: scale.clamp(min=1e-9))),
-    ),
-    others=(*GRID_MUTANTS, Mutant(_asymmetric(reach_zero=False), "cannot be stored")),
+    mistakes=GRID_MISTAKES + mistakes_by_option(partial(_asymmetric, reach_zero=False, finish=_stored), {
+        "values in 3..5 get a grid from 0 to 2: it is as long as max - min, and its zero-point, clamped to a code, puts one end at "
+        "0. Should the scale not come from a range that has 0 in it?": [{}, {"guard": lambda scale: scale.clamp(min=1e-9)}],
+    }),
+    others=(*GRID_MUTANTS, Mutant(partial(_asymmetric, reach_zero=False), "cannot be stored")),
 )  # fmt: skip
 
 
@@ -224,55 +213,56 @@ def quantize_inputs(seed: int) -> dict:
     return {"weight": torch.cat(steps, 1) * scale, "scale": scale, "zero_point": zero_point, "bits": bits}
 
 
-def _where_wrong(limit):
-    """The first code or value that is further off than limit(given, want), with what it was made of."""
-
-    def otherwise(given: dict, got: dict, want: dict) -> str:
-        (name, have), wanted = *got.items(), *want.values()
-        row, column = ((have - wanted).abs() > limit(given, want)).nonzero()[0].tolist()
-        source, scale, zero = [t[row, column if t.shape[1] > 1 else 0].item() for t in list(given.values())[:3]]
-        made_of = f"{'the value' if name == 'codes' else 'code'} {source:.4g} with scale {scale:.4g} and zero_point {zero:g}"
-        return "{} gave {}, wanted {}".format(made_of, *shown(have[row, column].item(), wanted[row, column].item()))
-
-    return otherwise
+def _where_wrong(given: dict, got: dict, want: dict) -> str:
+    """The first code or value that is off, with what it was made of."""
+    name, (row, column), have, wanted = first_place(got, want, _rounding(given))
+    source, scale, zero = (t[row, column % t.shape[1]].item() for t in list(given.values())[:3])
+    made_of = f"{'the value' if name == 'codes' else 'code'} {source:.4g} with scale {scale:.4g} and zero_point {zero:g}"
+    return "{} gave {}, wanted {}".format(made_of, *shown(have, wanted))
 
 
-def _clamped(codes, bits, least=0, top=None):
-    return codes.clamp(least, 2**bits - 1 if top is None else top)
+def _rounding(given: dict, want: dict | None = None) -> Limits:
+    """Nothing for codes. (q - z) * s rounds once; q * s - z * s is as right, and rounds each product and the difference by 2**-24
+    of itself."""
+    codes, scale, zero_point = list(given.values())[:3]
+    return {"codes": 0.0, "values": 2**-23 * (codes + zero_point.float()) * scale}
+
+
+def _codes(weight, scale, zero_point, bits, *, rounded=torch.round, times=1, clamp=torch.clamp):
+    """A right answer, with what can go wrong as options."""
+    return clamp(rounded(weight / scale) + times * zero_point, 0, 2**bits - 1)
 
 
 QUANTIZE = Exercise(
     id="2.3", name="quantize", title="Values to codes", minutes=6, difficulty=2, points=2,
-    returns=("codes",), inputs=quantize_inputs, reference=grid.quantize, otherwise=_where_wrong(lambda given, want: 0),
+    returns=("codes",), inputs=quantize_inputs, reference=grid.quantize, otherwise=_where_wrong,
     faults=(
         Fault("the codes are int8, which ends at 127: with 8 bits the upper half would wrap to negative numbers. uint8, or floats",
               lambda given, got, want: got["codes"].dtype == torch.int8,
-              (lambda w, s, z, b: _clamped((w / s).round() + z, b).to(torch.int8),), early=True),
+              (lambda *given: _codes(*given).to(torch.int8),), early=True),
     ),
     mistakes=(
-        Mistake("codes beyond 0 and 2**bits - 1 cannot be stored: clamp them, at the end", lambda w, s, z, b: (w / s).round() + z),
+        *mistakes_by_option(_codes, {
+            "codes beyond 0 and 2**bits - 1 cannot be stored: clamp them, at the end": {"clamp": lambda codes, *_: codes},
+            "half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does":
+                {"rounded": lambda steps: torch.floor(steps + 0.5)},
+            "the fraction is cut off, not rounded: all weights move toward zero, by up to one step": {"rounded": torch.trunc},
+            "the fraction is cut off downward, not rounded: half of all codes come out one too low": {"rounded": torch.floor},
+            "the zero-point is subtracted. It is the code of 0.0, so it is added on the way in and subtracted on the way out":
+                {"times": -1},
+            "the zero-point is missing: the code of 0.0 is zero_point, not 0": {"times": 0},
+            "the largest code is 2**bits - 1, since counting starts at 0": {"clamp": lambda codes, _, top: codes.clamp(0, top + 1)},
+            "these are signed codes. With a zero-point they run from 0 to 2**bits - 1":
+                {"clamp": lambda codes, _, top: codes.clamp(-(top + 1) / 2, (top - 1) / 2)},
+        }),
         Mistake("the codes are clamped before the zero-point is added: the clamp comes last",
-                lambda w, s, z, b: _clamped((w / s).round(), b) + z),
-        Mistake("half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does",
-                lambda w, s, z, b: _clamped(torch.floor(w / s + 0.5) + z, b)),
-        Mistake("the fraction is cut off, not rounded: all weights move toward zero, by up to one step",
-                lambda w, s, z, b: _clamped(torch.trunc(w / s) + z, b)),
-        Mistake("the fraction is cut off downward, not rounded: half of all codes come out one too low",
-                lambda w, s, z, b: _clamped(torch.floor(w / s) + z, b)),
-        Mistake("the zero-point is subtracted. It is the code of 0.0, so it is added on the way in and subtracted on the way out",
-                lambda w, s, z, b: _clamped((w / s).round() - z, b)),
+                lambda w, s, z, b: _codes(w, s, 0, b) + z),
         Mistake("the weight is multiplied by the scale: how many steps of size scale is a weight from 0?",
-                lambda w, s, z, b: _clamped(torch.round(w * s) + z, b)),
+                lambda w, s, z, b: _codes(w, 1 / s, z, b)),
         Mistake("ties fall the other way wherever the zero-point is odd: round first, then add it",
-                lambda w, s, z, b: _clamped(torch.round(w / s + z), b)),
-        Mistake("the zero-point is missing: the code of 0.0 is zero_point, not 0", lambda w, s, z, b: _clamped((w / s).round(), b)),
-        Mistake("the largest code is 2**bits - 1, since counting starts at 0",
-                lambda w, s, z, b: _clamped((w / s).round() + z, b, top=2**b)),
-        Mistake("these are signed codes. With a zero-point they run from 0 to 2**bits - 1",
-                lambda w, s, z, b: _clamped((w / s).round() + z, b, -(2 ** (b - 1)), 2 ** (b - 1) - 1)),
+                lambda w, s, z, b: _codes(w + z * s, s, 0, b)),
     ),
-    others=(Mutant(lambda w, s, z, b: _clamped((w / s).round() + z, b) + 1, "the value"),
-            Mutant(lambda w, s, z, b: _clamped((w / s).round() + z, b).half() + 1, "compute in float32")),
+    others=(Mutant(lambda *given: _codes(*given) + 1, "the value"),),
 )  # fmt: skip
 
 
@@ -287,15 +277,10 @@ def dequantize_inputs(seed: int) -> dict:
     return {"codes": codes, "scale": scale, "zero_point": torch.tensor([[7], [3], [12]], dtype=torch.uint8)}
 
 
-def _values_limit(given: dict, want: dict) -> torch.Tensor:
-    """(q - z) * s rounds once; q * s - z * s is as right, and rounds each product and the difference by 2**-24 of itself."""
-    return 2**-23 * (given["codes"].float() + given["zero_point"].float()) * given["scale"]
-
-
 DEQUANTIZE = Exercise(
     id="2.4", name="dequantize", title="Codes to values", minutes=4, difficulty=1, points=1,
-    returns=("values",), inputs=dequantize_inputs, reference=grid.dequantize, otherwise=_where_wrong(_values_limit),
-    allowed=_values_limit, close=lambda given, want: 1e-4,  # a thousandth of the smallest step
+    returns=("values",), inputs=dequantize_inputs, reference=grid.dequantize, otherwise=_where_wrong,
+    allowed=_rounding, close=lambda given, want: 1e-4,  # a thousandth of the smallest step
     mistakes=(
         Mistake("below zero it jumps to large values: codes and zero_point are uint8, where 3 - 7 is 252. Convert before you "
                 "subtract", lambda q, s, z: (q - z) * s),
@@ -305,8 +290,7 @@ DEQUANTIZE = Exercise(
         Mistake("the zero-point is missing: code zero_point should come back as 0.0", lambda q, s, z: q.float() * s),
         Mistake("code 255 is read as -1: int8 ends at 127", lambda q, s, z: (q.to(torch.int8) - z.to(torch.int8)) * s),
     ),
-    others=(Mutant(lambda q, s, z: ((q.float() - z) * s).half(), "compute in float32"),
-            Mutant(lambda q, s, z: (q.float() - z) * s + 0.01 * (q == 255), "code 255 with")),
+    others=(Mutant(lambda q, s, z: ((q.float() - z) * s).half(), "compute in float32"),),
 )  # fmt: skip
 
 
@@ -318,13 +302,13 @@ def sqnr_inputs(seed: int) -> dict:
     return {"weight": weight, "reconstruction": weight + 0.02 + 0.05 * torch.randn(6, 50, generator=g)}
 
 
-def _decibels(of, log=torch.log10):
-    """An answer: decibels of of(weight) / of(error), sums that are computed in float64."""
-    return lambda w, r: (10 * log(of(w.double()) / of((w - r).double()))).item()
-
-
 def _power(values: torch.Tensor) -> torch.Tensor:
     return values.pow(2).sum()
+
+
+def _decibels(weight, reconstruction, *, times=10, log=torch.log10, of=_power):
+    """A right answer, with what can go wrong as options."""
+    return (times * log(of(weight.double()) / of((weight - reconstruction).double()))).item()
 
 
 SQNR = Exercise(
@@ -333,19 +317,15 @@ SQNR = Exercise(
     # 300 float32 terms summed in any order: relative error below 300 * 2**-24 in each sum, times 10 / ln 10 in decibels.
     allowed=lambda given, want: 2 * 300 * 2**-24 * 10 / 2.302585,
     close=lambda given, want: 0.02,  # mistakes lie whole decibels apart; the ratio itself is near 1000, with six digits
-    otherwise=lambda given, got, want: "got {} dB, wanted {} dB".format(*shown(got["ratio"], want["ratio"])),
-    mistakes=(
-        Mistake("it is the ratio itself. Decibels are 10 log10 of it", lambda w, r: (_power(w) / _power(w - r)).item()),
-        Mistake("twice too many decibels: 20 log10 belongs to amplitudes; these are sums of squares already",
-                _decibels(_power, lambda ratio: 2 * ratio.log10())),
-        Mistake("the sign is turned: it is noise over signal", _decibels(_power, lambda ratio: -ratio.log10())),
-        Mistake("10 times the natural logarithm is not decibels: log10", _decibels(_power, torch.log)),
-        Mistake("it subtracts the mean first (a variance). An offset is damage too, and the product with an activation sees all of "
-                "w", _decibels(torch.var)),
-        Mistake("it compares absolute values, not squares", _decibels(lambda values: values.abs().sum())),
-    ),
-    others=(Mutant(lambda w, r: 10 * torch.log10(_power(w) / _power(w - r)), ".item()"),
-            Mutant(_decibels(lambda values: _power(values) + 0.01), "dB, wanted")),
+    mistakes=mistakes_by_option(_decibels, {
+        "it is the ratio itself. Decibels are 10 log10 of it": {"times": 1, "log": lambda ratio: ratio},
+        "twice too many decibels: 20 log10 belongs to amplitudes; these are sums of squares already": {"times": 20},
+        "the sign is turned: it is noise over signal": {"times": -10},
+        "10 times the natural logarithm is not decibels: log10": {"log": torch.log},
+        "it subtracts the mean first (a variance). An offset is damage too, and the product with an activation sees all of w":
+            {"of": torch.var},
+        "it compares absolute values, not squares": {"of": lambda values: values.abs().sum()},
+    }),
 )  # fmt: skip
 
 
@@ -398,14 +378,8 @@ def clip_inputs(seed: int) -> dict:
     return {"weight": torch.stack([normal, heavy, flat, lonely]), "bits": 3 + seed % 2, "factors": factors}
 
 
-def _least(loss, clamped: bool = True):
-    """An answer: the factors at which loss(errors, inside) [factors, rows] is least. inside: whether a weight is not cut off."""
-
-    def answer(weight, bits, factors):
-        errors, inside = _errors(weight, bits, factors, clamped), weight.abs() <= factors[:, None, None] * _absmax(weight)
-        return factors[loss(errors, inside).argmin(0)][:, None]
-
-    return answer
+def _squared(errors, inside=1):
+    return (errors * inside).pow(2).sum(2)
 
 
 def _errors(weight: torch.Tensor, bits: int, factors: torch.Tensor, clamped: bool = True) -> torch.Tensor:
@@ -414,8 +388,10 @@ def _errors(weight: torch.Tensor, bits: int, factors: torch.Tensor, clamped: boo
     return torch.round(weight / scale).clamp(-reach, reach - 1) * scale - weight
 
 
-def _squared(errors, inside=1):
-    return (errors * inside).pow(2).sum(2)
+def _clipped(weight, bits, factors, *, loss=lambda errors, inside: _squared(errors), clamped=True):
+    """A right answer, or one with another loss(errors, inside) [factors, rows]. inside: whether a weight is not cut off."""
+    inside = weight.abs() <= factors[:, None, None] * _absmax(weight)
+    return factors[loss(_errors(weight, bits, factors, clamped), inside).argmin(0)][:, None]
 
 
 def _excess(given: dict, got: dict) -> torch.Tensor:
@@ -449,20 +425,21 @@ BEST_CLIP = Exercise(
     mistakes=(
         Mistake("these are places in `factors`, not the factors themselves",
                 lambda *given: _squared(_errors(*given)).argmin(0)[:, None]),
-        Mistake("this minimizes the largest error of a row. One extreme weight is saved, all others pay",
-                _least(lambda errors, _: errors.abs().amax(2))),
-        Mistake("this minimizes the absolute error, not the squared: large errors weigh more in an output's variance",
-                _least(lambda errors, _: errors.abs().sum(2))),
-        *(Mistake("every row got the smallest factor, as if what is cut off cost nothing. Are the codes clamped, and the weights "
-                  "outside the clipped range counted?", answer)
-          for answer in (_least(_squared), _least(lambda errors, _: _squared(errors), clamped=False))),
-        Mistake("this is the worst factor: argmax for argmin?", _least(lambda errors, _: -_squared(errors))),
-        Mistake("all rows got the factor that is best for their sum; each row has its own best one",
-                _least(lambda errors, _: _squared(errors).sum(1, keepdim=True).expand(-1, 4))),
+        *mistakes_by_option(_clipped, {
+            "this minimizes the largest error of a row. One extreme weight is saved, all others pay":
+                {"loss": lambda errors, inside: errors.abs().amax(2)},
+            "this minimizes the absolute error, not the squared: large errors weigh more in an output's variance":
+                {"loss": lambda errors, inside: errors.abs().sum(2)},
+            "every row got the smallest factor, as if what is cut off cost nothing. Are the codes clamped, and the weights outside "
+            "the clipped range counted?": [{"loss": _squared}, {"clamped": False}],
+            "this is the worst factor: argmax for argmin?": {"loss": lambda errors, inside: -_squared(errors)},
+            "all rows got the factor that is best for their sum; each row has its own best one":
+                {"loss": lambda errors, inside: _squared(errors).sum(1, keepdim=True).expand(-1, 4)},
+        }),
         Mistake("this clips nothing in any row, though that leaves more squared error", lambda w, b, f: torch.ones(len(w), 1)),
     ),
-    others=(Mutant(_least(lambda errors, _: _squared(errors).roll(1, 0)), "more squared error than"),
-            Mutant(lambda *given: _least(lambda errors, _: _squared(errors))(*given) + 0.001, "is not one of")),
+    others=(Mutant(partial(_clipped, loss=lambda errors, inside: _squared(errors).roll(1, 0)), "more squared error than"),
+            Mutant(lambda *given: _clipped(*given) + 0.001, "is not one of")),
 )  # fmt: skip
 
 EXERCISES = (SYMMETRIC_SCALE, SCALE_AND_ZERO_POINT, QUANTIZE, DEQUANTIZE, MENDED_GRID, SQNR, STUBBORN_ROW, BEST_CLIP)
