@@ -98,13 +98,16 @@ def first_difference(
 
 
 def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:
-    """Both as text, with as many digits as it takes to tell them apart; whole numbers with all of theirs."""
+    """Both as text, with as many digits as it takes to tell them apart; whole numbers with all of theirs.
+
+    digits: at least as many, and six for what needs an exponent otherwise.
+    """
     if isinstance(have, str) or isinstance(want, str):
         return repr(have), repr(want)
     if isinstance(have, int) and isinstance(want, int):
         return str(have), str(want)
     texts = (str(have), str(want))
-    for count in range(digits, 18):
+    for count in range(6 if 1e4 <= max(abs(have), abs(want)) < 1e6 else digits, 18):
         texts = (f"{have:.{count}g}", f"{want:.{count}g}")
         if texts[0] != texts[1] or have == want:
             break

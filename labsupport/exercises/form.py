@@ -25,10 +25,14 @@ from typing import Any
 
 import torch
 
-from labsupport.exercises.compare import Limit, first_difference, got_and_wanted
+from labsupport.exercises.compare import Limit, first_place, got_and_wanted
 
 Outputs = dict[str, Any]
 Limits = Limit | Mapping[str, Limit]
+
+
+# Division and a product in float32: each rounds by at most 2**-24 of the result; four units of 2**-23 cover any order of them.
+FLOAT32 = 4 * 2**-23
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ def mistakes_of(make: Callable[[Any], Callable], parts: Mapping[str, Any]) -> tu
     return tuple(Mistake(says, make(part)) for says, each in lists.items() for part in each)
 
 
-def mistakes_by_option(answer: Callable, options: Mapping[str, Mapping[str, Any]]) -> tuple[Mistake, ...]:
-    """Mistakes that one function makes when it is called with other keyword arguments, which stand by their sentences."""
-    return mistakes_of(lambda keywords: partial(answer, **keywords), options)
+def mistakes_by_option(answer: Callable, options: Mapping[str, Any]) -> tuple[Mistake, ...]:
+    """Mistakes that one function makes with other keyword arguments, by their sentences: {"top": 128}. Or a whole wrong answer."""
+    return mistakes_of(lambda part: part if callable(part) else partial(answer, **part), options)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class Exercise:
     faults, mistakes: see there; looked for in that order, each in the order in which they stand.
     close(given, want): how far an output may lie from a mistake's and still be taken for it; `allowed` without it.
     alike(given, got, theirs): in place of `close`, whether an output is a mistake's.
-    otherwise(given, got, want): the sentence where no cause is known; without it the first entry that differs is shown.
+    otherwise(given, got, want): the sentence where no cause is known. Without one, the first entry that differs is shown, of the
+    outputs in `order` first. about(given, want, path, place): what is said of that entry in place of where it stands.
     hint: what is said after a wrong shape. others: more answers that must be refused.
     needs_model: whether inputs load the course model; it is then tried with one seed.
     """
@@ -143,7 +148,9 @@ class Exercise:
     accepts: Callable[[Outputs, Outputs, Outputs], Verdict | None] | None = None
     close: Callable[[Outputs, Outputs], Limits] | None = None
     alike: Callable[[Outputs, Outputs, Outputs], bool] | None = None
-    otherwise: Callable[[Outputs, Outputs, Outputs], str] | None = None
+    otherwise: Callable[[Outputs, Outputs, Outputs], str | None] | None = None
+    about: Callable[[Outputs, Outputs, str, tuple[int, ...]], str] | None = None
+    order: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     hint: str = ""
@@ -159,10 +166,12 @@ class Exercise:
 
     def where(self, given: Outputs, got: Outputs, want: Outputs) -> str:
         """The sentence about an output of which no cause is known."""
-        if self.otherwise is not None:
-            return self.otherwise(given, got, want)
-        place, have, wanted = first_difference(got, want, self.allowed(given, want))
-        return f"{place}: {got_and_wanted(have, wanted)}"
+        if self.otherwise is not None and (sentence := self.otherwise(given, got, want)):
+            return sentence
+        ordered = {name: got[name] for name in (*self.order, *got)}
+        path, place, have, wanted = first_place(ordered, {name: want[name] for name in ordered}, self.allowed(given, want))
+        where = self.about(given, want, path, place) if self.about else path + (str(list(place)) if place else "")
+        return f"{where}: {got_and_wanted(have, wanted)}"
 
 
 def _longest_literal(sentence: str) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial
+
 import torch
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Verdict, generator, right
+from labsupport.exercises.form import FLOAT32, Exercise, Fault, Mistake, Mutant, drive_cases, generator, mistakes_by_option, right
 from labsupport.model import evaluate
 from labsupport.pipeline import budget
 from labsupport.quant import grid, rtn
-
-# One division in float32 rounds by at most 2**-24 of its result; four units of 2**-23 cover any order of operations.
-FLOAT32 = 4 * 2**-23
 
 
 # 3.1 ------------------------------------------------------------------------------------------------------------------
@@ -40,31 +40,29 @@ def quantize_groups(weight: torch.Tensor, bits: int, group_size: int) -> tuple[t
     return stored.codes.float(), stored.scale, stored.zero_point
 
 
-def _cut(weight: torch.Tensor, size: int) -> torch.Tensor:
-    return weight.reshape(len(weight), -1, size)
+def _cut(weight, size):
+    return weight.unflatten(1, (-1, size))
 
 
-def _grouped(cut=_cut, spread=lambda t, size: t.repeat_interleave(size, dim=1), one_sided=False, finish=torch.clamp):
-    """A right answer, with what can go wrong as options.
+def _spread(of_groups, size):
+    return of_groups.repeat_interleave(size, dim=1)
 
-    cut(weight, group_size): groups along the last axis. spread(t [out, groups], group_size): for each weight. finish: of codes.
-    """
 
-    def answer(weight, bits, size):
-        low, high = cut(weight, size).aminmax(dim=2)
-        scale, zero = grid.grids(low, high, bits, symmetric=False)
-        if one_sided:  # the range does not reach 0
-            scale = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
-            zero = (-low / scale).round().clamp(0, 2**bits - 1)
-        scale, zero = scale.reshape(len(weight), -1), zero.reshape(len(weight), -1)
-        return finish((weight / spread(scale, size)).round() + spread(zero, size), 0, 2**bits - 1), scale, zero
-
-    return answer
+def _grouped(weight, bits, size, *, cut=_cut, spread=_spread, one_sided=False, clamp=torch.clamp):
+    """A right answer, with what can go wrong as options: groups along the last axis, [out, groups] for each weight, ranges that
+    need not reach 0, codes that are not clamped."""
+    low, high = cut(weight, size).aminmax(dim=2)
+    scale, zero = grid.grids(low, high, bits, symmetric=False)
+    if one_sided:
+        scale = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
+        zero = (-low / scale).round().clamp(0, 2**bits - 1)
+    scale, zero = scale.reshape(len(weight), -1), zero.reshape(len(weight), -1)
+    return clamp((weight / spread(scale, size)).round() + spread(zero, size), 0, 2**bits - 1), scale, zero
 
 
 def _rearranged(change):
     """An answer: what change(codes, scale, zero_point, group_size) makes of the right one."""
-    return lambda weight, bits, size: change(*_grouped()(weight, bits, size), size)
+    return lambda weight, bits, size: change(*_grouped(weight, bits, size), size)
 
 
 def _shape(name: str, of):
@@ -79,60 +77,53 @@ def _zero_group(given: dict, got: dict, want: dict) -> dict | None:
     return None if 0 < scale < torch.inf and abs(zero) < torch.inf else {"scale": scale, "zero": zero}
 
 
-def _group_limits(given: dict, want: dict) -> dict:
-    return {"codes": 0.0, "scale": FLOAT32 * want["scale"], "zero_point": 0.0}
+def _group_limits(given: dict, want: dict, relative: float) -> dict:
+    return {"codes": 0.0, "scale": relative * want["scale"], "zero_point": 0.0}
 
 
-def _where_groups_differ(given: dict, got: dict, want: dict) -> str:
+def _about_groups(given: dict, want: dict, name: str, place: tuple) -> str:
     zeros = "the scales are right, the zero-points are not (round(-low / scale), low being at most 0): "
-    so_far = {"scale": "", "zero_point": zeros, "codes": "scale and zero_point are right; "}
-    in_order = [{name: outputs[name] for name in so_far} for outputs in (got, want)]
-    place, have, wanted = first_difference(*in_order, _group_limits(given, want))
-    return f"{so_far[place.split('[')[0]]}{place}: {got_and_wanted(have, wanted)}"
+    return {"scale": "", "zero_point": zeros, "codes": "scale and zero_point are right; "}[name] + name + str(list(place))
 
 
 QUANTIZE_GROUPS = Exercise(
     id="3.1", name="quantize_groups", title="A grid for every group", minutes=12, difficulty=2, points=4,
-    returns=("codes", "scale", "zero_point"), inputs=group_inputs, reference=quantize_groups, otherwise=_where_groups_differ,
-    allowed=_group_limits, close=lambda given, want: _group_limits(given, want) | {"scale": 1e-5 * want["scale"]},
+    returns=("codes", "scale", "zero_point"), inputs=group_inputs, reference=quantize_groups, about=_about_groups,
+    order=("scale", "zero_point"), allowed=partial(_group_limits, relative=FLOAT32), close=partial(_group_limits, relative=1e-5),
     faults=(
         Fault("there is one scale for each row, wanted one for each group: scale [out_features, groups]",
               _shape("scale", lambda rows, columns, size: (rows, 1)),
-              (_grouped(lambda w, g: w[:, None], lambda t, g: t),), early=True),
+              (partial(_grouped, cut=lambda w, g: w[:, None], spread=lambda t, g: t),), early=True),
         Fault("groups run down the columns, over out_features. They run along in_features: the inputs of one output",
               _shape("scale", lambda rows, columns, size: (rows // size, columns)),
               (lambda w, b, g: (w, *grid.grids(*w.reshape(-1, g, w.shape[1]).aminmax(dim=1), b, symmetric=False)),), early=True),
         Fault("a row has as many groups as a group should have weights: the last axis of the reshape is group_size long",
               _shape("scale", lambda rows, columns, size: (rows, size)),
-              (_grouped(lambda w, g: w.reshape(len(w), g, -1), lambda t, g: t.repeat_interleave(7, dim=1)),), early=True),
+              (partial(_grouped, cut=lambda w, g: w.unflatten(1, (g, -1)), spread=lambda t, g: _spread(t, 7)),), early=True),
         Fault("scale still has the axis that was reduced, wanted [out_features, groups]: squeeze it at the end",
               _shape("scale", lambda rows, columns, size: (rows, columns // size, 1)),
               (_rearranged(lambda codes, scale, zero, g: (codes, scale[..., None], zero[..., None])),), early=True),
         Fault("the codes are still cut into groups, wanted the shape of the weight: reshape them back",
               _shape("codes", lambda rows, columns, size: (rows, columns // size, size)),
-              (_rearranged(lambda codes, scale, zero, g: (codes.unflatten(1, (-1, g)), scale, zero)),), early=True),
+              (_rearranged(lambda codes, scale, zero, g: (_cut(codes, g), scale, zero)),), early=True),
         Fault("an all-zero group: its scale is {scale:g}, its zero_point {zero:g}. A grid without range gets scale 1", _zero_group,
               tuple(_rearranged(lambda codes, scale, zero, g, odd=odd: (codes, scale * (scale != 1), zero.where(scale != 1, odd)))
                     for odd in torch.tensor([0.0, torch.nan])), early=True),
     ),
-    mistakes=(
-        Mistake("all groups of a row have the same scale: it was taken over the whole row. Reduce over the weights of one group",
-                _grouped(cut=lambda w, g: w[:, None].expand(-1, w.shape[1] // g, -1))),
-        Mistake("a group holds every (in_features / group_size)-th weight of its row. Its weights are neighbors: the last axis of "
-                "the reshape is group_size long",
-                _grouped(lambda w, g: w.reshape(len(w), g, -1).transpose(1, 2), lambda t, g: t.repeat(1, g))),
-        Mistake("a group holds weights of different rows: the weight was transposed before it was reshaped",
-                _grouped(cut=lambda w, g: w.t().reshape(len(w), -1, g))),
-        Mistake("a group whose weights all have one sign: its range must still reach 0, as in 2.5", _grouped(one_sided=True)),
-        Mistake("scale and zero_point are right, but column j gets those of group j % groups; it belongs to group j // group_size. "
-                "repeat_interleave for repeat?", _grouped(spread=lambda t, g: t.repeat(1, g))),
-    ),
+    mistakes=mistakes_by_option(_grouped, {
+        "all groups of a row have the same scale: it was taken over the whole row. Reduce over the weights of one group":
+            {"cut": lambda w, g: w[:, None].expand(-1, w.shape[1] // g, -1)},
+        "a group holds every (in_features / group_size)-th weight of its row. Its weights are neighbors: the last axis of the "
+        "reshape is group_size long": {"cut": lambda w, g: w.unflatten(1, (g, -1)).mT, "spread": lambda t, g: t.repeat(1, g)},
+        "a group holds weights of different rows: the weight was transposed before it was reshaped":
+            {"cut": lambda w, g: w.t().reshape(len(w), -1, g)},
+        "a group whose weights all have one sign: its range must still reach 0, as in 2.5": {"one_sided": True},
+        "scale and zero_point are right, but column j gets those of group j % groups; it belongs to group j // group_size. "
+        "repeat_interleave for repeat?": {"spread": lambda t, g: t.repeat(1, g)},
+    }),
     others=(
-        Mutant(_grouped(finish=lambda codes, low, top: codes), "scale and zero_point are right; codes[3, "),
+        Mutant(partial(_grouped, clamp=lambda codes, low, top: codes), "scale and zero_point are right; codes[3, "),
         Mutant(_rearranged(lambda codes, scale, zero, g: (codes, scale, zero.clamp(min=1))), "the zero-points are not"),
-        Mutant(_rearranged(lambda codes, scale, zero, g: (codes, 1.001 * scale, zero)), "scale[0, 0]: got"),
-        # Scales that broadcast along the wrong axis, [out, groups] against [out, groups, group_size].
-        Mutant(lambda w, b, g: _cut(w, g) / _grouped()(w, b, g)[1], "it raised RuntimeError: The size of tensor"),
     ),
 )  # fmt: skip
 
@@ -140,9 +131,9 @@ QUANTIZE_GROUPS = Exercise(
 # 3.2 ------------------------------------------------------------------------------------------------------------------
 def storage_inputs(seed: int) -> dict:
     """Rows in whole bytes of zero-points; no two numbers alike, and no group as long as a scale has bits."""
-    g = generator(seed)
-    choices = {"out_features": (40, 56, 72), "in_features": (768, 1536), "bits": (2, 3, 4, 5, 8), "group_size": (24, 48, 64, 96)}
-    return {name: values[int(torch.randint(len(values), (1,), generator=g))] for name, values in choices.items()}
+    g, choices = generator(seed), ((40, 56, 72), (768, 1536), (2, 3, 4, 5, 8), (24, 48, 64, 96))
+    sizes = [values[int(torch.randint(len(values), (1,), generator=g))] for values in choices]
+    return {"asymmetric": (*sizes, False), "symmetric": (*sizes, True)}
 
 
 def counted_bits(out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool) -> float:
@@ -150,47 +141,31 @@ def counted_bits(out_features: int, in_features: int, bits: int, group_size: int
     return rtn.quantize(torch.zeros(out_features, in_features), bits, group_size, symmetric).bits_per_weight
 
 
-def drive_storage(answer, given: dict) -> dict:
-    kinds = {"asymmetric": False, "symmetric": True}
-    return {kind: answer(*given.values(), symmetric) for kind, symmetric in kinds.items()}
-
-
-def _stored(bits_of):
-    """An answer: bits_of(bits, bits of a zero-point, weights in a group, in a row, in all)."""
-
-    def answer(out_features, in_features, bits, group_size, symmetric):
-        return bits_of(bits, 0 if symmetric else bits, group_size, in_features, out_features * in_features)
-
-    return answer
+def _bits(rows, columns, bits, size, symmetric, *, scale=16, zero=lambda bits: bits, shared_by=lambda rows, columns, size: size):
+    """A right answer, with what can go wrong as options: bits of a scale and of a zero-point, and how many weights share them."""
+    return bits + (scale + (0 if symmetric else zero(bits))) / shared_by(rows, columns, size)
 
 
 BITS_PER_WEIGHT = Exercise(
     id="3.2", name="bits_per_weight", title="The bill, to the bit", minutes=6, difficulty=1, points=2,
-    returns=("asymmetric", "symmetric"), inputs=storage_inputs, reference=counted_bits, drive=drive_storage,
+    returns=("bits",), inputs=storage_inputs, reference=counted_bits, drive=drive_cases,
+    about=lambda given, want, kind, _: f"{kind}, {given[kind][2]} bits, groups of {given[kind][3]}, in bits a weight",
     allowed=lambda given, want: 1e-9, close=lambda given, want: 1e-6,  # a handful of float64 operations; the whole weight's bits
-    otherwise=lambda given, got, want: "{}, {} bits, groups of {}: {} bits a weight".format(
-        (first := first_difference(got, want, 1e-9))[0], given["bits"], given["group_size"], got_and_wanted(*first[1:])),
-    mistakes=(
-        Mistake("the zero-points of the asymmetric grid are missing: one code of `bits` bits for each group",
-                _stored(lambda bits, zero, group, row, all: bits + 16 / group)),
-        Mistake("the symmetric grid pays for zero-points too. It needs none: they are 2**(bits - 1) everywhere",
-                _stored(lambda bits, zero, group, row, all: bits + (16 + bits) / group)),
-        Mistake("a zero-point is counted as 16 bits. It is a code, so it takes `bits` bits",
-                _stored(lambda bits, zero, group, row, all: bits + (16 + 16 * (zero > 0)) / group)),
-        Mistake("a scale is counted as 32 bits. It is stored in float16",
-                _stored(lambda bits, zero, group, row, all: bits + (32 + zero) / group)),
-        Mistake("there is one scale for each group, not one for each row",
-                _stored(lambda bits, zero, group, row, all: bits + (16 + zero) / row)),
-        Mistake("this is one scale for the whole weight", _stored(lambda bits, zero, group, row, all: bits + (16 + zero) / all)),
-        Mistake("a scale is shared by the weights of its group: divide its bits by their number",
-                _stored(lambda bits, zero, group, row, all: bits + 16 + zero)),
-        Mistake("this is the bits of the whole weight: divide by the number of weights",
-                _stored(lambda bits, zero, group, row, all: (bits + (16 + zero) / group) * all)),
-        Mistake("the codes are missing", _stored(lambda bits, zero, group, row, all: (16 + zero) / group)),
-        Mistake("these are bytes: 8 bits each", _stored(lambda bits, zero, group, row, all: (bits + (16 + zero) / group) / 8)),
-    ),
-    others=(Mutant(_stored(lambda bits, zero, group, row, all: bits + (17 + zero) / group), "asymmetric, "),
-            Mutant(_stored(lambda bits, zero, group, row, all: bits + (16 + zero + (zero == 0)) / group), "symmetric, ")),
+    mistakes=mistakes_by_option(_bits, {
+        "the zero-points of the asymmetric grid are missing: one code of `bits` bits for each group": {"zero": lambda bits: 0},
+        "a zero-point is counted as 16 bits. It is a code, so it takes `bits` bits": {"zero": lambda bits: 16},
+        "a scale is counted as 32 bits. It is stored in float16": {"scale": 32},
+        "there is one scale for each group, not one for each row": {"shared_by": lambda rows, columns, size: columns},
+        "this is one scale for the whole weight": {"shared_by": lambda rows, columns, size: rows * columns},
+        "a scale is shared by the weights of its group: divide its bits by their number": {"shared_by": lambda *sizes: 1},
+        "the symmetric grid pays for zero-points too. It needs none: they are 2**(bits - 1) everywhere":
+            lambda *sizes: _bits(*sizes[:4], False),
+        "this is the bits of the whole weight: divide by the number of weights":
+            lambda rows, columns, *sizes: _bits(rows, columns, *sizes) * rows * columns,
+        "the codes are missing": lambda *sizes: _bits(*sizes) - sizes[2],
+        "these are bytes: 8 bits each": lambda *sizes: _bits(*sizes) / 8,
+    }),
+    others=(Mutant(partial(_bits, scale=17), "asymmetric, "),),
 )  # fmt: skip
 
 
@@ -221,16 +196,12 @@ def _error_left(row: torch.Tensor, order: torch.Tensor, group_size: int) -> floa
     return errors[0] / errors[1]
 
 
-def _holds_weights(given: dict, got: dict, want: dict) -> dict | None:
-    row = given["row"].sort().values
-    found = [name for name, order in got.items() if torch.equal(order.float().flatten().sort().values, row)]
-    return {"name": found[0]} if found else None
+def _sorted_alike(a, b) -> bool:
+    return torch.equal(a.sort().values, b.sort().values)
 
 
-def _no_order(given: dict, got: dict, want: dict) -> dict | None:
-    places = torch.arange(len(given["row"]))
-    found = [name for name, order in got.items() if not torch.equal(order.sort().values, places)]
-    return {"name": found[0], "last": len(places) - 1} if found else None
+def _which(got: dict, is_so) -> dict | None:
+    return next(({"name": name} for name, order in got.items() if is_so(order)), None)
 
 
 def _orders_fault(given: dict, got: dict, want: dict) -> str | None:
@@ -253,16 +224,17 @@ TWO_ORDERS = Exercise(
     returns=("helpful", "useless"), inputs=order_inputs, reference=two_orders, otherwise=_orders_fault,
     accepts=lambda given, got, want: None if _orders_fault(given, got, want) else right(),
     faults=(
-        Fault("{name} holds weights, wanted their places: argsort for sort?", _holds_weights,
+        Fault("{name} holds weights, wanted their places: argsort for sort?",
+              lambda given, got, want: _which(got, lambda order: _sorted_alike(order.float().flatten(), given["row"])),
               (lambda row, g: (row.sort().values, row), lambda row, g: (row.argsort(), row)), early=True),
-        Fault("{name} is not an order: each place from 0 to {last} once", _no_order,
+        Fault("{name} is not an order: each place from 0 to 255 once",
+              lambda given, got, want: _which(got, lambda order: not _sorted_alike(order, torch.arange(256))),
               (lambda row, g: (row.argsort(), row.argsort() // g),)),
     ),
     others=(
-        Mutant(lambda row, g: (torch.arange(len(row)), torch.arange(len(row))), "should share a group"),
+        Mutant(lambda row, g: (torch.arange(256), torch.arange(256)), "should share a group"),
         Mutant(lambda row, g: (row.argsort().reshape(g, -1).t().reshape(-1), row.argsort()), "exchanged"),
-        Mutant(lambda row, g: (row.argsort(), row.argsort(descending=True)), "in every group"),
-        Mutant(lambda row, g: (row.argsort(), torch.randperm(len(row), generator=generator(0))), "in every group"),
+        Mutant(lambda row, g: (row.argsort(), torch.randperm(256, generator=generator(0))), "in every group"),
     ),
 )  # fmt: skip
 
@@ -280,27 +252,21 @@ def bootstrap_inputs(seed: int) -> dict:
     return {"loss": each * tokens, "other_loss": (each + extra) * tokens, "tokens": tokens, "draws": draws}
 
 
-def _interval(change, low: float = 0.025, high: float = 0.975):
-    """An answer: two percentiles of what `change` makes of loss, other_loss and tokens [samples, documents]."""
-
-    def answer(loss, other_loss, tokens, draws):
-        values = change(loss[draws], other_loss[draws], tokens[draws])
-        return tuple(torch.quantile(values, torch.tensor([low, high], dtype=values.dtype)).tolist())
-
-    return answer
-
-
 def _change(loss, other, tokens):
     return torch.expm1((other - loss).sum(1) / tokens.sum(1))
 
 
-def _bell(loss, other_loss, tokens, draws):
-    change = _change(loss[draws], other_loss[draws], tokens[draws])
-    return tuple((change.mean() + side * 1.96 * change.std()).item() for side in (-1, 1))
+def _percentiles(values, low=0.025, high=0.975):
+    return torch.quantile(values, torch.tensor([low, high], dtype=values.dtype)).tolist()
+
+
+def _interval(loss, other_loss, tokens, draws, *, change=_change, ends=_percentiles):
+    """A right answer, with what can go wrong as options: change(loss, other_loss, tokens [samples, documents]), and its ends."""
+    return tuple(ends(change(loss[draws], other_loss[draws], tokens[draws])))
 
 
 def _unpaired(redrawn):
-    """The other model scored on redrawn(documents of all draws)."""
+    """The change with the other model scored on redrawn(documents of all draws)."""
     return lambda loss, other, tokens: torch.expm1((redrawn(other.sum(1) / tokens.sum(1))) - loss.sum(1) / tokens.sum(1))
 
 
@@ -323,41 +289,35 @@ PAIRED_INTERVAL = Exercise(
     allowed=_percentile_limits, otherwise=_where_interval,
     close=lambda given, want: 1e-9,  # some mistakes lie closer to each other than neighbors do
     faults=(Fault("low is above high", lambda given, got, want: got["low"] > got["high"],
-                  (_interval(_change, 0.975, 0.025),)),),
-    mistakes=(
-        Mistake("every document counts the same here, long or short. Perplexity is of tokens: sum losses and tokens first, divide "
-                "once", _interval(lambda loss, other, tokens: torch.expm1(((other - loss) / tokens).mean(1)))),
-        Mistake("this is a mean of the documents' own perplexity changes: sum losses and tokens first, divide once, then exp",
-                _interval(lambda loss, other, tokens: torch.expm1((other - loss) / tokens).mean(1))),
-        Mistake("this is in nats. exp of it, minus 1, is the relative change in perplexity",
-                _interval(lambda loss, other, tokens: (other - loss).sum(1) / tokens.sum(1))),
-        Mistake("this is the ratio of perplexities: the change is 1 less",
-                _interval(lambda loss, other, tokens: 1 + _change(loss, other, tokens))),
-        Mistake("this is the difference of perplexities, not relative to the first model's",
-                _interval(lambda loss, other, tokens: (other.sum(1) / tokens.sum(1)).exp() - (loss.sum(1) / tokens.sum(1)).exp())),
-        Mistake("this is the relative change of the loss, not of perplexity",
-                _interval(lambda loss, other, tokens: (other - loss).sum(1) / loss.sum(1))),
-        Mistake("the sign is turned: the change goes from loss to other_loss",
-                _interval(lambda loss, other, tokens: _change(other, loss, tokens))),
-        Mistake("it leaves 5 % outside at either end: an interval of 95 % leaves 2.5 %", _interval(_change, 0.05, 0.95)),
-        Mistake("these are 1.96 standard deviations either side of the mean. The draws have percentiles of their own, no bell "
-                "needed", _bell),
-        *(Mistake("the interval is several times too wide, as if each model were scored on draws of its own. Both on the same draw",
-                  _interval(_unpaired(redrawn))) for redrawn in (lambda t: t.flip(0), lambda t: t.roll(1), lambda t: t.roll(-1))),
-    ),
-    others=(Mutant(_interval(_change, 0.005, 0.995), "times as wide"),),
+                  (partial(_interval, ends=lambda values: _percentiles(values)[::-1]),)),),
+    mistakes=mistakes_by_option(_interval, {
+        "every document counts the same here, long or short. Perplexity is of tokens: sum losses and tokens first, divide once":
+            {"change": lambda loss, other, tokens: torch.expm1(((other - loss) / tokens).mean(1))},
+        "this is a mean of the documents' own perplexity changes: sum losses and tokens first, divide once, then exp":
+            {"change": lambda loss, other, tokens: torch.expm1((other - loss) / tokens).mean(1)},
+        "this is in nats. exp of it, minus 1, is the relative change in perplexity": {"change": lambda *of: _change(*of).log1p()},
+        "this is the ratio of perplexities: the change is 1 less": {"change": lambda *of: 1 + _change(*of)},
+        "this is the difference of perplexities, not relative to the first model's":
+            {"change": lambda loss, other, tokens: _change(loss, other, tokens) * (loss.sum(1) / tokens.sum(1)).exp()},
+        "this is the relative change of the loss, not of perplexity":
+            {"change": lambda loss, other, tokens: (other - loss).sum(1) / loss.sum(1)},
+        "the sign is turned: the change goes from loss to other_loss":
+            {"change": lambda loss, other, tokens: _change(other, loss, tokens)},
+        "it leaves 5 % outside at either end: an interval of 95 % leaves 2.5 %":
+            {"ends": lambda values: _percentiles(values, 0.05, 0.95)},
+        "these are 1.96 standard deviations either side of the mean. The draws have percentiles of their own, no bell needed":
+            {"ends": lambda values: [(values.mean() + side * 1.96 * values.std()).item() for side in (-1, 1)]},
+        "the interval is several times too wide, as if each model were scored on draws of its own. Both on the same draw":
+            [{"change": _unpaired(redrawn)} for redrawn in (lambda t: t.flip(0), lambda t: t.roll(1), lambda t: t.roll(-1))],
+    }),
+    others=(Mutant(partial(_interval, ends=lambda values: _percentiles(values, 0.005, 0.995)), "times as wide"),),
 )  # fmt: skip
 
 
 # 3.5 ------------------------------------------------------------------------------------------------------------------
-def _ranked(gain, turned: bool = False):
-    """An answer: the layers by gain(saved, added, error, nbytes), most first."""
-
-    def answer(error, nbytes):
-        saved, added = error[:, 0] - error[:, 1], nbytes[:, 1] - nbytes[:, 0]
-        return gain(saved, added, error, nbytes).argsort(descending=not turned)
-
-    return answer
+def _ranked(error, nbytes, *, gain=lambda saved, added, error, nbytes: saved / added, turned=False):
+    """A right answer, with what can go wrong as options: the layers by another gain, or the least first."""
+    return gain(error[:, 0] - error[:, 1], nbytes[:, 1] - nbytes[:, 0], error, nbytes).argsort(descending=not turned)
 
 
 def rank_inputs(seed: int) -> dict:
@@ -375,28 +335,25 @@ def rank_inputs(seed: int) -> dict:
             return given
 
 
-RANK_MISTAKES = (
-    Mistake("the order is turned: the layer that gains most for a byte comes first",
-            _ranked(lambda saved, added, *_: saved / added, turned=True)),
-    Mistake("these are ranks: entry i says how layer i did. Wanted is the layer in place i, as argsort gives it",
-            lambda e, n: _ranked(lambda saved, added, *_: saved / added)(e, n).argsort()),
-    Mistake("this ranks by the error saved, whatever it costs: a large layer saves more and pays more",
-            _ranked(lambda saved, *_: saved)),
-    Mistake("this ranks by the share of its error that a layer saves: a layer with hardly any error comes first",
-            _ranked(lambda saved, added, error, nbytes: saved / error[:, 0])),
-    Mistake("this ranks by the error before the upgrade; what counts is what the upgrade takes away",
-            _ranked(lambda saved, added, error, nbytes: error[:, 0])),
-    Mistake("this ranks by the error that is left, not by the error saved",
-            _ranked(lambda saved, added, error, nbytes: error[:, 1] / added)),
-    Mistake("this ranks by the bytes added, whatever they buy", _ranked(lambda saved, added, *_: added.float(), turned=True)),
-    *(Mistake("the error saved is divided by all bytes of a layer: the upgrade is paid with the bytes that it adds",
-              _ranked(lambda saved, added, error, nbytes, column=column: saved / nbytes[:, column])) for column in (0, 1)),
-)  # fmt: skip
+RANK_MISTAKES = mistakes_by_option(_ranked, {
+    "these are ranks: entry i says how layer i did. Wanted is the layer in place i, as argsort gives it":
+        lambda *given: _ranked(*given).argsort(),
+    "the order is turned: the layer that gains most for a byte comes first": {"turned": True},
+    "this ranks by the error saved, whatever it costs: a large layer saves more and pays more": {"gain": lambda saved, *_: saved},
+    "this ranks by the share of its error that a layer saves: a layer with hardly any error comes first":
+        {"gain": lambda saved, added, error, _: saved / error[:, 0]},
+    "this ranks by the error before the upgrade; what counts is what the upgrade takes away":
+        {"gain": lambda saved, added, error, _: error[:, 0]},
+    "this ranks by the error that is left, not by the error saved": {"gain": lambda saved, added, error, _: error[:, 1] / added},
+    "this ranks by the bytes added, whatever they buy": {"gain": lambda saved, added, *_: -added},
+    "the error saved is divided by all bytes of a layer: the upgrade is paid with the bytes that it adds":
+        [{"gain": lambda saved, added, error, nbytes, column=column: saved / nbytes[:, column]} for column in (0, 1)],
+})  # fmt: skip
 
 RANK_LAYERS = Exercise(
     id="3.5", name="rank_layers", title="Where does a byte help most?", minutes=6, difficulty=2, points=2,
     returns=("order",), inputs=rank_inputs, reference=budget.rank_layers, mistakes=RANK_MISTAKES,
-    otherwise=lambda given, got, want: "{} is layer {}, wanted layer {}: error saved per byte".format(*first_difference(got, want)),
+    about=lambda given, want, order, place: f"the layer in place {place[0]} by error saved per byte",
     faults=(
         Fault("order is not an order of the layers: each place from 0 to 7 once, as argsort returns them",
               lambda given, got, want: not torch.equal(got["order"].sort().values, torch.arange(8)),
@@ -446,14 +403,10 @@ def _errors_add_up_to(given: dict, choice: torch.Tensor) -> tuple[float, float]:
     return error.gather(1, choice[:, None]).sum().item(), error[:, 1].sum().item()
 
 
-def _accepts_spend(given: dict, got: dict, want: dict) -> Verdict | None:
-    total, uniform = _errors_add_up_to(given, got["choice"])
-    return right() if total < uniform else None
-
-
 SPEND = Exercise(
     id="3.6", name="spend", title="A budget, spent by layer", minutes=15, difficulty=4, points=4,
-    returns=("choice",), inputs=spend_inputs, reference=budget.spend, accepts=_accepts_spend,
+    returns=("choice",), inputs=spend_inputs, reference=budget.spend,
+    accepts=lambda given, got, want: right() if operator.lt(*_errors_add_up_to(given, got["choice"])) else None,
     otherwise=lambda given, got, want: (
         "the errors add up to {}, the uniform choice of the same size to {}. Compare upgrades by the error they save for each "
         "byte".format(*shown(*_errors_add_up_to(given, got["choice"])))

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import got_and_wanted, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, right
+from labsupport.exercises.compare import shown
+from labsupport.exercises.form import Exercise, Fault, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import int8, rtn
 from labsupport.quant.int8 import PER_PRODUCT, Int8Tensor
 
@@ -22,7 +22,6 @@ def _far_from_ties(steps: torch.Tensor) -> bool:
 
 
 # 4.1 ------------------------------------------------------------------------------------------------------------------
-
 ROWS = ["values half way between two codes", "mixed signs", "largest value negative", "tiny values", "an all-zero row"]
 
 
@@ -47,60 +46,59 @@ def quantize_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.codes, quantized.absmax
 
 
-def _rows(matrix, absmax=None, top=127.0, rounded=torch.round, stored=None, code_of_nan=0):
-    """The right answer, or one with another magnitude to divide by or to store, another largest code or rounding."""
-    absmax = matrix.abs().amax(1) if absmax is None else absmax
-    codes = rounded((matrix * (top / absmax.view(-1, 1))).nan_to_num(code_of_nan, 0.0, 0.0))
-    return codes.int().to(torch.int8), absmax if stored is None else stored  # codes out of range wrap around
+def _absmax(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.abs().amax(1)
 
 
-def _first_row_off(given, got, want):
-    if (off := (got["absmax"] != want["absmax"]).nonzero()).numel():
-        row = int(off[0])
-        return f"{ROWS[row]}: absmax[{row}]: {got_and_wanted(got['absmax'][row].item(), want['absmax'][row].item())}"
-    row, column = (got["codes"] != want["codes"]).nonzero()[0].tolist()
-    value, absmax = given["matrix"][row, column].item(), want["absmax"][row].item()
-    pair = got_and_wanted(got["codes"][row, column].item(), want["codes"][row, column].item())
-    return f"{ROWS[row]}: the code of {value:.4g} with absmax {absmax:.4g}: {pair}"
+def _rows(matrix, *, absmax=_absmax, stored=None, top=127.0, rounded=torch.round, code_of_nan=0):
+    """A right answer, with what can go wrong as options: what a row is divided by, what is stored instead, the largest code."""
+    codes = rounded((matrix * (top / absmax(matrix).view(-1, 1))).nan_to_num(code_of_nan, 0.0, 0.0))
+    return codes.int().to(torch.int8), (stored or absmax)(matrix)  # codes out of range wrap around
+
+
+def _about_row(given, want, name, place):
+    code = f"the code of {given['matrix'][place]:.4g} with absmax {want['absmax'][place[0]]:.4g}" if name == "codes" else ""
+    return f"{ROWS[place[0]]}: {code or f'absmax[{place[0]}]'}"
 
 
 QUANTIZE_ROWS = Exercise(
     id="4.1", name="quantize_rows", title="Vector-wise int8", minutes=8, difficulty=2, points=2,
-    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, dtypes=("codes",), otherwise=_first_row_off,
+    returns=("codes", "absmax"), inputs=row_inputs, reference=quantize_rows, dtypes=("codes",), order=("absmax",), about=_about_row,
     close=lambda given, want: {"codes": 0.0, "absmax": 2**-22 * want["absmax"]},  # absmax / 127 is rounded
     faults=(
         Fault("largest value negative: absmax is the largest value of a row, not its largest magnitude. max() for abs()?",
-              lambda given, got, want: (got["absmax"] == given["matrix"].amax(1)).all(), (lambda m: _rows(m, m.amax(1)),)),
+              lambda given, got, want: (got["absmax"] == given["matrix"].amax(1)).all(),
+              (partial(_rows, absmax=lambda m: m.amax(1)),)),
         Fault("an all-zero row: absmax is {value}, wanted 0. Guard the division, not the magnitude",
               lambda given, got, want: got["absmax"][4] != 0 and {"value": f"{got['absmax'][4].item():.4g}"},
-              (lambda m: _rows(m, m.abs().amax(1).clamp(min=1e-8)),)),
+              (partial(_rows, stored=lambda m: _absmax(m).clamp(min=1e-8)),)),
         Fault("an all-zero row: its codes are not 0. Is 0 divided by 0? That is not a number, and a cast makes anything of it",
-              lambda given, got, want: got["codes"][4].any(), (lambda m: _rows(m, code_of_nan=-128.0),)),
+              lambda given, got, want: got["codes"][4].any(), (partial(_rows, code_of_nan=-128.0),)),
     ),
-    mistakes=(
-        Mistake("there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1",
-                lambda m: (_rows(m.t())[0].t(), m.abs().amax(0))),
-        Mistake("there is one magnitude for the whole matrix. Vector-wise means one for each row",
-                lambda m: _rows(m, m.abs().max().view(1))),
-        Mistake("absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end",
-                lambda m: _rows(m, m.abs().amax(1, keepdim=True))),
-        Mistake("codes are right, but not in torch.int8: round first, cast last", lambda m: (_rows(m)[0].float(), m.abs().amax(1))),
-        Mistake("absmax is the distance between two codes. bitsandbytes keeps the magnitude itself, absmax, 127 times as much",
-                lambda m: _rows(m, stored=m.abs().amax(1) / 127)),
-        Mistake("the largest value gets code 128, which int8 does not hold: it wraps around to -128. The codes go from -127 to 127",
-                lambda m: _rows(m, top=128.0)),
-        Mistake("there are 128 steps to absmax, and code 128 is clamped. The codes go from -127 to 127",
-                lambda m: _rows(m, top=128.0, rounded=lambda x: x.round().clamp(-128, 127))),
-        Mistake("the fraction is cut off: a cast to int8 does not round", lambda m: _rows(m, rounded=torch.trunc)),
-        Mistake("half-way values go up. torch.round takes the even neighbor, and so does bitsandbytes",
-                lambda m: _rows(m, rounded=lambda x: torch.floor(x + 0.5))),
-        Mistake("half-way values go away from zero. torch.round takes the even neighbor, and so does bitsandbytes",
-                lambda m: _rows(m, rounded=lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5))),
-    ),
+    mistakes=mistakes_by_option(_rows, {
+        "there is one magnitude for each column. A row is one token, or one output's weights: reduce along dim 1":
+            lambda m: (_rows(m.t())[0].t(), m.abs().amax(0)),
+        "there is one magnitude for the whole matrix. Vector-wise means one for each row":
+            {"absmax": lambda m: m.abs().max().view(1)},
+        "absmax has shape [rows, 1], wanted [rows]: keep the axis for the division, drop it at the end":
+            {"absmax": lambda m: m.abs().amax(1, keepdim=True)},
+        "codes are right, but not in torch.int8: round first, cast last": lambda m: (_rows(m)[0].float(), _absmax(m)),
+        "absmax is the distance between two codes. bitsandbytes keeps the magnitude itself, absmax, 127 times as much":
+            {"stored": lambda m: _absmax(m) / 127},
+        "the largest value gets code 128, which int8 does not hold: it wraps around to -128. The codes go from -127 to 127":
+            {"top": 128.0},
+        "there are 128 steps to absmax, and code 128 is clamped. The codes go from -127 to 127":
+            {"top": 128.0, "rounded": lambda steps: steps.round().clamp(-128, 127)},
+        "the fraction is cut off: a cast to int8 does not round": {"rounded": torch.trunc},
+        "half-way values go up. torch.round takes the even neighbor, and so does bitsandbytes":
+            {"rounded": lambda steps: torch.floor(steps + 0.5)},
+        "half-way values go away from zero. torch.round takes the even neighbor, and so does bitsandbytes":
+            {"rounded": lambda steps: steps.sign() * torch.floor(steps.abs() + 0.5)},
+    }),
     others=(
-        Mutant(lambda m: _rows(m, 1.01 * m.abs().amax(1)), "values half way between two codes: absmax[0]: got"),
-        Mutant(lambda m: (_rows(m)[0] // 2, m.abs().amax(1)), "with absmax 127: got"),
-        Mutant(lambda m: (_rows(m)[0] + 0.5, m.abs().amax(1)), "wanted torch.int8"),
+        Mutant(partial(_rows, stored=lambda m: 1.01 * _absmax(m)), "values half way between two codes: absmax[0]: got"),
+        Mutant(lambda m: (_rows(m)[0] // 2, _absmax(m)), "with absmax 127: got"),
+        Mutant(lambda m: (_rows(m)[0] + 0.5, _absmax(m)), "wanted torch.int8"),
     ),
 )  # fmt: skip
 
@@ -112,8 +110,7 @@ def product_inputs(seed: int) -> dict:
     codes, weight_codes = (torch.randint(-127, 128, (4, 2048), generator=g, dtype=torch.int8) for _ in range(2))
     codes[1], weight_codes[2] = 127, 127
     codes[1, int(torch.randint(2048, (1,), generator=g))] = 126
-    absmax = torch.tensor([0.5, 40.0, 3.0, 0.02]) * (1 + torch.rand(4, generator=g))
-    weight_absmax = torch.tensor([2.0, 0.1, 0.7, 9.0]) * (1 + torch.rand(4, generator=g))
+    absmax, weight_absmax = torch.tensor([[0.5, 40.0, 3.0, 0.02], [2.0, 0.1, 0.7, 9.0]]) * (1 + torch.rand(2, 4, generator=g))
     return {"codes": codes, "absmax": absmax, "weight_codes": weight_codes, "weight_absmax": weight_absmax}
 
 
@@ -133,14 +130,12 @@ def _product_allowed(given: dict, want: dict) -> dict:
     return {"product": 0.0, "output": (CONSTANT + codes.shape[1] * 2**-24) * size}
 
 
-def _product(summed=int8.matmul_int32, scaled=lambda p, a, w: p * a[:, None] * w / 127**2):
-    """The right answer, or one with another product of codes, or other scales on it."""
-
-    def answer(codes, absmax, weight_codes, weight_absmax):
-        product = summed(codes, weight_codes)
-        return product, scaled(product.float(), absmax, weight_absmax)
-
-    return answer
+def _product(codes, absmax, weight_codes, weight_absmax, *, casts=(), scaled=lambda p, a, w: p * a[:, None] * w / 127**2):
+    """A right answer, or one with sums that go through other dtypes, or with other scales on them."""
+    product = int8.matmul_int32(codes, weight_codes)
+    for dtype in casts:
+        product = product.to(dtype)
+    return product, scaled(product.float(), absmax, weight_absmax)
 
 
 def _longest_rounded(given, got, want):
@@ -151,10 +146,6 @@ def _longest_rounded(given, got, want):
     return off.any() and near[off].all() and {"sum": int(exact.max()), "got": int(have.max())}
 
 
-def _made_in(dtype):
-    return lambda a, b: int8.matmul_int32(a, b).to(dtype)
-
-
 INT8_MATMUL = Exercise(
     id="4.2", name="int8_matmul", title="A product in int8", minutes=8, difficulty=2, points=3,
     returns=("product", "output"), inputs=product_inputs, reference=int8_matmul, allowed=_product_allowed,
@@ -162,37 +153,32 @@ INT8_MATMUL = Exercise(
     and torch.allclose(got["output"].double(), theirs["output"].double(), rtol=2 * CONSTANT, atol=0),
     faults=(
         Fault("the sums are rounded: float16 knows each whole number up to 2048 only, and ends at 65504",
-              lambda given, got, want: got["product"].dtype == torch.float16, (_product(_made_in(torch.float16)),), early=True),
+              lambda given, got, want: got["product"].dtype == torch.float16,
+              (partial(_product, casts=[torch.float16]),), early=True),
         Fault("the sum {sum} came out as {got}: float32 knows each whole number up to 2**24 only. Sum integers in an integer dtype",
-              _longest_rounded, (_product(_made_in(torch.float32)), _product(lambda a, b: (a.float() @ b.float().t()).int()))),
+              _longest_rounded, tuple(partial(_product, casts=casts) for casts in ([torch.float32], [torch.float32, torch.int32]))),
     ),
-    mistakes=(
-        Mistake("the sums wrapped around: they were made in int8, which ends at 127. Convert the codes before the product",
-                _product(_made_in(torch.int8))),
-        Mistake("the sums wrapped around: they were made in int16, which ends at 32767. int32 is the least that holds them",
-                _product(_made_in(torch.int16))),
-        Mistake("the sums are rounded: bfloat16 knows each whole number up to 256 only", _product(_made_in(torch.bfloat16))),
-        Mistake("product is turned over: its rows are outputs, wanted tokens", lambda a, s, b, t: _product()(b, t, a, s)),
-        *(Mistake("product is right. " + says, _product(scaled=scaled)) for says, scaled in (
-            ("the two scales stand on each other's axes: row i belongs to token i, column j to output j",
-             lambda p, a, w: p * a[None] * w[:, None] / 127**2),
-            ("it is 127 times too large: both sides were multiplied by 127, so divide by it twice",
-             lambda p, a, w: p * a[:, None] * w / 127),
-            ("it is 127**2 times too large: a code stands for code * absmax / 127, on both sides",
-             lambda p, a, w: p * a[:, None] * w),
-            ("the weight's scale is missing", lambda p, a, w: p * a[:, None] / 127**2),
-            ("the activations' scale is missing", lambda p, a, w: p * w / 127**2),
-            ("it multiplies where it should divide: a code stands for code * absmax / 127",
-             lambda p, a, w: p * 127**2 / (a[:, None] * w)),
-            ("it takes 128 steps to absmax: there are 127", lambda p, a, w: p * a[:, None] * w / 128**2),
-            ("the scales are added. A product of codes stands for the product of both scales",
-             lambda p, a, w: p * (a[:, None] + w) / 127**2),
-        )),
-    ),
-    others=(
-        Mutant(_product(lambda a, b: int8.matmul_int32(a, b) + 1), "product[0, 0]: got"),
-        Mutant(_product(scaled=lambda p, a, w: 1.001 * p * a[:, None] * w / 127**2), "output["),
-    ),
+    mistakes=mistakes_by_option(_product, {
+        "the sums wrapped around: they were made in int8, which ends at 127. Convert the codes before the product":
+            {"casts": [torch.int8]},
+        "the sums wrapped around: they were made in int16, which ends at 32767. int32 is the least that holds them":
+            {"casts": [torch.int16]},
+        "the sums are rounded: bfloat16 knows each whole number up to 256 only": {"casts": [torch.bfloat16]},
+        "product is turned over: its rows are outputs, wanted tokens": lambda a, s, b, t: _product(b, t, a, s),
+        "product is right. the two scales stand on each other's axes: row i belongs to token i, column j to output j":
+            {"scaled": lambda p, a, w: p * a[None] * w[:, None] / 127**2},
+        "product is right. it is 127 times too large: both sides were multiplied by 127, so divide by it twice":
+            {"scaled": lambda p, a, w: p * a[:, None] * w / 127},
+        "product is right. it is 127**2 times too large: a code stands for code * absmax / 127, on both sides":
+            {"scaled": lambda p, a, w: p * a[:, None] * w},
+        "product is right. the weight's scale is missing": {"scaled": lambda p, a, w: p * a[:, None] / 127**2},
+        "product is right. the activations' scale is missing": {"scaled": lambda p, a, w: p * w / 127**2},
+        "product is right. it multiplies where it should divide: a code stands for code * absmax / 127":
+            {"scaled": lambda p, a, w: p * 127**2 / (a[:, None] * w)},
+        "product is right. it takes 128 steps to absmax: there are 127": {"scaled": lambda p, a, w: p * a[:, None] * w / 128**2},
+        "product is right. the scales are added. A product of codes stands for the product of both scales":
+            {"scaled": lambda p, a, w: p * (a[:, None] + w) / 127**2},
+    }),
 )  # fmt: skip
 
 
@@ -213,8 +199,9 @@ def column_inputs(seed: int) -> dict:
     return {"activations": activations, "threshold": threshold}
 
 
-def _where(chosen: torch.Tensor) -> torch.Tensor:
-    return chosen.nonzero().view(-1)
+def _columns(activations, threshold, *, large=lambda x, t: (x.abs() >= t).any(0)):
+    """A right answer, or one by another mask."""
+    return large(activations, threshold).nonzero().view(-1)
 
 
 OUTLIER_COLUMNS = Exercise(
@@ -230,29 +217,25 @@ OUTLIER_COLUMNS = Exercise(
               (lambda x, t: (x.abs() >= t).any(0).nonzero(),), early=True),
         Fault("columns is {dtype}, wanted the places of the columns, whole numbers: not the values that stand there",
               lambda given, got, want: got["columns"].is_floating_point() and {"dtype": got["columns"].dtype},
-              (lambda x, t: x[x.abs() >= t], lambda x, t: _where((x.abs() >= t).any(0)).float()), early=True),
+              (lambda x, t: x[x.abs() >= t],), early=True),
     ),
-    mistakes=(
-        Mistake("a column that reaches the threshold exactly is missing: an outlier is at or above it",
-                lambda x, t: _where((x.abs() > t).any(0))),
-        Mistake("columns that are large below zero are missing: it is the magnitude that counts",
-                lambda x, t: _where((x >= t).any(0))),
-        Mistake("only columns that are large in every token are found. One token is enough: its row would be spoiled",
-                lambda x, t: _where((x.abs() >= t).all(0))),
-        Mistake("it compares a column's mean magnitude. One token is enough, and a mean over tokens hides it",
-                lambda x, t: _where(x.abs().mean(0) >= t)),
-        Mistake("these are tokens, not columns: reduce over the tokens, dim 0", lambda x, t: _where((x.abs() >= t).any(1))),
-        Mistake("a column is listed once for each token in which it is large: once is enough",
-                lambda x, t: (x.abs() >= t).nonzero()[:, 1]),
-        Mistake("these are the right columns in another order, wanted ascending",
-                lambda x, t: _where((x.abs() >= t).any(0)).flip(0)),
-    ),
-    others=(Mutant(lambda x, t: _where((x.abs() >= t - 0.01).any(0)), "got columns"),),
+    mistakes=mistakes_by_option(_columns, {
+        "a column that reaches the threshold exactly is missing: an outlier is at or above it":
+            {"large": lambda x, t: (x.abs() > t).any(0)},
+        "columns that are large below zero are missing: it is the magnitude that counts": {"large": lambda x, t: (x >= t).any(0)},
+        "only columns that are large in every token are found. One token is enough: its row would be spoiled":
+            {"large": lambda x, t: (x.abs() >= t).all(0)},
+        "it compares a column's mean magnitude. One token is enough, and a mean over tokens hides it":
+            {"large": lambda x, t: x.abs().mean(0) >= t},
+        "these are tokens, not columns: reduce over the tokens, dim 0": {"large": lambda x, t: (x.abs() >= t).any(1)},
+        "a column is listed once for each token in which it is large: once is enough": lambda x, t: (x.abs() >= t).nonzero()[:, 1],
+        "these are the right columns in another order, wanted ascending": lambda x, t: _columns(x, t).flip(0),
+    }),
+    others=(Mutant(partial(_columns, large=lambda x, t: (x.abs() >= t - 0.01).any(0)), "got columns"),),
 )  # fmt: skip
 
 
 # 4.4 ------------------------------------------------------------------------------------------------------------------
-
 TOKENS = (
     "a token without outliers", "a token with a large value", "a token that reaches the threshold exactly",
     "a token whose largest value stands in an outlier column",
@@ -292,67 +275,58 @@ def _mixed_allowed(given: dict, want: dict) -> torch.Tensor:
     return CONSTANT * (given["activations"].abs() @ weight.abs().t())
 
 
-def _mixed(x, codes, absmax, threshold, *, large=None, share=None, inside=None, kept=None, outside=None):
+def _mixed(x, codes, absmax, threshold, *, large=lambda x, t: x.abs() >= t, share=None, inside=None, kept=None, outside=None):
     """The right answer, with parts that can be replaced: which values are large, what a row's magnitude is taken over, what
     is rounded, and the two factors of the floating-point product."""
-    large = x.abs() >= threshold if large is None else large(x, threshold)
-    columns = large.any(0)
-    share = x.masked_fill(large, 0).abs().amax(1) if share is None else share(x, columns)
-    inside = x.masked_fill(columns[None], 0) if inside is None else inside(x, large)
-    rounded = torch.round(inside * (127 / share[:, None])).clamp(-127, 127)
-    product = (rounded.double() @ codes.double().t()).float() * share[:, None] * absmax / 127**2
-    kept = codes * absmax[:, None] / 127 if kept is None else kept(codes, absmax)
-    outside = x.masked_fill(~columns[None], 0) if outside is None else outside(x, large)
-    return product + outside @ kept.t()
-
-
-def _first_token_off(given, got, want):
-    row, column = ((got["output"] - want["output"]).abs() > _mixed_allowed(given, want)).nonzero()[0].tolist()
-    pair = got_and_wanted(got["output"][row, column].item(), want["output"][row, column].item())
-    return f"{TOKENS[row]}: output[{row}, {column}]: {pair}"
+    is_large = large(x, threshold)
+    columns = is_large.any(0)
+    magnitude = (share(x, columns) if share else x.masked_fill(is_large, 0)).abs().amax(1)
+    small = inside(x, is_large) if inside else x.masked_fill(columns[None], 0)
+    rounded = torch.round(small * (127 / magnitude[:, None])).clamp(-127, 127)
+    product = (rounded.double() @ codes.double().t()).float() * magnitude[:, None] * absmax / 127**2
+    weight = kept(codes, absmax) if kept else codes * absmax[:, None] / 127
+    return product + (outside(x, is_large) if outside else x.masked_fill(~columns[None], 0)) @ weight.t()
 
 
 MIXED_MATMUL = Exercise(
     id="4.4", name="mixed_matmul", title="The rescue", minutes=14, difficulty=3, points=4,
-    returns=("output",), inputs=mixed_inputs, reference=mixed_matmul, otherwise=_first_token_off,
+    returns=("output",), inputs=mixed_inputs, reference=mixed_matmul,
+    about=lambda given, want, name, place: f"{TOKENS[place[0]]}: {name}{list(place)}",
     allowed=_mixed_allowed, close=lambda given, want: 2 * _mixed_allowed(given, want),
-    mistakes=(
-        *(Mistake(says, partial(_mixed, **parts)) for says, parts in (
-            ("the outliers still count for their row's magnitude, so the other values are rounded as coarsely as before. Take them "
-             "out first, then look for the largest", {"share": lambda x, columns: x.abs().amax(1)}),
-            ("this is the paper's rule, where the whole column leaves before a row's magnitude is taken. In bitsandbytes only the "
-             "values that reach the threshold leave: a small value in an outlier column still counts",
-             {"share": lambda x, columns: x.masked_fill(columns[None], 0).abs().amax(1)}),
-            ("small values in outlier columns are counted twice: in the int8 product, and again in the floating-point one. Their "
-             "codes must be 0", {"inside": lambda x, large: x.masked_fill(large, 0)}),
-            ("the outlier columns are in both products: set their codes to 0", {"inside": lambda x, large: x}),
-            ("the floating-point part is missing: the outlier columns were taken out and never put back",
-             {"outside": lambda x, large: torch.zeros_like(x)}),
-            ("small values in outlier columns are lost: the floating-point product takes the whole column, not only its large "
-             "values", {"outside": lambda x, large: x.masked_fill(~large, 0)}),
-            ("it takes out single values, and leaves the small ones of the same columns in int8. That adds up too, but then the "
-             "floating-point part is no product of a few columns",
-             {"inside": lambda x, large: x.masked_fill(large, 0), "outside": lambda x, large: x.masked_fill(~large, 0)}),
-            ("the floating-point part multiplies by codes. They stand for code * absmax / 127",
-             {"kept": lambda codes, absmax: codes.float()}),
-            ("the floating-point part is 127 times too large: a code stands for code * absmax / 127",
-             {"kept": lambda codes, absmax: codes * absmax[:, None]}),
-            ("the floating-point part is 127 times too small: there only the weight was multiplied by 127, so divide once",
-             {"kept": lambda codes, absmax: codes * absmax[:, None] / 127**2}),
-            ("a value that reaches the threshold exactly is left in int8: an outlier is at or above it",
-             {"large": lambda x, t: x.abs() > t}),
-            ("outliers below zero are left in int8: it is the magnitude that counts", {"large": lambda x, t: x >= t}),
-            ("nothing is taken out: this is the product of 4.2", {"large": lambda x, t: torch.zeros_like(x, dtype=torch.bool)}),
-        )),
-        Mistake("nothing is rounded: this multiplies floating-point activations by the dequantized weight",
-                lambda x, codes, absmax, threshold: x @ (codes * absmax[:, None] / 127).t()),
-    ),
+    mistakes=mistakes_by_option(_mixed, {
+        "the outliers still count for their row's magnitude, so the other values are rounded as coarsely as before. Take them out "
+        "first, then look for the largest": {"share": lambda x, columns: x},
+        "this is the paper's rule, where the whole column leaves before a row's magnitude is taken. In bitsandbytes only the "
+        "values that reach the threshold leave: a small value in an outlier column still counts":
+            {"share": lambda x, columns: x.masked_fill(columns[None], 0)},
+        "small values in outlier columns are counted twice: in the int8 product, and again in the floating-point one. Their codes "
+        "must be 0": {"inside": lambda x, large: x.masked_fill(large, 0)},
+        "the outlier columns are in both products: set their codes to 0": {"inside": lambda x, large: x},
+        "the floating-point part is missing: the outlier columns were taken out and never put back":
+            {"outside": lambda x, large: 0 * x},
+        "small values in outlier columns are lost: the floating-point product takes the whole column, not only its large values":
+            {"outside": lambda x, large: x * large},
+        "it takes out single values, and leaves the small ones of the same columns in int8. That adds up too, but then the "
+        "floating-point part is no product of a few columns":
+            {"inside": lambda x, large: x.masked_fill(large, 0), "outside": lambda x, large: x * large},
+        "the floating-point part multiplies by codes. They stand for code * absmax / 127":
+            {"kept": lambda codes, absmax: codes.float()},
+        "the floating-point part is 127 times too large: a code stands for code * absmax / 127":
+            {"kept": lambda codes, absmax: codes * absmax[:, None]},
+        "the floating-point part is 127 times too small: there only the weight was multiplied by 127, so divide once":
+            {"kept": lambda codes, absmax: codes * absmax[:, None] / 127**2},
+        "a value that reaches the threshold exactly is left in int8: an outlier is at or above it":
+            {"large": lambda x, t: x.abs() > t},
+        "outliers below zero are left in int8: it is the magnitude that counts": {"large": lambda x, t: x >= t},
+        "nothing is taken out: this is the product of 4.2": {"large": lambda x, t: x > torch.inf},
+        "nothing is rounded: this multiplies floating-point activations by the dequantized weight":
+            lambda x, codes, absmax, threshold: x @ (codes * absmax[:, None] / 127).t(),
+    }),
     others=(Mutant(partial(_mixed, large=lambda x, t: x.abs() >= t - 0.01), "a token without outliers: output["),),
 )  # fmt: skip
 
 
 # 4.5 ------------------------------------------------------------------------------------------------------------------
-
 THRESHOLDS = (3.0, 6.0, 12.0)
 MOST_MOVED, LEAST_MOVED, LEAST_RESCUED = 1.05, 3.0, 5.0
 LARGEST_HALF = 65504.0  # of float16
@@ -365,17 +339,13 @@ def batch_inputs(seed: int) -> dict:
 
 def two_batches(bulk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Far above all thresholds, and between two of them."""
-    return _two_columns(40.0, 9.0)(bulk)
+    return _two_columns(bulk, 40.0, 9.0)
 
 
-def _two_columns(indifferent: float, sensitive: float, rows: int = 16) -> Callable:
-    def answer(bulk):
-        first, second = bulk.clone(), bulk.clone()
-        first[:, 0] = indifferent
-        second[:rows, 0] = sensitive
-        return first, second
-
-    return answer
+def _two_columns(bulk: torch.Tensor, indifferent: float, sensitive: float, rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = bulk.clone(), bulk.clone()
+    first[:, 0], second[:rows, 0] = indifferent, sensitive
+    return first, second
 
 
 def output_error(activations: torch.Tensor, threshold: float) -> float:
@@ -420,11 +390,11 @@ TWO_BATCHES = Exercise(
     returns=("indifferent", "sensitive"), inputs=batch_inputs, reference=two_batches,
     accepts=lambda given, got, want: None if _batches_fault(given, got, want) else right(), otherwise=_batches_fault,
     others=(
-        Mutant(_two_columns(9.0, 40.0), "exchanged"), Mutant(_two_columns(9.0, 9.0), "taken out at all three?"),
-        Mutant(_two_columns(2.0, 9.0), "step of its row"), Mutant(_two_columns(40.0, 2.5), "left in at all three"),
-        Mutant(_two_columns(40.0, 13.0), "Its column is taken out at all three"), Mutant(_two_columns(1e5, 9.0), "in float16"),
-        Mutant(_two_columns(40.0, 9.0, rows=1), "how often"), Mutant(lambda bulk: (20 * bulk, 5 * bulk), "in one column"),
-        Mutant(lambda bulk: (bulk.clone(), bulk.clone()), "in 0 columns"),
+        *(Mutant(lambda bulk, parts=parts: _two_columns(bulk, *parts), says) for says, parts in {
+            "exchanged": (9.0, 40.0), "taken out at all three?": (9.0, 9.0), "step of its row": (2.0, 9.0), "in float16": (1e5, 9),
+            "left in at all three": (40.0, 2.5), "Its column is taken out at all three": (40.0, 13.0), "how often": (40.0, 9.0, 1),
+        }.items()),
+        Mutant(lambda bulk: (20 * bulk, 5 * bulk), "in one column"), Mutant(lambda bulk: (bulk + 0, bulk + 0), "in 0 columns"),
     ),
 )  # fmt: skip
 
@@ -439,15 +409,14 @@ def _layers(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, tuple[Callabl
     """Layers to look at from outside; and what each would be that rounds its input if it did not, None where it does not."""
     four, eight, whole = rtn.quantize(weight, 4, 32).dequantize(), int8.quantize(weight), int8.quantize(weight, "tensor")
     by_row, by_tensor = eight.dequantize().t(), whole.dequantize().t()
+    per_tensor = partial(int8.linear, weight=whole, threshold=0.0, granularity="tensor")
     return {
         "float": (lambda x: x @ weight.t(), None),
         "float with a bias": (lambda x: x @ weight.t() + bias, None),
         "4-bit weights": (lambda x: x @ four.t() + bias, None),
         "int8 weights": (lambda x: x @ by_row, None),
         "int8 on both sides": (lambda x: int8.linear(x, eight, bias, threshold=0.0), lambda x: x @ by_row + bias),
-        "int8 on both sides, per tensor": (
-            lambda x: int8.linear(x, whole, threshold=0.0, granularity="tensor"), lambda x: x @ by_tensor
-        ),
+        "int8 on both sides, per tensor": (per_tensor, lambda x: x @ by_tensor),
         "LLM.int8()": (lambda x: int8.linear(x, eight, bias), lambda x: x @ by_row + bias),
     }  # fmt: skip
 
@@ -509,27 +478,13 @@ def _layers_fault(given, got, want) -> str | None:
     if not missed:
         return None
     if not any(got[name] for name in layers):
-        return (
-            "it finds no layer weight-only, not even one in plain float32. A float32 sum depends on rounding too, in the seventh "
-            "digit: allow for that"
-        )
+        none = "it finds no layer weight-only, not even one in plain float32"
+        return f"{none}. A float32 sum depends on rounding too, in the seventh digit: allow for that"
     if missed[:2] == ["float with a bias", "4-bit weights"]:
         return "a layer with a bias is taken for one that rounds its input: f(0) is not 0 there, take it off first"
     if missed[0] not in got["fed"]:
         return f"{missed[0]} is taken for a layer that rounds its input, and it does not"
     return f"{missed[0]} is taken for weight-only, {FED.get(got['fed'][missed[0]], 'and it rounds its input')}"
-
-
-def _by_doubling(layer, n):
-    x = torch.randn(4, n, generator=generator(1))
-    zero = layer(torch.zeros_like(x))
-    return bool(((layer(2 * x) - zero) - 2 * (layer(x) - zero)).abs().max() < 1e-4)
-
-
-def _by_one_hot(layer, n):
-    a, b = torch.eye(n)[:2]
-    zero = layer(torch.zeros(1, n))
-    return bool((layer((a + b)[None]) - layer(a[None]) - layer(b[None]) + zero).abs().max() < 1e-4)
 
 
 def _by_levels(layer, n):
@@ -538,8 +493,10 @@ def _by_levels(layer, n):
     return weight.unique().numel() > 0.99 * weight.numel()
 
 
-def _by_sums(layer, n, low=-1.0, high=1.0, allowed=1e-4, bias=True):
-    a, b = low + (high - low) * torch.rand(2, 8, n, generator=generator(1))
+def _by_sums(layer, n, *, between=(-1, 1), ones=False, twice=False, allowed=1e-4, bias=True):
+    """A right answer, with what can go wrong as options: what values are added up, and by how much the sum may be off."""
+    a, b = torch.empty(2, 8, n).uniform_(*between, generator=generator(1)) if not ones else torch.eye(n)[:2, None]
+    b = a if twice else b
     gap = layer(a + b) - layer(a) - layer(b) + (layer(torch.zeros_like(a)) if bias else 0)
     return bool(gap.abs().max() <= allowed * layer(a + b).abs().max())
 
@@ -549,11 +506,10 @@ WEIGHT_ONLY = Exercise(
     returns=("weight_only",), inputs=layer_inputs, reference=is_weight_only, drive=drive_layers,
     accepts=lambda given, got, want: None if _layers_fault(given, got, want) else right(), otherwise=_layers_fault,
     others=(
-        Mutant(_by_doubling, "same codes"), Mutant(_by_one_hot, "exact in int8"),
+        Mutant(partial(_by_sums, twice=True), "same codes"), Mutant(partial(_by_sums, ones=True), "exact in int8"),
         Mutant(lambda layer, n: True, "nothing but zeros, if anything"),
-        Mutant(lambda layer, n: layer(torch.zeros(1, n)).isfinite().all().item(), "nothing but zeros"),
-        Mutant(partial(_by_sums, allowed=0.0), "seventh digit"), Mutant(lambda layer, n: False, "no layer weight-only"),
-        Mutant(partial(_by_sums, bias=False), "a bias"), Mutant(partial(_by_sums, low=40.0, high=50.0), "columns with an outlier"),
+        Mutant(partial(_by_sums, allowed=0.0), "seventh digit"), Mutant(partial(_by_sums, bias=False), "a bias"),
+        Mutant(partial(_by_sums, between=(40, 50)), "columns with an outlier"),
         Mutant(partial(_by_sums, allowed=0.5), "by how much may a linear function be off"), Mutant(_by_levels, "and it does not"),
         Mutant(lambda layer, n: torch.tensor(_by_sums(layer, n)), "wanted True or False"),
     ),

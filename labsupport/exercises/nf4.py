@@ -8,15 +8,14 @@ from statistics import NormalDist
 import torch
 from torch.nn import functional as F
 
-from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, right
+from labsupport.exercises.compare import got_and_wanted, largest_difference, shown
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import nf4
 
 _quantile = NormalDist().inv_cdf
 
 
 # 5.1 ------------------------------------------------------------------------------------------------------------------
-
 # A probability rounded to float32 moves by up to 2**-25, its quantile by 1 / density as much: 14 times at the outermost, by which
 # all are divided (1.85). With two roundings more it comes to 3.5e-7. Probabilities in float64 come within 1.4e-7.
 LEVELS_APART = 4e-7
@@ -28,15 +27,11 @@ def codebook_inputs(seed: int) -> dict:
     return {"offset": nf4.OFFSET if seed % 2 == 0 else k / 1024}
 
 
-def _codebook(positive=8, negative=7, middle=(0.0,), level=_quantile, divide=True):
-    """The right answer, or one with other numbers of levels, another level for a probability, or not divided."""
-
-    def answer(offset):
-        above, below = (torch.linspace(offset, 0.5, count + 1)[:-1].tolist() for count in (positive, negative))
-        levels = torch.tensor(sorted([*(-level(p) for p in below), *middle, *(level(p) for p in above)]))
-        return levels / levels.max() if divide else levels
-
-    return answer
+def _codebook(offset, *, above=8, below=7, middle=(0.0,), level=_quantile, divide=True):
+    """A right answer, with what can go wrong as options: numbers of levels, another level for a probability, not divided."""
+    up, down = (torch.linspace(offset, 0.5, count + 1)[:-1].tolist() for count in (above, below))
+    levels = torch.tensor(sorted([*(-level(p) for p in down), *middle, *(level(p) for p in up)]))
+    return levels / levels.max() if divide else levels
 
 
 def _quantiles(probabilities):
@@ -44,41 +39,33 @@ def _quantiles(probabilities):
     return levels / levels.max()
 
 
-def _first_level_off(given, got, want):
-    if not (got["levels"] == 0).any():
-        return "no level is exactly 0"
-    place, have, wanted = first_difference(got, want, LEVELS_APART)
-    return f"{place}: {got_and_wanted(have, wanted)} within {LEVELS_APART:.0e}"
-
-
 CODEBOOK = Exercise(
     id="5.1", name="nf4_codebook", title="Sixteen levels, one of them 0", minutes=12, difficulty=2, points=3,
     returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles,
-    allowed=lambda given, want: LEVELS_APART, otherwise=_first_level_off,
+    allowed=lambda given, want: LEVELS_APART,
+    otherwise=lambda given, got, want: None if (got["levels"] == 0).any() else "no level is exactly 0",
     alike=lambda given, got, theirs: largest_difference(got["levels"].sort().values, theirs["levels"].sort().values) < 1e-5,
     faults=(
         Fault("the levels are right but do not ascend: a code is the place of its level among the sorted ones",
               lambda given, got, want: largest_difference(got["levels"].sort().values, want["levels"]) <= LEVELS_APART
               and (got["levels"].diff() < 0).any(),
-              (lambda offset: _codebook()(offset).roll(8), lambda offset: _codebook()(offset).flip(0))),
+              (lambda offset: _codebook(offset).roll(8), lambda offset: _codebook(offset).flip(0))),
     ),
-    mistakes=(
-        Mistake("this is the popular formula, quantiles at (i + 0.5) / 16. No level is 0; the outermost has another probability",
-                lambda offset: _quantiles([(i + 0.5) / 16 for i in range(16)])),
-        Mistake("these are quantiles at 16 even steps from 1 - offset to offset: no level is 0. Each side has its own even steps",
-                lambda offset: _quantiles(torch.linspace(1 - offset, offset, 16).tolist())),
-        Mistake("the levels are not divided by the largest: a block is divided by its largest magnitude, so levels end at 1",
-                _codebook(divide=False)),
-        Mistake("8 levels on either side, and none of them is 0", _codebook(negative=8, middle=())),
-        Mistake("0 is there twice: 1/2 is an end of both halves. A code is lost", _codebook(positive=7, middle=(0.0, 0.0))),
-        Mistake("7 positive levels and 8 negative ones, wanted it the other way round", _codebook(positive=7, negative=8)),
-        Mistake("the probabilities are there, not the quantiles: inv_cdf takes one to the other",
-                _codebook(level=lambda p: p - 0.5)),
-    ),
+    mistakes=mistakes_by_option(_codebook, {
+        "this is the popular formula, quantiles at (i + 0.5) / 16. No level is 0; the outermost has another probability":
+            lambda offset: _quantiles([(i + 0.5) / 16 for i in range(16)]),
+        "these are quantiles at 16 even steps from 1 - offset to offset: no level is 0. Each side has its own even steps":
+            lambda offset: _quantiles(torch.linspace(1 - offset, offset, 16).tolist()),
+        "the levels are not divided by the largest: a block is divided by its largest magnitude, so levels end at 1":
+            {"divide": False},
+        "8 levels on either side, and none of them is 0": {"below": 8, "middle": ()},
+        "0 is there twice: 1/2 is an end of both halves. A code is lost": {"above": 7, "middle": (0.0, 0.0)},
+        "7 positive levels and 8 negative ones, wanted it the other way round": {"above": 7, "below": 8},
+        "the probabilities are there, not the quantiles: inv_cdf takes one to the other": {"level": lambda p: p - 0.5},
+    }),
     others=(
-        Mutant(lambda offset: torch.cat([_codebook()(offset), torch.ones(1)]), "has shape [17]"),
-        Mutant(lambda offset: _codebook()(offset - 0.005), "within 4e-07"),
-        Mutant(lambda offset: _codebook()(offset) + 1e-3, "no level is exactly 0"),
+        Mutant(lambda offset: torch.cat([_codebook(offset), torch.ones(1)]), "has shape [17]"),
+        Mutant(lambda offset: _codebook(offset) + 1e-3, "no level is exactly 0"),
     ),
 )  # fmt: skip
 
@@ -107,19 +94,16 @@ def encode(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return nf4.quantize(values[None], levels, block_size=len(values)).codes.flatten().long()
 
 
-def _first_value_off(given, got, want):
-    values, levels = given.values()
-    wrong = got["codes"] != want["codes"]
-    place = int(wrong.nonzero()[0])
-    value, have, code = values[place].item(), int(got["codes"][place]), int(want["codes"][place])
-    if torch.isin(values[wrong], _bounds(levels)).all():
-        return f"{value:.6f} lies exactly half way between two levels and got code {have}. A tie takes the lower, {code}"
-    return f"{value:.6f} got code {have}, wanted {code}, whose level {levels[code].item():.6f} is the nearest"
+def _about_value(given, want, name, place):
+    value, levels = given["values"][place], given["levels"]
+    if torch.isin(value, _bounds(levels)):
+        return f"the code of {value:.6f}, exactly half way between two levels, where a tie takes the lower"
+    return f"the code of {value:.6f}, to which {levels[want['codes'][place]]:.6f} is the nearest level"
 
 
 ENCODE = Exercise(
     id="5.2", name="encode", title="The nearest of sixteen", minutes=8, difficulty=2, points=3,
-    returns=("codes",), inputs=encode_inputs, reference=encode, otherwise=_first_value_off,
+    returns=("codes",), inputs=encode_inputs, reference=encode, about=_about_value,
     faults=(
         Fault("codes are whole numbers; these are levels",
               lambda given, got, want: got["codes"].is_floating_point() and not torch.equal(got["codes"], got["codes"].round())
@@ -137,8 +121,8 @@ ENCODE = Exercise(
         Mistake("every code is one too high: a value below the first midpoint has code 0", lambda v, lv: _nearest(v, lv) + 1),
     ),
     others=(
-        Mutant(lambda v, lv: torch.bucketize(v, _bounds(lv), right=True), "A tie takes the lower"),
-        Mutant(lambda v, lv: _nearest(v, lv).clamp(max=14), "is the nearest"),
+        Mutant(lambda v, lv: torch.bucketize(v, _bounds(lv), right=True), "a tie takes the lower"),
+        Mutant(lambda v, lv: _nearest(v, lv).clamp(max=14), "is the nearest level"),
         Mutant(lambda v, lv: _nearest(v, lv) + 0.5, "wanted whole numbers"),
     ),
 )  # fmt: skip
@@ -169,36 +153,33 @@ def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int)
     return stored.packed_codes, stored.absmax
 
 
-def _largest(part):
-    return part.abs().max()
+def _cut(weight, size):
+    return weight.flatten().split(size)
 
 
-def _blocks(weight, levels, size, *, cut=None, largest=_largest, divide=True, zero_code=7, spare=7, store=None):
-    """The right answer, or one with other blocks, another magnitude, other codes for zeros and for the spare nibble, or stored
-    otherwise: store(codes, absmax)."""
-    parts = list(cut(weight, size) if cut else weight.flatten().split(size))
+def _blocks(weight, levels, size, *, cut=_cut, largest=lambda part: part.abs().max(), divide=True, zero=7, spare=7, store=None):
+    """A right answer, with what can go wrong as options: blocks, their magnitudes, codes for zeros and for the spare nibble, and
+    how it is stored: store(codes, absmax)."""
+    parts = cut(weight, size)
     absmax = torch.stack([largest(part) for part in parts])
     divided = [part / m if divide and m != 0 else part for part, m in zip(parts, absmax, strict=True)]
-    codes = _nearest(torch.cat(divided), levels).masked_fill(torch.cat(parts) == 0, zero_code)
+    codes = _nearest(torch.cat(divided), levels).masked_fill(torch.cat(parts) == 0, zero)
     codes = torch.cat([codes, torch.full((len(codes) % 2,), spare)]).to(torch.uint8)
     return store(codes, absmax) if store else (nf4.pack_nibbles(codes), absmax)
 
 
 def _first_block_off(given, got, want):
-    if largest_difference(got["absmax"], want["absmax"]) > 1e-30:
-        place, have, wanted = first_difference({"absmax": got["absmax"]}, {"absmax": want["absmax"]}, 1e-30)
-        return f"{place}, one for each block: {got_and_wanted(have, wanted)}"
+    if (off := ((got["absmax"] - want["absmax"]).abs() > 1e-30).nonzero()).numel():
+        block = int(off[0])
+        return f"absmax[{block}], one for each block: {got_and_wanted(got['absmax'][block].item(), want['absmax'][block].item())}"
     flat = given["weight"].flatten()
-    codes, wanted = (nf4.unpack_nibbles(each["packed_codes"].long())[: len(flat)] for each in (got, want))
-    off = codes != wanted
-    if not off.any():
+    codes, wanted = (nf4.unpack_nibbles(each["packed_codes"].long()) for each in (got, want))
+    place = int((codes != wanted).nonzero()[0])
+    if place == len(flat):
         return "all is right but the spare nibble of the last byte: an odd number of weights is filled up with a 0, code 7"
-    place = int(off.nonzero()[0])
-    if not off[flat != 0].any():
-        return (
-            f"a block of zeros gets code {codes[place]}, wanted 7, whose level is 0. Is 0 divided by 0 there? The code of that is "
-            "anything"
-        )
+    if not (codes != wanted)[: len(flat)][flat != 0].any():
+        of_zeros = f"a block of zeros gets code {codes[place]}, wanted 7, whose level is 0"
+        return f"{of_zeros}. Is 0 divided by 0 there? The code of that is anything"
     about = f"weight {place} of the long vector, in block {place // given['block_size']}"
     return f"absmax is right; {about}, has code {codes[place]}, wanted {wanted[place]}"
 
@@ -214,35 +195,30 @@ QUANTIZE_BLOCKS = Exercise(
               lambda given, got, want: got["absmax"][1] > 1e-30 and {"value": f"{got['absmax'][1].item():g}"},
               (partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes), absmax.masked_fill(absmax == 0, 1))),)),
     ),
-    mistakes=(
-        Mistake("the blocks start anew at each row. The weight is one long vector: a block runs on into the next row where it must",
-                partial(_blocks, cut=lambda w, s: [part for row in w for part in row.split(s)])),
-        Mistake("the short block at the end has no absmax of its own: its weights are lost",
-                partial(_blocks, cut=lambda w, s: w.flatten()[: w.numel() // s * s].split(s))),
-        Mistake("there is one absmax for the whole weight, wanted one for each block",
-                partial(_blocks, cut=lambda w, s: [w.flatten()])),
-        Mistake("there is a byte for every code: two codes share a byte, first << 4 | second",
-                partial(_blocks, store=lambda codes, absmax: (codes[:-1], absmax))),
-        Mistake("the zeros that fill up the last block are stored as well, wanted no more codes than weights",
-                partial(_blocks, cut=lambda w, s: F.pad(w.flatten(), (0, -w.numel() % s)).split(s))),
-        *(Mistake(says, partial(_blocks, largest=largest)) for says, largest in (
-            ("the signed maximum was taken; where the largest magnitude is negative it is too small, and codes run off the end: "
-             "abs() before max()", torch.max),
-            ("half the range was taken for its magnitude: max - min over 2 is not the largest magnitude",
-             lambda part: (part.max() - part.min()) / 2),
-            ("this is the root mean square, not the largest magnitude", lambda part: part.pow(2).mean().sqrt()),
-            ("this is the mean magnitude, not the largest", lambda part: part.abs().mean()),
-        )),
-        Mistake("absmax is right and so are the codes, but the first of two is in the low nibble, wanted it in the high one",
-                partial(_blocks, store=lambda codes, absmax: (codes[1::2] << 4 | codes[0::2], absmax))),
-        Mistake("absmax is right, but the weights were not divided by it before their codes were chosen",
-                partial(_blocks, divide=False)),
-    ),
+    mistakes=mistakes_by_option(_blocks, {
+        "the blocks start anew at each row. The weight is one long vector: a block runs on into the next row where it must":
+            {"cut": lambda w, s: [part for row in w for part in row.split(s)]},
+        "the short block at the end has no absmax of its own: its weights are lost":
+            {"cut": lambda w, s: w.flatten()[: w.numel() // s * s].split(s)},
+        "there is one absmax for the whole weight, wanted one for each block": {"cut": lambda w, s: [w.flatten()]},
+        "there is a byte for every code: two codes share a byte, first << 4 | second":
+            {"store": lambda codes, absmax: (codes[:-1], absmax)},
+        "the zeros that fill up the last block are stored as well, wanted no more codes than weights":
+            {"cut": lambda w, s: F.pad(w.flatten(), (0, -w.numel() % s)).split(s)},
+        "the signed maximum was taken; where the largest magnitude is negative it is too small, and codes run off the end: abs() "
+        "before max()": {"largest": torch.max},
+        "half the range was taken for its magnitude: max - min over 2 is not the largest magnitude":
+            {"largest": lambda part: (part.max() - part.min()) / 2},
+        "this is the root mean square, not the largest magnitude": {"largest": lambda part: part.pow(2).mean().sqrt()},
+        "this is the mean magnitude, not the largest": {"largest": lambda part: part.abs().mean()},
+        "absmax is right and so are the codes, but the first of two is in the low nibble, wanted it in the high one":
+            {"store": lambda codes, absmax: (codes[1::2] << 4 | codes[0::2], absmax)},
+        "absmax is right, but the weights were not divided by it before their codes were chosen": {"divide": False},
+    }),
     others=(
-        Mutant(partial(_blocks, spare=0), "spare nibble"), Mutant(partial(_blocks, zero_code=15), "gets code 15, wanted 7"),
-        Mutant(partial(_blocks, largest=lambda part: 1.01 * _largest(part)), "one for each block: got"),
+        Mutant(partial(_blocks, spare=0), "spare nibble"), Mutant(partial(_blocks, zero=15), "gets code 15, wanted 7"),
+        Mutant(partial(_blocks, largest=lambda part: 1.01 * part.abs().max()), "one for each block: got"),
         Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes.clamp(max=14)), absmax)), "code 14, wanted 15"),
-        Mutant(partial(_blocks, store=lambda codes, absmax: (nf4.pack_nibbles(codes).int(), absmax)), "wanted torch.uint8"),
     ),
 )  # fmt: skip
 
@@ -261,54 +237,42 @@ def stored_bits(rows: int, columns: int, block_size: int) -> tuple[float, float]
     return plain.bits_per_weight, double.bits_per_weight
 
 
-def _ledger(absmax=lambda blocks, nested: 4 * blocks, double=lambda blocks, nested: blocks + 4 * nested + 4, by_row=False):
-    """The right answer, or one with another number of bytes for plain and for double-quantized magnitudes, from the numbers of
-    blocks and of blocks of blocks; or with blocks that start anew at each row."""
-
-    def answer(rows, columns, size):
-        count = rows * columns
-        blocks = rows * -(-columns // size) if by_row else -(-count // size)
-        found = (-(-count // 2) + each(blocks, -(-blocks // 256)) for each in (absmax, double))
-        return tuple(8 * bytes_ / count for bytes_ in found)
-
-    return answer
+def _ledger(rows, columns, size, *, absmax=4, code=1, nested=4, offset=4, levels=0, by_row=False):
+    """A right answer, with what can go wrong as options: bytes of all that is stored, and blocks that start anew at each row."""
+    count = rows * columns
+    blocks = rows * -(-columns // size) if by_row else -(-count // size)
+    plain, double = absmax * blocks, code * blocks + nested * -(-blocks // 256) + offset
+    return tuple(8 * (-(-count // 2) + magnitudes + levels) / count for magnitudes in (plain, double))
 
 
-def _first_bits_off(given, got, want):
+def _bits_and_bytes(given, got, want):
     name, count = "plain" if abs(got["plain"] - want["plain"]) > 1e-12 else "double", given["rows"] * given["columns"]
     bits, nbytes = (shown(got[name] * unit, want[name] * unit, 8) for unit in (1, count / 8))
-    about = f"{given['rows']} x {given['columns']} in blocks of {given['block_size']}"
+    about = "{rows} x {columns} in blocks of {block_size}".format(**given)
     return f"{about}: {name} is {bits[0]} bits, {nbytes[0]} bytes, wanted {bits[1]} bits, {nbytes[1]} bytes"
 
 
 STORED_BITS = Exercise(
     id="5.4", name="stored_bits", title="The ledger, to the bit", minutes=8, difficulty=2, points=3,
-    returns=("plain", "double"), inputs=bits_inputs, reference=stored_bits, otherwise=_first_bits_off,
+    returns=("plain", "double"), inputs=bits_inputs, reference=stored_bits, otherwise=_bits_and_bytes,
     allowed=lambda given, want: 1e-12,  # a few roundings of a float64 near 4
     close=lambda given, want: 1e-9,  # and of the number of bytes
-    mistakes=(
-        Mistake("256 nested magnitudes share a float32, and all share an offset. Without both it comes to 4.125 in blocks of 64",
-                _ledger(double=lambda blocks, nested: blocks)),
-        Mistake("what the nested magnitudes are divided by is missing: a float32 for every 256 of them",
-                _ledger(double=lambda blocks, nested: blocks + 4)),
-        Mistake("the offset is missing: 4 bytes for the whole weight", _ledger(double=lambda blocks, nested: blocks + 4 * nested)),
-        Mistake("there is an offset for every 256 magnitudes here: there is one for the whole weight",
-                _ledger(double=lambda blocks, nested: blocks + 8 * nested)),
-        Mistake("with double quantization the float32 magnitudes are gone; only what replaces them is stored",
-                _ledger(double=lambda blocks, nested: 5 * blocks + 4 * nested + 4)),
-        Mistake("the magnitudes are float32, 32 bits each, not 16", _ledger(absmax=lambda blocks, nested: 2 * blocks)),
-        Mistake("the 16 levels are the same for a whole model and are not counted",
-                _ledger(lambda blocks, nested: 4 * blocks + 64, lambda blocks, nested: blocks + 4 * nested + 4 + 64)),
-        Mistake("the blocks start anew at each row here; they run on into the next", _ledger(by_row=True)),
-        Mistake("these are bytes for the whole weight, wanted bits for each",
-                lambda rows, columns, size: tuple(bits * rows * columns / 8 for bits in _ledger()(rows, columns, size))),
-        Mistake("right for sizes that divide. A short block stores a whole absmax, and an odd weight a whole byte: round up",
-                lambda rows, columns, size: (4 + 32 / size, 4 + 8 / size + 32 / (256 * size) + 32 / (rows * columns))),
-    ),
-    others=(
-        Mutant(lambda *given: (_ledger()(*given)[0], 4.0), ": double is 4 bits"),
-        Mutant(_ledger(absmax=lambda blocks, nested: 4 * blocks - 1), ": plain is"),
-    ),
+    mistakes=mistakes_by_option(_ledger, {
+        "256 nested magnitudes share a float32, and all share an offset. Without both it comes to 4.125 in blocks of 64":
+            {"nested": 0, "offset": 0},
+        "what the nested magnitudes are divided by is missing: a float32 for every 256 of them": {"nested": 0},
+        "the offset is missing: 4 bytes for the whole weight": {"offset": 0},
+        "there is an offset for every 256 magnitudes here: there is one for the whole weight": {"nested": 8, "offset": 0},
+        "with double quantization the float32 magnitudes are gone; only what replaces them is stored": {"code": 5},
+        "the magnitudes are float32, 32 bits each, not 16": {"absmax": 2},
+        "the 16 levels are the same for a whole model and are not counted": {"levels": 64},
+        "the blocks start anew at each row here; they run on into the next": {"by_row": True},
+        "these are bytes for the whole weight, wanted bits for each":
+            lambda rows, columns, size: tuple(bits * rows * columns / 8 for bits in _ledger(rows, columns, size)),
+        "right for sizes that divide. A short block stores a whole absmax, and an odd weight a whole byte: round up":
+            lambda rows, columns, size: (4 + 32 / size, 4 + 8 / size + 32 / (256 * size) + 32 / (rows * columns)),
+    }),
+    others=(Mutant(partial(_ledger, absmax=3), ": plain is"),),
 )  # fmt: skip
 
 
@@ -335,17 +299,10 @@ def double_quantize(absmax: torch.Tensor, code_map: torch.Tensor) -> tuple[torch
 
 
 def _nested(
-    absmax,
-    code_map,
-    *,
-    offset=torch.mean,
-    largest=lambda centered, part: centered.abs().max(),
-    codes_for=_nearest,
-    size=256,
-    scaled=1,
-    added=1,
-):
-    """The right answer with the nearest code, or one of the ways to miss it. scaled, added: 0 to leave that out on the way back."""
+    absmax, code_map, *, offset=torch.mean, largest=lambda centered, part: centered.abs().max(), codes_for=_nearest, size=256,
+    scaled=1, added=1,
+):  # fmt: skip
+    """A right answer, with what can go wrong as options. scaled, added: 0 to leave that out on the way back."""
     off = offset(absmax)
     magnitudes = torch.stack([largest(part - off, part) for part in absmax.split(size)])
     wide = magnitudes.repeat_interleave(size)[: len(absmax)]
@@ -364,16 +321,10 @@ def _nested_allowed(given: dict, want: dict) -> dict:
     return {"offset": slack, "largest": 2 * slack, "codes": 0.0, "restored": 4 * slack}
 
 
-def _first_nested_off(given, got, want):
-    limits = _nested_allowed(given, want)
-    place, have, wanted = first_difference({name: got[name] for name in limits}, {name: want[name] for name in limits}, limits)
-    return f"{place}: {got_and_wanted(have, wanted)}. (Looked at in this order: {', '.join(limits)})"
-
-
 DOUBLE_QUANTIZE = Exercise(
     id="5.5", name="double_quantize", title="Magnitudes of magnitudes", minutes=12, difficulty=3, points=4,
     returns=("codes", "largest", "offset", "restored"), inputs=nested_inputs, reference=double_quantize,
-    allowed=_nested_allowed, otherwise=_first_nested_off,
+    allowed=_nested_allowed, order=("offset", "largest"),
     faults=(
         Fault("there is an offset for every 256 magnitudes, wanted one for all",
               lambda given, got, want: got["offset"].numel() == len(want["largest"]), (_each_its_own,), early=True),
@@ -384,31 +335,26 @@ DOUBLE_QUANTIZE = Exercise(
               and {"least": int(got["codes"].min()), "most": int(got["codes"].max())},
               (lambda a, m: (_nested(a, m)[0].int() - 128, *_nested(a, m)[1:]),)),
     ),
-    mistakes=tuple(Mistake(says, partial(_nested, **parts)) for says, parts in (
-        ("the mean was not taken off before the codes were chosen: magnitudes are positive, and half of the signed map stays empty",
-         {"offset": lambda a: torch.zeros(())}),
-        ("the smallest magnitude was taken off, not the mean: half of the signed map stays empty", {"offset": torch.min}),
-        ("the median was taken off, not the mean", {"offset": torch.median}),
-        ("largest is the signed maximum: the mean is off, so half of the values are negative. abs() first",
-         {"largest": lambda centered, part: centered.max()}),
-        ("largest is that of the magnitudes as they were: the mean has to be taken off first",
-         {"largest": lambda centered, part: part.max()}),
-        ("these are codes of a uniform grid of 8 bits; wanted the nearest entry of code_map, which is fine near 0",
-         {"codes_for": lambda divided, code_map: (torch.round(divided * 127) + 127).long()}),
-        ("each value got the entry above it: bucketize on the entries. The borders are the midpoints, as in 5.2",
-         {"codes_for": torch.bucketize}),
-        ("the offset was not added back: what is read back has mean 0, and magnitudes are negative", {"added": 0}),
-        ("what is read back was not multiplied by the largest of its 256", {"scaled": 0}),
-    )),
-    others=(
-        Mutant(partial(_nested, offset=lambda a: a.mean() + 0.01), "offset: got"),
-        Mutant(partial(_nested, added=1.01), "restored[0]: got"),
-    ),
+    mistakes=mistakes_by_option(_nested, {
+        "the mean was not taken off before the codes were chosen: magnitudes are positive, and half of the signed map stays empty":
+            {"offset": lambda absmax: torch.zeros(())},
+        "the smallest magnitude was taken off, not the mean: half of the signed map stays empty": {"offset": torch.min},
+        "the median was taken off, not the mean": {"offset": torch.median},
+        "largest is the signed maximum: the mean is off, so half of the values are negative. abs() first":
+            {"largest": lambda centered, part: centered.max()},
+        "largest is that of the magnitudes as they were: the mean has to be taken off first":
+            {"largest": lambda _, part: part.max()},
+        "these are codes of a uniform grid of 8 bits; wanted the nearest entry of code_map, which is fine near 0":
+            {"codes_for": lambda divided, code_map: (torch.round(divided * 127) + 127).long()},
+        "each value got the entry above it: bucketize on the entries. The borders are the midpoints, as in 5.2":
+            {"codes_for": torch.bucketize},
+        "the offset was not added back: what is read back has mean 0, and magnitudes are negative": {"added": 0},
+        "what is read back was not multiplied by the largest of its 256": {"scaled": 0},
+    }),
 )  # fmt: skip
 
 
 # 5.6 ------------------------------------------------------------------------------------------------------------------
-
 INT4_GAIN, NF4_GAIN, APART = 3.0, 2.0, 1e-3
 
 
@@ -454,11 +400,8 @@ def _two_blocks_fault(given, got, want) -> str | None:
         return "the two are exchanged: the block for int4 comes first"
     if int4_wins < INT4_GAIN:
         about = f"for_int4: NF4's squared error is {shown(int4_wins, INT4_GAIN, 3)[0]} times int4's, wanted {INT4_GAIN:g}"
-        even = _gain(torch.linspace(-1, 1, given["size"]))
-        return (
-            f"{about}; evenly spread weights get {even:.3g}. Where are NF4's gaps wider than the uniform grid's? Multiplying a "
-            "block by a number changes nothing"
-        )
+        about += f"; evenly spread weights get {_gain(torch.linspace(-1, 1, given['size'])):.3g}"
+        return f"{about}. Where are NF4's gaps wider than the uniform grid's? Multiplying a block by a number changes nothing"
     if nf4_wins < NF4_GAIN:
         about = f"for_nf4: int4's squared error is {shown(nf4_wins, NF4_GAIN, 3)[0]} times NF4's, wanted {NF4_GAIN:g}"
         return f"{about}. Where is NF4 finer than the uniform grid, and what brings most weights of a block there?"
@@ -475,14 +418,11 @@ TWO_BLOCKS = Exercise(
         Mutant(lambda n: (100 * _small(n), _small(n)), "changes nothing"),
         Mutant(lambda n: (_outer(n), 0.01 * torch.linspace(-1, 1, n)), "NF4 finer"),
         Mutant(lambda n: (nf4.int4_levels()[1:].repeat(n)[:n], _small(n)), "levels themselves"),
-        Mutant(lambda n: (_outer(n), torch.ones(n)), "levels themselves"),
     ),
 )  # fmt: skip
 
 
 # 5.7 ------------------------------------------------------------------------------------------------------------------
-
-
 EMPTY = 12  # the level that no value is nearest to
 
 
@@ -508,57 +448,45 @@ def lloyd_step(values: torch.Tensor, levels: torch.Tensor, hold: torch.Tensor) -
 
 
 def _moved(values, levels, hold, *, middle=torch.mean, codes_for=_nearest, empty=None, held=True):
-    """Each level moves to the middle of the values nearest to it; those held, and those without values, stay. Or with another
-    middle, other values, something else for a level without values, or none held."""
+    """A right answer, with what can go wrong as options: another middle, other values, what a level without values gets."""
     codes, moved = codes_for(values, levels), levels.clone()
     for code in range(len(levels)):
         mine = values[codes == code]
-        if hold[code] and held:
-            continue
-        if len(mine):
-            moved[code] = middle(mine)
-        elif empty is not None:
-            moved[code] = empty
+        if not (hold[code] and held) and (len(mine) or empty is not None):
+            moved[code] = middle(mine) if len(mine) else empty
     return moved
 
 
-# A float32 sum of a cell's values, at most 480 of them and none above 1, over their number.
-MEAN_APART = 480 * 2**-24
-
-
-def _first_move_off(given, got, want):
-    place, have, wanted = first_difference(got, want, MEAN_APART)
-    stays = (given["levels"] == wanted).any()
-    return (
-        f"{place}: {got_and_wanted(have, wanted)}, {'where it was' if stays else 'the mean of the values that are nearest to it'}"
-    )
+def _about_level(given, want, name, place):
+    stays = given["levels"][place] == want["moved"][place]
+    return f"{name}{list(place)}, {'which stays where it was' if stays else 'the mean of the values that are nearest to it'}"
 
 
 LLOYD_STEP = Exercise(
     id="5.7", name="lloyd_step", title="One step of Lloyd's", minutes=10, difficulty=3, points=3,
-    returns=("moved",), inputs=lloyd_inputs, reference=lloyd_step, allowed=lambda given, want: MEAN_APART,
-    otherwise=_first_move_off,
+    returns=("moved",), inputs=lloyd_inputs, reference=lloyd_step, about=_about_level,
+    allowed=lambda given, want: 480 * 2**-24,  # a float32 sum of a cell's values, at most 480 and none above 1, over their number
     faults=(
         Fault(f"level {EMPTY} is not a number: no value is nearest to it. Let it stay",
               lambda given, got, want: got["moved"].flatten()[EMPTY : EMPTY + 1].isnan().any(),
               (partial(_moved, empty=torch.nan),), early=True),
     ),
-    mistakes=tuple(Mistake(says, answer) for says, answer in (
-        ("levels that are held have moved", partial(_moved, held=False)),
-        ("a level without values moved to 0: let it stay", partial(_moved, empty=0.0)),
-        ("this is the median of each level's values. It makes the sum of magnitudes of errors least, not of squares",
-         partial(_moved, middle=torch.median)),
-        ("each level takes the values up to it from the level below: bucketize on the levels. A value belongs to the nearest",
-         partial(_moved, codes_for=lambda v, lv: torch.bucketize(v, lv).clamp(max=15))),
-        ("each level moved to the middle between its smallest and largest value, not to their mean",
-         partial(_moved, middle=lambda mine: (mine.min() + mine.max()) / 2)),
-        ("each level moved to the middle of its cell, without a look at the values",
-         lambda v, lv, h: torch.where(h, lv, torch.cat([lv[:1], _bounds(_bounds(lv)), lv[-1:]]))),
-        ("nothing has moved", lambda v, lv, h: lv.clone()),
-    )),
+    mistakes=mistakes_by_option(_moved, {
+        "levels that are held have moved": {"held": False},
+        "a level without values moved to 0: let it stay": {"empty": 0.0},
+        "this is the median of each level's values. It makes the sum of magnitudes of errors least, not of squares":
+            {"middle": torch.median},
+        "each level takes the values up to it from the level below: bucketize on the levels. A value belongs to the nearest":
+            {"codes_for": lambda v, lv: torch.bucketize(v, lv).clamp(max=15)},
+        "each level moved to the middle between its smallest and largest value, not to their mean":
+            {"middle": lambda mine: (mine.min() + mine.max()) / 2},
+        "each level moved to the middle of its cell, without a look at the values":
+            lambda v, lv, h: torch.where(h, lv, torch.cat([lv[:1], _bounds(_bounds(lv)), lv[-1:]])),
+        "nothing has moved": lambda v, lv, h: lv.clone(),
+    }),
     others=(
         Mutant(lambda v, lv, h: (lv + _moved(v, lv, h)) / 2, "the mean of the values that are nearest to it"),
-        Mutant(partial(_moved, empty=0.5), "where it was"),
+        Mutant(partial(_moved, empty=0.5), "stays where it was"),
     ),
 )  # fmt: skip
 

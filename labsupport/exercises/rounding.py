@@ -7,12 +7,9 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import first_place, shown
-from labsupport.exercises.form import Exercise, Fault, Limits, Mistake, Mutant, Verdict, generator, mistakes_by_option, right
+from labsupport.exercises.compare import shown
+from labsupport.exercises.form import FLOAT32, Exercise, Fault, Limits, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import grid
-
-# Division and a product in float32: each rounds by at most 2**-24 of the result; four units of 2**-23 cover any order of them.
-FLOAT32 = 4 * 2**-23
 
 
 def _or_one(scale: torch.Tensor) -> torch.Tensor:
@@ -137,7 +134,7 @@ def _grid_fault(given: dict, got: dict, want: dict) -> str | None:
     return None
 
 
-def _accepts_grid(given: dict, got: dict, want: dict) -> Verdict | None:
+def _accepts_grid(given, got, want):
     off, allowed = (got["scale"] - want["scale"]).abs(), FLOAT32 * want["scale"]
     off = off.masked_fill(off > allowed, 0.0)  # another grid, and as right: of zeros, or of a row that is stored exactly
     return None if _grid_fault(given, got, want) else right(off.max().item(), allowed.max().item())
@@ -213,12 +210,9 @@ def quantize_inputs(seed: int) -> dict:
     return {"weight": torch.cat(steps, 1) * scale, "scale": scale, "zero_point": zero_point, "bits": bits}
 
 
-def _where_wrong(given: dict, got: dict, want: dict) -> str:
-    """The first code or value that is off, with what it was made of."""
-    name, (row, column), have, wanted = first_place(got, want, _rounding(given))
-    source, scale, zero = (t[row, column % t.shape[1]].item() for t in list(given.values())[:3])
-    made_of = f"{'the value' if name == 'codes' else 'code'} {source:.4g} with scale {scale:.4g} and zero_point {zero:g}"
-    return "{} gave {}, wanted {}".format(made_of, *shown(have, wanted))
+def _made_of(given: dict, want: dict, name: str, place: tuple) -> str:
+    source, scale, zero = (t[place[0], place[1] % t.shape[1]].item() for t in list(given.values())[:3])
+    return f"the {'code of' if name == 'codes' else 'value of code'} {source:.4g} with scale {scale:.4g} and zero_point {zero:g}"
 
 
 def _rounding(given: dict, want: dict | None = None) -> Limits:
@@ -235,34 +229,31 @@ def _codes(weight, scale, zero_point, bits, *, rounded=torch.round, times=1, cla
 
 QUANTIZE = Exercise(
     id="2.3", name="quantize", title="Values to codes", minutes=6, difficulty=2, points=2,
-    returns=("codes",), inputs=quantize_inputs, reference=grid.quantize, otherwise=_where_wrong,
+    returns=("codes",), inputs=quantize_inputs, reference=grid.quantize, about=_made_of,
     faults=(
         Fault("the codes are int8, which ends at 127: with 8 bits the upper half would wrap to negative numbers. uint8, or floats",
               lambda given, got, want: got["codes"].dtype == torch.int8,
               (lambda *given: _codes(*given).to(torch.int8),), early=True),
     ),
-    mistakes=(
-        *mistakes_by_option(_codes, {
-            "codes beyond 0 and 2**bits - 1 cannot be stored: clamp them, at the end": {"clamp": lambda codes, *_: codes},
-            "half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does":
-                {"rounded": lambda steps: torch.floor(steps + 0.5)},
-            "the fraction is cut off, not rounded: all weights move toward zero, by up to one step": {"rounded": torch.trunc},
-            "the fraction is cut off downward, not rounded: half of all codes come out one too low": {"rounded": torch.floor},
-            "the zero-point is subtracted. It is the code of 0.0, so it is added on the way in and subtracted on the way out":
-                {"times": -1},
-            "the zero-point is missing: the code of 0.0 is zero_point, not 0": {"times": 0},
-            "the largest code is 2**bits - 1, since counting starts at 0": {"clamp": lambda codes, _, top: codes.clamp(0, top + 1)},
-            "these are signed codes. With a zero-point they run from 0 to 2**bits - 1":
-                {"clamp": lambda codes, _, top: codes.clamp(-(top + 1) / 2, (top - 1) / 2)},
-        }),
-        Mistake("the codes are clamped before the zero-point is added: the clamp comes last",
-                lambda w, s, z, b: _codes(w, s, 0, b) + z),
-        Mistake("the weight is multiplied by the scale: how many steps of size scale is a weight from 0?",
-                lambda w, s, z, b: _codes(w, 1 / s, z, b)),
-        Mistake("ties fall the other way wherever the zero-point is odd: round first, then add it",
-                lambda w, s, z, b: _codes(w + z * s, s, 0, b)),
-    ),
-    others=(Mutant(lambda *given: _codes(*given) + 1, "the value"),),
+    mistakes=mistakes_by_option(_codes, {
+        "codes beyond 0 and 2**bits - 1 cannot be stored: clamp them, at the end": {"clamp": lambda codes, *_: codes},
+        "half-way values go up: floor(x + 0.5). PyTorch and every peer here round half to even, as torch.round does":
+            {"rounded": lambda steps: torch.floor(steps + 0.5)},
+        "the fraction is cut off, not rounded: all weights move toward zero, by up to one step": {"rounded": torch.trunc},
+        "the fraction is cut off downward, not rounded: half of all codes come out one too low": {"rounded": torch.floor},
+        "the zero-point is subtracted. It is the code of 0.0, so it is added on the way in and subtracted on the way out":
+            {"times": -1},
+        "the zero-point is missing: the code of 0.0 is zero_point, not 0": {"times": 0},
+        "the largest code is 2**bits - 1, since counting starts at 0": {"clamp": lambda codes, _, top: codes.clamp(0, top + 1)},
+        "these are signed codes. With a zero-point they run from 0 to 2**bits - 1":
+            {"clamp": lambda codes, _, top: codes.clamp(-(top + 1) / 2, (top - 1) / 2)},
+        "the codes are clamped before the zero-point is added: the clamp comes last": lambda w, s, z, b: _codes(w, s, 0, b) + z,
+        "the weight is multiplied by the scale: how many steps of size scale is a weight from 0?":
+            lambda w, s, z, b: _codes(w, 1 / s, z, b),
+        "ties fall the other way wherever the zero-point is odd: round first, then add it":
+            lambda w, s, z, b: _codes(w + z * s, s, 0, b),
+    }),
+    others=(Mutant(lambda *given: _codes(*given) + 1, "the code of"),),
 )  # fmt: skip
 
 
@@ -279,7 +270,7 @@ def dequantize_inputs(seed: int) -> dict:
 
 DEQUANTIZE = Exercise(
     id="2.4", name="dequantize", title="Codes to values", minutes=4, difficulty=1, points=1,
-    returns=("values",), inputs=dequantize_inputs, reference=grid.dequantize, otherwise=_where_wrong,
+    returns=("values",), inputs=dequantize_inputs, reference=grid.dequantize, about=_made_of,
     allowed=_rounding, close=lambda given, want: 1e-4,  # a thousandth of the smallest step
     mistakes=(
         Mistake("below zero it jumps to large values: codes and zero_point are uint8, where 3 - 7 is 252. Convert before you "
@@ -400,7 +391,7 @@ def _excess(given: dict, got: dict) -> torch.Tensor:
     return squared.masked_fill(~is_factor, torch.inf).amin(0) / squared.amin(0) - 1
 
 
-def _accepts_clip(given: dict, got: dict, want: dict) -> Verdict | None:
+def _accepts_clip(given, got, want):
     excess = _excess(given, got).max().item()
     allowed = 480 * 2**-23  # as many squares are summed in float32: two factors that close are both right
     return right(excess, allowed) if excess <= allowed else None
@@ -422,22 +413,19 @@ BEST_CLIP = Exercise(
               lambda given, got, want: got["factor"].numel() == 1,
               (lambda *given: given[2][_squared(_errors(*given)).sum(1).argmin()],), early=True),
     ),
-    mistakes=(
-        Mistake("these are places in `factors`, not the factors themselves",
-                lambda *given: _squared(_errors(*given)).argmin(0)[:, None]),
-        *mistakes_by_option(_clipped, {
-            "this minimizes the largest error of a row. One extreme weight is saved, all others pay":
-                {"loss": lambda errors, inside: errors.abs().amax(2)},
-            "this minimizes the absolute error, not the squared: large errors weigh more in an output's variance":
-                {"loss": lambda errors, inside: errors.abs().sum(2)},
-            "every row got the smallest factor, as if what is cut off cost nothing. Are the codes clamped, and the weights outside "
-            "the clipped range counted?": [{"loss": _squared}, {"clamped": False}],
-            "this is the worst factor: argmax for argmin?": {"loss": lambda errors, inside: -_squared(errors)},
-            "all rows got the factor that is best for their sum; each row has its own best one":
-                {"loss": lambda errors, inside: _squared(errors).sum(1, keepdim=True).expand(-1, 4)},
-        }),
-        Mistake("this clips nothing in any row, though that leaves more squared error", lambda w, b, f: torch.ones(len(w), 1)),
-    ),
+    mistakes=mistakes_by_option(_clipped, {
+        "these are places in `factors`, not the factors themselves": lambda *given: _squared(_errors(*given)).argmin(0)[:, None],
+        "this minimizes the largest error of a row. One extreme weight is saved, all others pay":
+            {"loss": lambda errors, inside: errors.abs().amax(2)},
+        "this minimizes the absolute error, not the squared: large errors weigh more in an output's variance":
+            {"loss": lambda errors, inside: errors.abs().sum(2)},
+        "every row got the smallest factor, as if what is cut off cost nothing. Are the codes clamped, and the weights outside the "
+        "clipped range counted?": [{"loss": _squared}, {"clamped": False}],
+        "this is the worst factor: argmax for argmin?": {"loss": lambda errors, inside: -_squared(errors)},
+        "all rows got the factor that is best for their sum; each row has its own best one":
+            {"loss": lambda errors, inside: _squared(errors).sum(1, keepdim=True).expand(-1, 4)},
+        "this clips nothing in any row, though that leaves more squared error": lambda w, b, f: torch.ones(len(w), 1),
+    }),
     others=(Mutant(partial(_clipped, loss=lambda errors, inside: _squared(errors).roll(1, 0)), "more squared error than"),
             Mutant(lambda *given: _clipped(*given) + 0.001, "is not one of")),
 )  # fmt: skip

@@ -10,8 +10,8 @@ from functools import partial
 from labsupport.evidence import planner, roofline
 from labsupport.evidence.planner import GIB
 from labsupport.evidence.roofline import A100
-from labsupport.exercises.compare import first_difference, got_and_wanted, shown
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, drive_cases, mistakes_by_option, mistakes_of, right
+from labsupport.exercises.compare import shown
+from labsupport.exercises.form import Exercise, Fault, Mutant, drive_cases, mistakes_by_option, mistakes_of, right
 
 
 def _near(given: dict, want: dict) -> dict:
@@ -34,37 +34,33 @@ def _stored(quantized, others, bits, group_size, *, times=1, scale=16, zero=1, o
     return total, total / unit
 
 
-def _wrong_total(given: dict, got: dict, want: dict) -> str:
-    place, have, wanted = first_difference(got, want, _near(given, want))
-    if place == "gib":
-        return f"the bytes are right; for {want['total']:.6g} bytes in GiB: {got_and_wanted(have, wanted)}"
-    weights = "{quantized:,} weights in {bits} bits and {others:,} in 16".format(**given)
-    return "{}: got {} bytes, wanted {}".format(weights, *shown(have, wanted, 6))
+def _about_bytes(given: dict, want: dict, name: str, place: tuple) -> str:
+    if name == "gib":
+        return f"the bytes are right; {want['total']:.6g} bytes in GiB"
+    return "bytes of {quantized:,} weights in {bits} bits and {others:,} in 16".format(**given)
 
 
 STORED_BYTES = Exercise(
     id="1.1", name="stored_bytes", title="What a model weighs", minutes=8, difficulty=2, points=2,
-    returns=("total", "gib"), inputs=stored_inputs, reference=planner.stored_bytes, allowed=_near, otherwise=_wrong_total,
-    mistakes=(
-        *mistakes_by_option(_stored, {
-            "these are bits: a byte holds eight of them": {"times": 8},
-            "the scales and zero-points are missing: every group stores one of each": {"scale": 0, "zero": 0},
-            "the zero-points are missing: every group stores one, in `bits` bits": {"zero": 0},
-            "the scales are missing: every group stores one, in 16 bits": {"scale": 0},
-            "a zero-point is a code, so it takes `bits` bits, not 16": {"scale": 32, "zero": 0},
-            "the 16-bit weights are missing: embedding, head and norms must be stored as well": {"other": 0},
-            "only the codes of the quantized weights are counted": {"scale": 0, "zero": 0, "other": 0},
-            "16 bits are 2 bytes: the 16-bit weights are counted with one byte, or with sixteen": [{"other": 8}, {"other": 128}],
-            "GiB is 2**30 bytes; this divides by 10**9, which gives GB": {"unit": 1e9},
-            "this is in MiB: divide by 2**30": {"unit": 2**20},
-            "GiB is 2**30 bytes; this multiplies": {"unit": 1 / GIB},
-            "a byte is counted as one bit on the way to GiB": {"unit": GIB / 8},
-        }),
-        Mistake("embedding, head and norms stay in 16 bits: here they are quantized too",
-                lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes)),
-        Mistake("this is every weight at `bits` bits, the figure that people quote: the others stay in 16 bits, and groups have "
-                "scales", lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes, scale=0, zero=0)),
-    ),
+    returns=("total", "gib"), inputs=stored_inputs, reference=planner.stored_bytes, allowed=_near, about=_about_bytes,
+    mistakes=mistakes_by_option(_stored, {
+        "these are bits: a byte holds eight of them": {"times": 8},
+        "the scales and zero-points are missing: every group stores one of each": {"scale": 0, "zero": 0},
+        "the zero-points are missing: every group stores one, in `bits` bits": {"zero": 0},
+        "the scales are missing: every group stores one, in 16 bits": {"scale": 0},
+        "a zero-point is a code, so it takes `bits` bits, not 16": {"scale": 32, "zero": 0},
+        "the 16-bit weights are missing: embedding, head and norms must be stored as well": {"other": 0},
+        "only the codes of the quantized weights are counted": {"scale": 0, "zero": 0, "other": 0},
+        "16 bits are 2 bytes: the 16-bit weights are counted with one byte, or with sixteen": [{"other": 8}, {"other": 128}],
+        "GiB is 2**30 bytes; this divides by 10**9, which gives GB": {"unit": 1e9},
+        "this is in MiB: divide by 2**30": {"unit": 2**20},
+        "GiB is 2**30 bytes; this multiplies": {"unit": 1 / GIB},
+        "a byte is counted as one bit on the way to GiB": {"unit": GIB / 8},
+        "embedding, head and norms stay in 16 bits: here they are quantized too":
+            lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes),
+        "this is every weight at `bits` bits, the figure that people quote: the others stay in 16 bits, and groups have scales":
+            lambda quantized, others, *sizes: _stored(quantized + others, 0, *sizes, scale=0, zero=0),
+    }),
     others=(Mutant(partial(_stored, scale=8), "got"), Mutant(partial(_stored, unit=2**40), "the bytes are right")),
 )  # fmt: skip
 
@@ -88,27 +84,25 @@ def _intensity(tokens, in_features, out_features, weight_bits, *, operations=2, 
 INTENSITY = Exercise(
     id="1.2", name="intensity", title="Operations for each byte", minutes=8, difficulty=2, points=2,
     returns=("flops_per_byte",), inputs=intensity_inputs, reference=roofline.intensity, allowed=_near,
-    otherwise=lambda given, got, want: "[{tokens}, {in_features}] times [{in_features}, {out_features}] with {weight_bits}-bit "
-    "weights: got {}, wanted {}".format(*shown(got["flops_per_byte"], want["flops_per_byte"], 6), **given),
-    mistakes=(
-        *mistakes_by_option(_intensity, {
-            "half of it: a multiplication and an addition are two operations": {"operations": 1},
-            "the activations are missing: inputs and outputs move as well": {"inputs": 0, "outputs": 0},
-            "the weights are missing, and here they are most of the bytes": {"weights": 0},
-            "the outputs are missing: they have to be written": {"outputs": 0},
-            "the inputs are missing: they have to be read": {"inputs": 0},
-            "weight_bits are bits: eight of them make a byte": {"weights": 8},
-            "an activation has 16 bits, which are 2 bytes": {"inputs": 16, "outputs": 16},
-            "these are operations for each bit": {"operations": 2 / 8},
-        }),
-        Mistake("turned around: these are bytes for each operation", lambda *sizes: 1 / _intensity(*sizes)),
-        Mistake("the weights are counted once for each token. They are read once for all of them",
-                lambda tokens, *sizes: _intensity(tokens, *sizes, weights=tokens)),
-        Mistake("only the weights are quantized: activations stay in 16 bits",
-                lambda *sizes: _intensity(*sizes, inputs=sizes[3] / 8, outputs=sizes[3] / 8)),
-        Mistake("the activations are those of one token",
-                lambda tokens, *sizes: _intensity(tokens, *sizes, inputs=2 / tokens, outputs=2 / tokens)),
-    ),
+    about=lambda given, *_: (
+        "[{tokens}, {in_features}] times [{in_features}, {out_features}] with {weight_bits}-bit weights".format(**given)),
+    mistakes=mistakes_by_option(_intensity, {
+        "half of it: a multiplication and an addition are two operations": {"operations": 1},
+        "the activations are missing: inputs and outputs move as well": {"inputs": 0, "outputs": 0},
+        "the weights are missing, and here they are most of the bytes": {"weights": 0},
+        "the outputs are missing: they have to be written": {"outputs": 0},
+        "the inputs are missing: they have to be read": {"inputs": 0},
+        "weight_bits are bits: eight of them make a byte": {"weights": 8},
+        "an activation has 16 bits, which are 2 bytes": {"inputs": 16, "outputs": 16},
+        "these are operations for each bit": {"operations": 2 / 8},
+        "turned around: these are bytes for each operation": lambda *sizes: 1 / _intensity(*sizes),
+        "the weights are counted once for each token. They are read once for all of them":
+            lambda tokens, *sizes: _intensity(tokens, *sizes, weights=tokens),
+        "only the weights are quantized: activations stay in 16 bits":
+            lambda *sizes: _intensity(*sizes, inputs=sizes[3] / 8, outputs=sizes[3] / 8),
+        "the activations are those of one token":
+            lambda tokens, *sizes: _intensity(tokens, *sizes, inputs=2 / tokens, outputs=2 / tokens),
+    }),
     others=(Mutant(partial(_intensity, outputs=4), "-bit weights: got"),),
 )  # fmt: skip
 
@@ -133,27 +127,24 @@ def _decode_rate(read, parameters, batch, bandwidth, rate, *, reading=1, operati
 DECODE_RATE = Exercise(
     id="1.3", name="decode_rate", title="Tokens a second, at best", minutes=8, difficulty=2, points=2,
     returns=("tokens_per_second",), inputs=decode_inputs, reference=roofline.decode_rate, drive=drive_cases, allowed=_near,
-    otherwise=lambda given, got, want: "{}: got {} tokens a second, wanted {}".format(
-        (first := first_difference(got, want, _near(given, want)))[0], *shown(*first[1:], 6)),
-    mistakes=(
-        *mistakes_by_option(_decode_rate, {
-            "this counts operations only: at a small batch the machine waits for the weights": {"reading": 0},
-            "this counts bytes only: at a large batch the operations take longer, and they grow with the batch": {"operations": 0},
-            "this adds the two times. Reading and computing overlap: the longer one decides": {"together": operator.add},
-            "this takes the shorter of the two times: both have to be over": {"together": min},
-            "half of the operations are missing: each weight is multiplied and added": {"operations": 1},
-            "read and bandwidth are both in bytes; nothing needs a factor 8": {"reading": 8},
-        }),
-        Mistake("this divides the rate of operations by bytes: weights arrive at the bandwidth",
-                lambda read, parameters, batch, bandwidth, rate: batch * rate / read),
-        Mistake("these are steps a second: every step gives one token for each sequence of the batch",
-                lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine) / batch),
-        Mistake("the weights are read once for each sequence here. A step reads them once for the whole batch",
-                lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine, reading=batch)),
-        Mistake("this is the time of a step, not tokens a second",
-                lambda read, parameters, batch, *machine: batch / _decode_rate(read, parameters, batch, *machine)),
-    ),
-    others=(Mutant(partial(_decode_rate, operations=3), "tokens a second, wanted"),),
+    about=lambda given, want, batch, _: f"{batch}, in tokens a second",
+    mistakes=mistakes_by_option(_decode_rate, {
+        "this counts operations only: at a small batch the machine waits for the weights": {"reading": 0},
+        "this counts bytes only: at a large batch the operations take longer, and they grow with the batch": {"operations": 0},
+        "this adds the two times. Reading and computing overlap: the longer one decides": {"together": operator.add},
+        "this takes the shorter of the two times: both have to be over": {"together": min},
+        "half of the operations are missing: each weight is multiplied and added": {"operations": 1},
+        "read and bandwidth are both in bytes; nothing needs a factor 8": {"reading": 8},
+        "this divides the rate of operations by bytes: weights arrive at the bandwidth":
+            lambda read, parameters, batch, bandwidth, rate: batch * rate / read,
+        "these are steps a second: every step gives one token for each sequence of the batch":
+            lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine) / batch,
+        "the weights are read once for each sequence here. A step reads them once for the whole batch":
+            lambda read, parameters, batch, *machine: _decode_rate(read, parameters, batch, *machine, reading=batch),
+        "this is the time of a step, not tokens a second":
+            lambda read, parameters, batch, *machine: batch / _decode_rate(read, parameters, batch, *machine),
+    }),
+    others=(Mutant(partial(_decode_rate, operations=3), "tokens a second: got"),),
 )  # fmt: skip
 
 
@@ -174,32 +165,29 @@ def _crossover(bandwidth, rate, weight_bits, *, crossing=16, whole=math.ceil):
     return whole(rate / bandwidth * weight_bits / crossing)
 
 
-def _wrong_batch(given: dict, got: dict, want: dict) -> str:
-    machine, have, wanted = first_difference(got, want)
+def _about_machine(given: dict, want: dict, machine: str, place: tuple) -> str:
     bandwidth, rate, bits = given[machine]
-    return f"a ridge of {rate / bandwidth:.6g} operations a byte and {bits}-bit weights: {got_and_wanted(have, wanted)}"
+    return f"a ridge of {rate / bandwidth:.6g} operations a byte and {bits}-bit weights"
 
 
 CROSSOVER_BATCH = Exercise(
     id="1.4", name="crossover_batch", title="Where the batch takes over", minutes=8, difficulty=2, points=2,
-    returns=("batch",), inputs=crossover_inputs, reference=roofline.crossover_batch, drive=drive_cases, otherwise=_wrong_batch,
+    returns=("batch",), inputs=crossover_inputs, reference=roofline.crossover_batch, drive=drive_cases, about=_about_machine,
     faults=(
         Fault("a batch is a whole number, got {batch:.6g}: which is the first one at which operations take as long?",
               lambda given, got, want: next(({"batch": batch} for batch in got.values() if batch != math.floor(batch)), None),
               (partial(_crossover, whole=float),)),
     ),
-    mistakes=(
-        *mistakes_by_option(_crossover, {
-            "one too few: at this batch reading the weights still takes longer": {"whole": math.floor},
-            "twice too many: each weight is multiplied and added for each sequence, two operations": {"crossing": 8},
-            "eight times too many: weight_bits are bits, the bandwidth is in bytes": {"crossing": 2},
-        }),
-        Mistake("this is the operations a byte of the machine, where 16-bit weights cross over. These weights are narrower",
-                lambda bandwidth, rate, bits: _crossover(bandwidth, rate, 16)),
-        Mistake("turned around: narrower weights are read sooner, so the batch at which operations take over is smaller",
-                lambda bandwidth, rate, bits: math.ceil(rate / bandwidth * 16 / bits)),
-        Mistake("bandwidth and rate are exchanged", lambda bandwidth, rate, bits: _crossover(rate, bandwidth, bits)),
-    ),
+    mistakes=mistakes_by_option(_crossover, {
+        "one too few: at this batch reading the weights still takes longer": {"whole": math.floor},
+        "twice too many: each weight is multiplied and added for each sequence, two operations": {"crossing": 8},
+        "eight times too many: weight_bits are bits, the bandwidth is in bytes": {"crossing": 2},
+        "this is the operations a byte of the machine, where 16-bit weights cross over. These weights are narrower":
+            lambda bandwidth, rate, bits: _crossover(bandwidth, rate, 16),
+        "turned around: narrower weights are read sooner, so the batch at which operations take over is smaller":
+            lambda bandwidth, rate, bits: math.ceil(rate / bandwidth * 16 / bits),
+        "bandwidth and rate are exchanged": lambda bandwidth, rate, bits: _crossover(rate, bandwidth, bits),
+    }),
     others=tuple(Mutant(partial(_crossover, whole=whole), "a ridge of") for whole in (round, lambda batch: math.floor(batch) + 1)),
 )  # fmt: skip
 
@@ -231,15 +219,14 @@ def _by_shares(decide):
     return lambda *run: decide(*_shares(*run))
 
 
-def _wrong_word(given: dict, got: dict, want: dict) -> str:
-    run, have, wanted = first_difference(got, want)
+def _about_run(given: dict, want: dict, run: str, place: tuple) -> str:
     of_memory, of_compute = (100 * share for share in _shares(*given[run]))
-    return f"a run that used {of_memory:.3g} % of the bandwidth, {of_compute:.3g} % of the rate: {got_and_wanted(have, wanted)}"
+    return f"a run that used {of_memory:.3g} % of the bandwidth, {of_compute:.3g} % of the rate"
 
 
 WHAT_LIMITS = Exercise(
     id="1.5", name="what_limits", title="Which run is memory-bound?", minutes=8, difficulty=2, points=2,
-    returns=("word",), inputs=limits_inputs, reference=roofline.what_limits, drive=drive_cases, otherwise=_wrong_word,
+    returns=("word",), inputs=limits_inputs, reference=roofline.what_limits, drive=drive_cases, about=_about_run,
     faults=(
         Fault(f"{{name}}: got {{word!r}}, wanted one of {', '.join(WORDS)}",
               lambda given, got, want: next(({"name": n, "word": word} for n, word in got.items() if word not in WORDS), None),
