@@ -21,9 +21,8 @@ from labsupport.quant import rtn
 
 tl = language.tl  # the interpreter looks for it among the globals of a kernel
 
+
 # 11.1 -----------------------------------------------------------------------------------------------------------------
-
-
 def bytes_inputs(seed: int) -> dict:
     """Sizes in which no two parts of the bill are alike."""
     r = random.Random(seed)
@@ -70,8 +69,6 @@ BYTES_MOVED = Exercise(
 
 
 # 11.2 -----------------------------------------------------------------------------------------------------------------
-
-
 def _packed(rows: int, columns: int, group_size: int, g: torch.Generator) -> dict[str, torch.Tensor]:
     """A weight as kernels read it. Some rows have one sign, so that a zero-point is at an end; groups of row 0 differ in theirs."""
     weight = torch.randn(rows, columns, generator=g)
@@ -194,8 +191,6 @@ TILED = Exercise(
 
 
 # 11.3 -----------------------------------------------------------------------------------------------------------------
-
-
 def dialect_inputs(seed: int) -> dict:
     """Among the scales one that bfloat16 holds and two half way between two that it holds, of which one goes down and one up."""
     g = generator(seed)
@@ -247,8 +242,6 @@ DIALECT = Exercise(
 
 
 # 11.4 -----------------------------------------------------------------------------------------------------------------
-
-
 def kernel_inputs(seed: int) -> dict:
     """The last program has rows that do not exist. One seed in five has two programs and three groups: the interpreter is slow."""
     g = generator(seed)
@@ -363,8 +356,6 @@ KERNEL = Exercise(
 
 
 # 11.5 -----------------------------------------------------------------------------------------------------------------
-
-
 def crossover_inputs(seed: int) -> dict:
     """Pairs of kernels by where they meet: at a whole batch, close above and below one, below 1, and with the same rate.
 

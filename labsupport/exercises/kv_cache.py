@@ -13,14 +13,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from labsupport.exercises.compare import first_difference, got_and_wanted
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Outputs, generator, right
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Outputs, generator, mistakes_by_option, mistakes_of, right
 from labsupport.model import models
 from labsupport.quant import grid, kv
 from labsupport.quant.kv import Part
 
+
 # 9.1 ------------------------------------------------------------------------------------------------------------------
-
-
 def bytes_inputs(seed: int) -> dict:
     """Four kinds of attention, as their config.json says it; the widths of heads do not always follow from hidden_size."""
     r = random.Random(seed)
@@ -66,32 +65,26 @@ BYTES = Exercise(
         Mistake("this is one sequence: a batch has a cache for each", lambda config, tokens, batch: _counted(config, tokens, 1)),
         *(Mistake(f"this is in {unit}, wanted bytes", lambda *given, size=size: _counted(*given) / size)
           for unit, size in {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "GB": 1e9, "MB": 1e6}.items()),
-        Mistake("half of it is missing: a token leaves a key and a value", partial(_counted, both=1)),
-        Mistake("every head of queries was given keys and values of its own: with grouped-query attention they are "
-                "num_key_value_heads", partial(_counted, shared=False)),
-        Mistake("the width of a head was taken from hidden_size. Where the config says head_dim, that is the width",
-                partial(_counted, wide=False)),
-        Mistake("this is the cache of one layer", partial(_counted, layers=False)),
-        Mistake("these are numbers, wanted bytes: 16 bits are two", partial(_counted, per_value=1)),
-        Mistake("these are bits, wanted bytes: 16 bits are two", partial(_counted, per_value=16)),
-        Mistake("MLA was counted like the others. It keeps a latent vector of kv_lora_rank for all heads together, and makes keys "
-                "and values of it when they are read", partial(_counted, latent=False)),
-        Mistake("the rotated key of qk_rope_head_dim is missing from MLA's: it is kept beside the latent vector",
-                partial(_counted, rope=False)),
-        Mistake("MLA's latent vector was counted twice. Keys and values are made from one and the same",
-                partial(_counted, latent_both=2)),
-        Mistake("MLA's latent vector was counted for every head. All heads share one", partial(_counted, latent_heads=True)),
+        *mistakes_by_option(_counted, {
+            "half of it is missing: a token leaves a key and a value": {"both": 1},
+            "every head of queries was given keys and values of its own: with grouped-query attention they are "
+            "num_key_value_heads": {"shared": False},
+            "the width of a head was taken from hidden_size. Where the config says head_dim, that is the width": {"wide": False},
+            "this is the cache of one layer": {"layers": False},
+            "these are numbers, wanted bytes: 16 bits are two": {"per_value": 1},
+            "these are bits, wanted bytes: 16 bits are two": {"per_value": 16},
+            "MLA was counted like the others. It keeps a latent vector of kv_lora_rank for all heads together, and makes keys and "
+            "values of it when they are read": {"latent": False},
+            "the rotated key of qk_rope_head_dim is missing from MLA's: it is kept beside the latent vector": {"rope": False},
+            "MLA's latent vector was counted twice. Keys and values are made from one and the same": {"latent_both": 2},
+            "MLA's latent vector was counted for every head. All heads share one": {"latent_heads": True},
+        }),
     ),
-    others=(
-        Mutant(lambda config, tokens, batch: _counted(config, tokens + 1, batch), "MHA: got"),
-        Mutant(lambda config, tokens, batch: f"{_counted(config, tokens, batch)}", "is a str, wanted a number"),
-    ),
+    others=(Mutant(lambda config, tokens, batch: _counted(config, tokens + 1, batch), "MHA: got"),),
 )  # fmt: skip
 
 
 # 9.2 ------------------------------------------------------------------------------------------------------------------
-
-
 def keys_inputs(seed: int) -> dict:
     """Channels far off zero, loud, tiny, constant, and all negative; heads that differ. No two sizes are alike."""
     g = generator(seed)
@@ -189,25 +182,23 @@ KEYS = Exercise(
               and {"low": int(got["codes"].min()), "high": int(got["codes"].max()), "steps": 2 ** given["bits"] - 1},
               (lambda *given: (_keys(*given)[0] - 1, *_keys(*given)[1:]),)),
     ),
-    mistakes=(
-        Mistake("the grid was made to hold 0. A channel that lies far off 0 then has few levels left for its values: let it reach "
-                "from the least to the largest", partial(_keys, ends=lambda low, high: (low.clamp(max=0), high.clamp(min=0)))),
-        Mistake("the grid is symmetric around 0, and a channel that lies off 0 leaves most of it unused: let it reach from the "
-                "least to the largest", partial(_keys, ends=lambda low, high: (-(far := torch.maximum(high, -low)), far))),
-        Mistake("there are 2**bits levels, so 2**bits - 1 steps between them", partial(_keys, levels=0)),
-        Mistake("the tokens of a group are not neighbors. The first group is the first group_size tokens: it must not wait for the "
-                "last", partial(_keys, stride=True)),
-        Mistake("all groups of a channel share one scale: later tokens would change what was stored of earlier ones",
-                partial(_keys, ends=_shared(2))),
-        Mistake("heads share a scale: every head has channels of its own", partial(_keys, ends=_shared(1))),
-        Mistake("sequences of the batch share a scale", partial(_keys, ends=_shared(0))),
-        Mistake("the fraction is cut off: round to the nearest level", partial(_keys, rounded=torch.floor)),
-        Mistake("the codes were chosen before scale and minimum were rounded to float16. Whoever reads them has only what is "
-                "stored: choose by that", partial(_keys, stored=False)),
-    ),
+    mistakes=mistakes_by_option(_keys, {
+        "the grid was made to hold 0. A channel that lies far off 0 then has few levels left for its values: let it reach from the "
+        "least to the largest": {"ends": lambda low, high: (low.clamp(max=0), high.clamp(min=0))},
+        "the grid is symmetric around 0, and a channel that lies off 0 leaves most of it unused: let it reach from the least to "
+        "the largest": {"ends": lambda low, high: (-(far := torch.maximum(high, -low)), far)},
+        "there are 2**bits levels, so 2**bits - 1 steps between them": {"levels": 0},
+        "the tokens of a group are not neighbors. The first group is the first group_size tokens: it must not wait for the last": {
+            "stride": True},
+        "all groups of a channel share one scale: later tokens would change what was stored of earlier ones": {"ends": _shared(2)},
+        "heads share a scale: every head has channels of its own": {"ends": _shared(1)},
+        "sequences of the batch share a scale": {"ends": _shared(0)},
+        "the fraction is cut off: round to the nearest level": {"rounded": torch.floor},
+        "the codes were chosen before scale and minimum were rounded to float16. Whoever reads them has only what is stored: "
+        "choose by that": {"stored": False},
+    }),
     others=(
         Mutant(lambda keys, bits, _: tuple(t.transpose(2, 3) for t in _keys(keys.transpose(2, 3), bits, 6)), "along tokens"),
-        Mutant(lambda *given: tuple(t.unsqueeze(3) if i else t for i, t in enumerate(_keys(*given))), "no axis of 1"),
         Mutant(lambda *given: tuple(t.float() for t in _keys(*given)), "wanted torch.float16"),
         Mutant(lambda *given: (_keys(*given)[0].flip(2), *_keys(*given)[1:]), "steps from its value"),
         Mutant(lambda *given: (*_keys(*given)[:2], _keys(*given)[2] + 1), "minimum of [batch, head, group, channel]"),
@@ -216,8 +207,6 @@ KEYS = Exercise(
 
 
 # 9.3 ------------------------------------------------------------------------------------------------------------------
-
-
 def push_inputs(seed: int) -> dict:
     """Runs, by name, with a residual and numbers of tokens that come: a prompt that fills several blocks, then small lots."""
     g = generator(seed)
@@ -241,9 +230,7 @@ class Lot:
         return self.states / 2
 
 
-def push(
-    old: list, recent: torch.Tensor, new: torch.Tensor, residual: int, block: int, quantize: Callable
-) -> tuple[list, torch.Tensor]:
+def push(old: list, recent: torch.Tensor, new: torch.Tensor, residual: int, block: int, quantize: Callable) -> tuple:
     """labsupport's rule of who waits, with blocks in a list: all that have left the newest `residual` tokens, in whole blocks."""
     recent = torch.cat([recent, new], dim=2)
     ready = Part("fp8", residual=residual, block=block).stored(recent.shape[2])
@@ -272,13 +259,13 @@ def drive_push(answer: Callable, given: dict) -> dict:
 
 
 def _push(
-    old, recent, new, residual, block, quantize,
-    rule=None, newest=False, again=False, swap=False, drop=False, end=False, short=False,
+    old, recent, new, residual, block, quantize, rule=lambda n, residual, block: max(0, n - residual) // block * block,
+    newest=False, again=False, swap=False, drop=False, end=False, short=False,
 ):  # fmt: skip
     """The rule with what can go wrong as options. rule(tokens, residual, block): how many are quantized."""
     recent = torch.cat([new, recent] if swap else [recent, new], dim=2)
     count = recent.shape[2]
-    ready = max(0, count - residual) // block * block if rule is None else rule(count, residual, block)
+    ready = rule(count, residual, block)
     if not ready or (short and ready < 0):  # recent[:, :, ready:] of a negative number counts from the end
         return old, recent[:, :, ready:]
     if newest:
@@ -294,35 +281,27 @@ PUSH = Exercise(
     id="9.3", name="push", title="Who waits", minutes=10, difficulty=2, points=3,
     returns=("old", "recent"), inputs=push_inputs, reference=push, drive=drive_push,
     hint="Tokens were lost, or kept twice",
-    mistakes=(
-        Mistake("one block is taken at a time: a prompt may fill several at once, and then they never go",
-                partial(_push, rule=lambda n, r, b: b if n - r >= b else 0)),
-        Mistake("once a block is full, everything goes, the newest tokens too",
-                partial(_push, rule=lambda n, r, b: n // b * b if n - r >= b else 0)),
-        Mistake("the newest tokens do not wait: residual of them stay as they are",
-                partial(_push, rule=lambda n, r, b: n // b * b)),
-        Mistake("a block that is exactly full is left waiting", partial(_push, rule=lambda n, r, b: max(0, n - r - 1) // b * b)),
-        Mistake("tokens wait until there are residual of them, and then all whole blocks go: the newest residual tokens stay in "
-                "any case", partial(_push, rule=lambda n, r, b: n // b * b if n >= r else 0)),
-        Mistake("the newest tokens of the prompt are quantized while older ones wait: the oldest go first",
-                partial(_push, newest=True)),
-        Mistake("new tokens stand before old ones: what is read back begins with the oldest", partial(_push, swap=True)),
-        Mistake("what was quantized before is quantized again, and loses again: an old block is left as it is",
-                partial(_push, again=True)),
-    ),
+    mistakes=mistakes_by_option(_push, {
+        "one block is taken at a time: a prompt may fill several at once, and then they never go": {
+            "rule": lambda n, r, b: b if n - r >= b else 0},
+        "once a block is full, everything goes, the newest tokens too": {"rule": lambda n, r, b: n // b * b if n - r >= b else 0},
+        "the newest tokens do not wait: residual of them stay as they are": {"rule": lambda n, r, b: n // b * b},
+        "a block that is exactly full is left waiting": {"rule": lambda n, r, b: max(0, n - r - 1) // b * b},
+        "tokens wait until there are residual of them, and then all whole blocks go: the newest residual tokens stay in any case": {
+            "rule": lambda n, r, b: n // b * b if n >= r else 0},
+        "the newest tokens of the prompt are quantized while older ones wait: the oldest go first": {"newest": True},
+        "new tokens stand before old ones: what is read back begins with the oldest": {"swap": True},
+        "what was quantized before is quantized again, and loses again: an old block is left as it is": {"again": True},
+    }),
     others=(
         Mutant(partial(_push, drop=True), "Tokens were lost"), Mutant(partial(_push, end=True), "with residual 0"),
         Mutant(partial(_push, rule=lambda n, r, b: (n - r) // b * b, short=True), "few tokens at first, blocks of"),
         Mutant(partial(_push, rule=lambda n, r, b: (n - r) // b * b), "wanted a multiple of the block"),
-        Mutant(lambda *given: _push(*given) if given[3] else (given[0], given[2]), "read (residual 0, blocks of"),
-        Mutant(lambda old, recent, new, r, b, q: ([*old, q(torch.cat([recent, new], 2))], recent[:, :, :0]), "a multiple of the"),
     ),
 )  # fmt: skip
 
 
 # 9.4 ------------------------------------------------------------------------------------------------------------------
-
-
 def layer_inputs(seed: int) -> dict:
     """Keys and values of unlike size and length: a prompt, then tokens; and for one seed in ten a prompt for a tiny model."""
     g = generator(seed)
@@ -403,21 +382,18 @@ def _each(of):
     return lambda keys, values: (of(keys), of(values))
 
 
-def _layer(read=None, length=lambda keys: sum(lot.shape[2] for lot in keys)):
+def _layer(read=lambda keys, values: (_read(keys), _read(values)), length=lambda keys: sum(lot.shape[2] for lot in keys)):
     """Layers that keep what they are fed. read(keys, values): what update returns, from lists of what each update was fed."""
 
     def make(quantize):
         from transformers.cache_utils import DynamicLayer
 
-        layer = DynamicLayer()
-        layer.fed = [], []
-
         def update(keys, values, *args, **kwargs):
-            for lots, new in zip(layer.fed, (keys, values), strict=True):
-                lots.append(new)
-            return (read or _each(_read))(*layer.fed)
+            layer.fed[0].append(keys), layer.fed[1].append(values)
+            return read(*layer.fed)
 
-        layer.update, layer.get_seq_length = update, lambda: length(layer.fed[0])
+        layer = DynamicLayer()
+        layer.fed, layer.update, layer.get_seq_length = ([], []), update, lambda: length(layer.fed[0])
         return layer
 
     return make
@@ -429,30 +405,26 @@ LAYER = Exercise(
     hint="Attention needs the keys and values of all tokens so far",
     # A mistake is told by what update returns.
     alike=lambda given, got, theirs: all(torch.equal(got[name], theirs[name]) for name in STATES),
-    mistakes=(
-        Mistake("nothing was quantized: update returns keys and values as they came",
-                _layer(_each(lambda lots: torch.cat(lots, 2)))),
-        Mistake("what update returns for the new tokens is what came, not what is stored. A prompt is then read as if there were "
-                "no quantization: nothing is measured", _layer(_each(lambda lots: _read([*lots[:-1], lots[-1] * 2])))),
-        Mistake("keys and values have changed places", _layer(lambda keys, values: (_read(values), _read(keys)))),
-        Mistake("keys and values come back in another order than they came: new tokens stand after old ones",
-                _layer(_each(lambda lots: _read(lots[::-1])))),
-        Mistake("what was stored before is quantized again at every update, and loses again each time",
-                _layer(_each(lambda lots: torch.cat([lot / 2 ** (len(lots) - i) for i, lot in enumerate(lots)], 2)))),
-    ),
+    mistakes=mistakes_of(_layer, {
+        "nothing was quantized: update returns keys and values as they came": _each(lambda lots: torch.cat(lots, 2)),
+        "what update returns for the new tokens is what came, not what is stored. A prompt is then read as if there were no "
+        "quantization: nothing is measured": _each(lambda lots: _read([*lots[:-1], lots[-1] * 2])),
+        "keys and values have changed places": lambda keys, values: (_read(values), _read(keys)),
+        "keys and values come back in another order than they came: new tokens stand after old ones":
+            _each(lambda lots: _read(lots[::-1])),
+        "what was stored before is quantized again at every update, and loses again each time":
+            _each(lambda lots: torch.cat([lot / 2 ** (len(lots) - i) for i, lot in enumerate(lots)], 2)),
+    }),
     others=(
         Mutant(_layer(_each(lambda lots: lots[-1] / 2)), "of all tokens so far"),
-        Mutant(_layer(length=lambda lots: 0), "their positions from it) after update 1: got 0, wanted 5"),
-        Mutant(_layer(length=len), "after update 1: got 1, wanted 5"), Mutant(_layer(), "so that nothing is saved"),
-        Mutant(_layer(lambda keys, values: _read(keys)), "wanted keys and values"),
-        Mutant(_layer(lambda keys, values: (_read(keys) + 1, _read(values))), "keys after update 1[0, 0, 0, 0]: got"),
+        Mutant(_layer(length=len), "their positions from it) after update 1: got 1, wanted 5"),
+        Mutant(_layer(), "so that nothing is saved"), Mutant(_layer(lambda keys, values: _read(keys)), "wanted keys and values"),
         Mutant(lambda quantize: quantize, "wanted a subclass of DynamicLayer"),
     ),
 )  # fmt: skip
 
 
 # 9.5 ------------------------------------------------------------------------------------------------------------------
-
 WIDTH = 8
 
 
@@ -493,30 +465,23 @@ PLANT = Exercise(
     # A reciprocal and a product, or one division.
     allowed=lambda given, want: {name: 2**-22 * weight.abs() for name, weight in want.items()},
     alike=lambda given, got, theirs: all(torch.allclose(got[name].float(), theirs[name], rtol=2**-21, atol=0) for name in theirs),
-    mistakes=(
-        Mistake("the pairs are neighbors, 0 and 1, 2 and 3. In transformers' Llama channel i is rotated together with i + width / "
-                "2; neighbors have different factors then, and rotation mixes them",
-                partial(_planted, pair=lambda s: s.repeat_interleave(2, 1))),
-        Mistake("heads of queries were given the factors of heads of keys in turns. Those that share a head of keys stand side by "
-                "side: with two on each, queries 0 and 1 belong to keys 0", partial(_planted, tiled=True)),
-        Mistake("queries were multiplied as well: q . k is then another number. Divide them", partial(_planted, change=torch.mul)),
-        Mistake("queries were made loud and keys quiet, wanted it the other way around: keys are what is stored",
-                lambda q, k, s: _planted(q, k, 1 / s)),
-        Mistake("only the first channel of each pair was multiplied: after the rotation the two are mixed, and no factor of the "
-                "query takes that back", partial(_planted, pair=lambda s: torch.cat([s, torch.ones_like(s)], 1))),
-        Mistake("queries are as they were, so q . k has changed", partial(_planted, change=lambda queries, rows: queries.clone())),
-    ),
-    others=(
-        Mutant(lambda q, k, s: _planted(q, k, s.sqrt()), "times what it was"),
-        Mutant(lambda q, k, s: _planted(q, k, s.flip(0)), "times what it was"),
-        Mutant(lambda q, k, s: _planted(q, k, s)[::-1], "has shape"),
-    ),
+    mistakes=mistakes_by_option(_planted, {
+        "the pairs are neighbors, 0 and 1, 2 and 3. In transformers' Llama channel i is rotated together with i + width / 2; "
+        "neighbors have different factors then, and rotation mixes them": {"pair": lambda s: s.repeat_interleave(2, 1)},
+        "heads of queries were given the factors of heads of keys in turns. Those that share a head of keys stand side by side: "
+        "with two on each, queries 0 and 1 belong to keys 0": {"tiled": True},
+        "queries were multiplied as well: q . k is then another number. Divide them": {"change": torch.mul},
+        "queries were made loud and keys quiet, wanted it the other way around: keys are what is stored": {
+            "pair": lambda s: torch.cat([1 / s, 1 / s], 1)},
+        "only the first channel of each pair was multiplied: after the rotation the two are mixed, and no factor of the query "
+        "takes that back": {"pair": lambda s: torch.cat([s, torch.ones_like(s)], 1)},
+        "queries are as they were, so q . k has changed": {"change": lambda queries, rows: queries.clone()},
+    }),
+    others=(Mutant(lambda q, k, s: _planted(q, k, s.flip(0)), "times what it was"),),
 )  # fmt: skip
 
 
 # 9.6 ------------------------------------------------------------------------------------------------------------------
-
-
 def add_inputs(seed: int) -> dict:
     """Documents of unequal length and difficulty, some with nothing scored; the two kinds of damage make each other worse."""
     g = generator(seed)
@@ -575,19 +540,21 @@ ADD = Exercise(
               (partial(_document_means, empty=torch.nan),), early=True),
     ),
     mistakes=(
-        Mistake("the rises in percent were subtracted. They do not add up even where the damage does: two rises of 10 % make 21 %. "
-                "Subtract losses", partial(_added, rule=lambda b, w, c, n: (b - n).exp() - (w - n).exp() - (c - n).exp() + 1)),
-        Mistake("the loss of the model without any damage was taken out twice: each of the other losses holds it once",
-                partial(_added, rule=lambda b, w, c, n: b - w - c)),
-        Mistake("this is what both cost together. Take out what each costs alone", partial(_added, rule=lambda b, w, c, n: b - n)),
-        Mistake("the sign is turned around: a positive number is to say that both together cost more than the sum",
-                partial(_added, rule=lambda b, w, c, n: w + c - b - n)),
+        *mistakes_of(lambda rule: partial(_added, rule=rule), {
+            "the rises in percent were subtracted. They do not add up even where the damage does: two rises of 10 % make 21 %. "
+            "Subtract losses": lambda b, w, c, n: (b - n).exp() - (w - n).exp() - (c - n).exp() + 1,
+            "the loss of the model without any damage was taken out twice: each of the other losses holds it once":
+                lambda b, w, c, n: b - w - c,
+            "this is what both cost together. Take out what each costs alone": lambda b, w, c, n: b - n,
+            "the sign is turned around: a positive number is to say that both together cost more than the sum":
+                lambda b, w, c, n: w + c - b - n,
+            "this is what the cache adds to quantized weights, whatever it costs by itself": lambda b, w, c, n: b - w,
+        }),
         Mistake("every document counts alike, however short. Divide the sum of nats by the sum of tokens", _document_means),
-        Mistake("this is what the cache adds to quantized weights, whatever it costs by itself",
-                partial(_added, rule=lambda b, w, c, n: b - w)),
         Mistake("low and high have changed places", lambda *given: (_added(*given)[0], *_added(*given)[:0:-1])),
-        *(Mistake(f"this is an interval of {level:.0%}, wanted 95 %: 2.5 % of the draws on either side",
-                  partial(_added, level=level)) for level in (0.9, 0.99, 0.8, 0.5)),
+        *mistakes_of(lambda level: partial(_added, level=level), {
+            f"this is an interval of {level:.0%}, wanted 95 %: 2.5 % of the draws on either side": level
+            for level in (0.9, 0.99, 0.8, 0.5)}),
     ),
     others=(
         Mutant(lambda *given: (e := _added(*given)) and (e[0], 4 * e[1] - 3 * e[0], 4 * e[2] - 3 * e[0]), "the same draw"),

@@ -62,8 +62,6 @@ def _where_unpacked(unpack: Callable) -> Callable:
 
 
 # 10.1 -----------------------------------------------------------------------------------------------------------------
-
-
 def nibble_inputs(seed: int) -> dict:
     """Not square, both sides multiples of 8; in the first column of words the eighth code is 8 or more: the sign bit is set."""
     codes = _codes(generator(seed), 16, 40)
@@ -111,8 +109,6 @@ PACK_NIBBLES = Exercise(
 
 
 # 10.2 -----------------------------------------------------------------------------------------------------------------
-
-
 def words_inputs(seed: int) -> dict:
     return {"qweight": packing.pack_gptq(nibble_inputs(seed)["codes"], 4)}
 
@@ -167,8 +163,6 @@ UNPACK_NIBBLES = Exercise(
 
 
 # 10.3 -----------------------------------------------------------------------------------------------------------------
-
-
 def three_inputs(seed: int) -> dict:
     """64 columns, 6 words for each of 7 outputs. Codes 10 and 21 of a run lie in two words: every bit of them is set somewhere."""
     codes = _codes(generator(seed), 7, 64, bits=3)
@@ -248,8 +242,6 @@ UNPACK_THREE = Exercise(
 
 
 # 10.4 -----------------------------------------------------------------------------------------------------------------
-
-
 def zeros_inputs(seed: int) -> dict:
     """16 outputs, 24 groups: both fill words. Some zero-points are 0, some 15."""
     zero_point = _codes(generator(seed), 16, 24)
@@ -310,8 +302,6 @@ PACK_ZEROS = Exercise(
 
 
 # 10.5 -----------------------------------------------------------------------------------------------------------------
-
-
 def layer_inputs(seed: int) -> dict:
     """A layer as it comes out of its words: 16 outputs, 24 inputs, 3 groups of 8 scattered over the row."""
     g = generator(seed)
@@ -374,8 +364,6 @@ READ_LAYER = Exercise(
 
 
 # 10.6 -----------------------------------------------------------------------------------------------------------------
-
-
 def awq_inputs(seed: int) -> dict:
     codes = _codes(generator(seed), 40, 16)
     codes[[7, 14], 0] = torch.tensor([15, 9], dtype=torch.uint8)
@@ -416,7 +404,6 @@ UNPACK_AWQ = Exercise(
 
 
 # 10.7 -----------------------------------------------------------------------------------------------------------------
-
 FAULTS = ("fine", "version", "order", "groups")
 SIZE, GROUPS, OUTPUTS = 16, 24, 32
 
