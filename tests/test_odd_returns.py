@@ -121,6 +121,6 @@ def test_a_whole_number_keeps_its_value_on_the_way_to_a_small_dtype():
 def attempt_with(outputs):
     """An attempt with these outputs; None where no file holds them, which is refused before a judge sees it."""
     try:
-        return attempts.Attempt("ran", {name: attempts._plain(name, value) for name, value in outputs.items()})
+        return attempts.Attempt("ran", {name: attempts.plain(name, value) for name, value in outputs.items()})
     except attempts.WrongReturn:
         return None

@@ -11,6 +11,7 @@ import torch
 
 from labsupport.exercises import check, judging, registry, revisit, score, session, tally
 from labsupport.exercises.attempts import Attempt, attempt
+from labsupport.exercises.form import Exercise
 from labsupport.quant import grid
 
 EXERCISE = registry.get("2.2")
@@ -269,3 +270,32 @@ def test_attempts_whose_names_hold_a_dot_are_files_of_their_own(tmp_path):
     for number in (4, 5):
         Attempt("ran", {"a": torch.tensor(number)}).save(tmp_path / f"2.{number}")
     assert [int(Attempt.load(tmp_path / f"2.{number}").outputs["a"]) for number in (4, 5)] == [4, 5]
+
+
+LAYERS = Exercise(
+    id="0.0", name="layers", title="", minutes=1, difficulty=1, points=1, returns=("layers",), inputs=lambda seed: {},
+    reference=lambda: [],
+)  # fmt: skip
+
+
+def test_tensors_within_lists_and_dicts_survive_a_file(tmp_path):
+    scale, nothing = torch.ones(2, dtype=torch.float16), torch.zeros(0, 3)
+    tried = attempt(LAYERS, lambda: [{"scale": scale, "bits": 4, "of": [nothing, "nf4"]}], {})
+    tried.save(tmp_path / "2.4")
+    loaded = Attempt.load(tmp_path / "2.4")
+    assert loaded.status == "ran"
+    (layer,) = loaded.outputs["layers"]
+    assert list(layer) == ["scale", "bits", "of"]
+    assert torch.equal(layer["scale"], scale)
+    assert layer["scale"].dtype == scale.dtype
+    assert layer["bits"] == 4
+    assert layer["of"][0].shape == (0, 3)
+    assert layer["of"][1] == "nf4"
+
+
+def test_an_entry_of_a_list_that_is_replaced_is_a_changed_input():
+    def replaces(batches):
+        batches[1] = None
+        return []
+
+    assert attempt(LAYERS, replaces, {"batches": [torch.ones(2), torch.ones(2)]}).changed == ("batches",)

@@ -14,14 +14,16 @@ import numbers
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
+from labsupport.exercises.compare import map_leaves
 from labsupport.exercises.form import Exercise
 
 LONGEST_OUTPUT = 1_000  # characters of what an answer prints that are kept
@@ -44,50 +46,59 @@ class Attempt:
     printed: str = ""
 
     def save(self, stem: Path) -> None:
-        """Write `stem`.safetensors (tensors) and `stem`.json (everything else)."""
+        """Write `stem`.safetensors (tensors, by their paths) and `stem`.json (everything else, null where a tensor stands)."""
         from safetensors.torch import save_file
 
-        tensors = {k: v.clone() for k, v in self.outputs.items() if isinstance(v, torch.Tensor)}
-        rest = {k: v for k, v in self.outputs.items() if k not in tensors}
-        save_file(tensors, stem.with_name(stem.name + ".safetensors"))
-        about = {"status": self.status, "error": self.error, "changed": self.changed, "borrowed": self.borrowed}
-        about |= {"printed": self.printed, "outputs": rest, "order": list(self.outputs)}
-        stem.with_name(stem.name + ".json").write_text(json.dumps(about), "utf-8")
+        tensors: dict[str, torch.Tensor] = {}
+
+        def without_tensors(path: str, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            tensors[path] = leaf.clone()
+            return None
+
+        about = vars(self) | {"outputs": map_leaves("", self.outputs, without_tensors)}
+        save_file(tensors, f"{stem}.safetensors")
+        Path(f"{stem}.json").write_text(json.dumps(about), "utf-8")
 
     @classmethod
     def load(cls, stem: Path) -> Attempt:
         """Read what `save` wrote. Only safetensors and JSON are read."""
         from safetensors.torch import load_file
 
-        about = json.loads(stem.with_name(stem.name + ".json").read_text("utf-8"))
-        stored = load_file(stem.with_name(stem.name + ".safetensors")) | about["outputs"]
-        outputs = {k: stored[k] for k in about["order"]}
-        return cls(about["status"], outputs, about["error"], tuple(about["changed"]), about["borrowed"], about["printed"])
+        about, tensors = json.loads(Path(f"{stem}.json").read_text("utf-8")), load_file(f"{stem}.safetensors")
+        outputs = map_leaves("", about["outputs"], lambda path, leaf: tensors[path] if leaf is None else leaf)
+        return cls(**about | {"outputs": outputs, "changed": tuple(about["changed"])})
 
 
 class WrongReturn(Exception):
     """The answer ran, but what it returned cannot be used."""
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A tensor on the CPU or a value that JSON can hold, so that an attempt is the same before and after a file."""
+def plain(name: str, value: Any) -> Any:
+    """A tensor on the CPU or a value that JSON can hold, so that an attempt is the same before and after a file.
+
+    Raises WrongReturn for what is neither, within lists and dicts too.
+    """
+    return map_leaves(name, value, _plain_leaf)
+
+
+def _plain_leaf(path: str, value: Any) -> torch.Tensor | bool | str | int | float:
     if isinstance(value, torch.Tensor):
-        return _plain_tensor(name, value)
+        return _plain_tensor(path, value)
     if value is None:
-        raise WrongReturn(f"{name} is None. Is there a return statement?")
-    if isinstance(value, bool | str):
-        return type(value)(value) if isinstance(value, bool) else str(value)
+        raise WrongReturn(f"{path} is None. Is there a return statement?")
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)  # of a subclass too
     if isinstance(value, numbers.Integral):
         if abs(int(value)) >= LARGEST_INTEGER:
-            raise WrongReturn(f"{name} is a whole number of more than 63 bits")
+            raise WrongReturn(f"{path} is a whole number of more than 63 bits")
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    if isinstance(value, list | tuple):
-        return [_plain(f"{name}[{index}]", v) for index, v in enumerate(value)]
-    if isinstance(value, Mapping):
-        return {str(k): _plain(f"{name}[{k!r}]", v) for k, v in value.items()}
-    raise WrongReturn(f"{name} is a {type(value).__name__}, wanted a tensor or a number")
+    raise WrongReturn(f"{path} is a {type(value).__name__}, wanted a tensor or a number")
 
 
 def _plain_tensor(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -104,19 +115,19 @@ def _named(exercise: Exercise, value: Any) -> dict[str, Any]:
     wanted = exercise.returns
     if value is None:
         raise WrongReturn("it returned None. Is there a return statement?")
-    values = (value,) if len(wanted) == 1 else value
-    if not isinstance(values, tuple | list) or len(values) != len(wanted):
-        count = len(values) if isinstance(values, tuple | list) else 1
+    values = value if len(wanted) > 1 and isinstance(value, tuple | list) else (value,)
+    if (count := len(values)) != len(wanted):
         raise WrongReturn(f"it returned {count} value{'s' * (count != 1)}, wanted {len(wanted)}: {', '.join(wanted)}")
     return dict(zip(wanted, values, strict=True))
 
 
 @contextmanager
-def _watch(function: Callable) -> Iterator[list]:
+def _watch(function: Callable) -> Iterator[list[str]]:
     """Notice a call of `function` under any name. A courtesy to the learner, not a guard."""
-    code, seen, before = getattr(function, "__code__", None), [], sys.getprofile()
+    code, before = getattr(function, "__code__", None), sys.getprofile()
+    seen: list[str] = []
 
-    def look(frame, event, _):
+    def look(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code is code:
             seen.append(frame.f_code.co_name)
 
@@ -134,6 +145,8 @@ def is_reference(exercise: Exercise, answer: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
     if isinstance(a, torch.Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
@@ -142,19 +155,7 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return True
-
-
-def _failed_line(error: BaseException, answer: Callable) -> str | None:
-    """The line of the answer at which it failed, counted from its first, or of a method where it is a class; None elsewhere."""
-    functions = vars(answer).values() if isinstance(answer, type) else [answer]
-    codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if frame.f_code.co_filename in {code.co_filename for code in codes}:
-            if isinstance(answer, type):
-                return f"line {line - frame.f_code.co_firstlineno + 1} of {frame.f_code.co_name}"
-            return f"line {line - codes[0].co_firstlineno + 1} of the function"
-    return None
+    return a == b if isinstance(a, str | int | float) else True  # a model is not looked into
 
 
 def _described(error: BaseException) -> str:
@@ -168,7 +169,7 @@ def run(exercise: Exercise, answer: Callable, given: dict[str, Any]) -> dict[str
         outputs = exercise.drive(answer, given)
     else:
         outputs = _named(exercise, answer(*given.values()))
-    return {k: _plain(k, v) for k, v in outputs.items()}
+    return {name: plain(name, value) for name, value in outputs.items()}
 
 
 @contextmanager
@@ -181,13 +182,7 @@ def _listening() -> Iterator[io.StringIO]:
         yield heard
 
 
-def _cut(text: str) -> str:
-    if len(text) <= LONGEST_OUTPUT:
-        return text
-    return f"{text[:LONGEST_OUTPUT]}\n... and {len(text) - LONGEST_OUTPUT} more characters"
-
-
-def attempt(exercise: Exercise, answer: Callable, given: dict[str, Any]) -> Attempt:
+def attempt(exercise: Exercise, answer: Any, given: dict[str, Any]) -> Attempt:
     """Run an answer on a copy of `given`; whatever it does becomes data."""
     if not callable(answer):
         return Attempt("returned", error=f"{exercise.name} is a {type(answer).__name__}, wanted a function")
@@ -201,24 +196,26 @@ def attempt(exercise: Exercise, answer: Callable, given: dict[str, Any]) -> Atte
             status, error_text = ("raised", _described(error)) if error.args else ("blank", "")
         except (Exception, SystemExit) as error:
             status, error_text = _failure(exercise, answer, error)
-    printed = _cut(heard.getvalue())
+    printed = heard.getvalue()
+    if (more := len(printed) - LONGEST_OUTPUT) > 0:
+        printed = f"{printed[:LONGEST_OUTPUT]}\n... and {more} more characters"
     if status != "ran":
         return Attempt(status, error=error_text, printed=printed)
-    changed = tuple(k for k in given if not _same(given[k], mine[k]))
-    borrowed = bool(seen) and answer is not exercise.reference
-    return Attempt("ran", outputs, changed=changed, borrowed=borrowed, printed=printed)
+    changed_inputs = tuple(k for k in given if not _same(given[k], mine[k]))
+    return Attempt("ran", outputs, "", changed_inputs, bool(seen) and answer is not exercise.reference, printed)
 
 
 def _failure(exercise: Exercise, answer: Callable, error: BaseException) -> tuple[str, str]:
-    if where := _failed_line(error, answer):
-        return "raised", f"{_described(error)} ({where})"
-    if exercise.drive is not None and _inside_drive(exercise.drive, error):
+    """Status and sentence for what an answer raised: "returned" where the script around it met a value that it cannot use."""
+    functions = [f for f in (vars(answer).values() if isinstance(answer, type) else [answer]) if hasattr(f, "__code__")]
+    drive = getattr(exercise.drive, "__code__", None)
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        if code.co_filename in {f.__code__.co_filename for f in functions}:  # the line, counted from the first of the function
+            first = code.co_firstlineno if isinstance(answer, type) else functions[0].__code__.co_firstlineno
+            where = code.co_name if isinstance(answer, type) else "the function"
+            return "raised", f"{_described(error)} (line {line - first + 1} of {where})"
+    frames = traceback.extract_tb(error.__traceback__)
+    if drive is not None and any(f.filename == drive.co_filename and f.name == drive.co_name for f in frames):
         return "returned", f"what it returned cannot be used ({_described(error)})"
     return "raised", _described(error)
-
-
-def _inside_drive(drive: Callable, error: BaseException) -> bool:
-    """Whether an error comes from the script around an answer, which met a value that it can do nothing with."""
-    code = getattr(drive, "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    return code is not None and any(f.filename == code.co_filename and f.name == code.co_name for f in frames)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 Limit = float | torch.Tensor  # the same for all entries, or one for each
+Limits = Limit | Mapping[str, Limit]  # for all outputs, or by output's name
 
 
-def leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def leaves(outputs: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """Every tensor, number and text in outputs that may hold lists and dicts, as (output's name, path to it, value)."""
+    found: list[tuple[str, str, Any]] = []
+
+    def find(name: str, value: Any) -> None:
+        map_leaves(name, value, lambda path, leaf: found.append((name, path, leaf)))
+
     for name, value in outputs.items():
-        yield from ((name, path, leaf) for path, leaf in _inside(name, value))
+        find(name, value)
+    return found
 
 
-def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def map_leaves(path: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """`value` with every leaf of its lists and dicts replaced by change(path, leaf); tuples become lists, keys texts."""
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _inside(f"{path}[{key!r}]", part)
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _inside(f"{path}[{index}]", part)
-    else:
-        yield path, value
+        return {str(key): map_leaves(f"{path}[{key!r}]", part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_leaves(f"{path}[{index}]", part, change) for index, part in enumerate(value)]
+    return change(path, value)
 
 
 def _gap(have: Any, want: Any) -> torch.Tensor:
@@ -37,36 +42,30 @@ def _gap(have: Any, want: Any) -> torch.Tensor:
     return (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
 
 
-def _limit(limits: Limit | Mapping[str, Limit], name: str) -> Limit:
-    return limits[name] if isinstance(limits, Mapping) else limits
+def _limit(limits: Limits, name: str) -> torch.Tensor:
+    return torch.as_tensor(limits[name] if isinstance(limits, Mapping) else limits, dtype=torch.float64)
 
 
 def same_form(have: Mapping[str, Any], want: Mapping[str, Any]) -> bool:
     """Whether both hold the same leaves, tensors of the same shapes."""
-
-    def form(outputs: Mapping[str, Any]) -> list[tuple]:
-        found = []
-        for _, path, leaf in leaves(outputs):
-            found.append((path, leaf.shape if isinstance(leaf, torch.Tensor) else isinstance(leaf, str)))
-        return found
-
-    return form(have) == form(want)
+    form = [
+        [(path, leaf.shape if isinstance(leaf, torch.Tensor) else isinstance(leaf, str)) for _, path, leaf in leaves(outputs)]
+        for outputs in (have, want)
+    ]
+    return form[0] == form[1]
 
 
-def difference(
-    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
-) -> tuple[float, float, bool]:
+def difference(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> tuple[float, float, bool]:
     """The largest gap, the limit where it lies, and whether every entry is within its limit. Infinity where the forms differ.
 
-    limits: how far apart entries may lie, for all outputs or by output's name; a number, or a tensor that fits the output. An entry
-    whose limit is infinite is not compared.
+    limits: how far apart entries may lie; a tensor fits its output. An entry whose limit is infinite is not compared.
     """
     if not same_form(have, want):
         return math.inf, 0.0, False
     worst, limit_there, within = 0.0, 0.0, True
     for (name, _, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
         gap = _gap(a, b)
-        limit = torch.as_tensor(_limit(limits, name), dtype=torch.float64).expand_as(gap)
+        limit = _limit(limits, name).expand_as(gap)
         gap = gap.masked_fill(limit.isinf(), 0.0)
         within = within and bool((gap <= limit).all())
         if gap.numel() and gap.max() >= worst:
@@ -74,27 +73,24 @@ def difference(
     return worst, limit_there, within
 
 
-def first_place(
-    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
-) -> tuple[str, tuple[int, ...], Any, Any]:
+def first_place(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> tuple[str, tuple[int, ...], Any, Any]:
     """The first entry that is further off than its limit: path, place in its tensor, and both entries. The forms are the same.
 
     Raises ValueError where nothing differs.
     """
     for (name, path, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
-        beyond = _gap(a, b) > torch.as_tensor(_limit(limits, name), dtype=torch.float64)
+        beyond = _gap(a, b) > _limit(limits, name)
         if beyond.any():
             place = tuple(beyond.nonzero()[0].tolist())
-            return path, place, *(v[place].item() if isinstance(v, torch.Tensor) else v for v in (a, b))
+            a, b = (leaf[place].item() if isinstance(leaf, torch.Tensor) else leaf for leaf in (a, b))
+            return path, place, a, b
     raise ValueError("have and want differ nowhere")
 
 
-def first_difference(
-    have: Mapping[str, Any], want: Mapping[str, Any], limits: Limit | Mapping[str, Limit] = 0.0
-) -> tuple[str, Any, Any]:
+def first_difference(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> tuple[str, Any, Any]:
     """The same with path and place in one text, such as codes[3, 0]."""
-    path, place, *entries = first_place(have, want, limits)
-    return path + (str(list(place)) if place else ""), *entries
+    path, place, a, b = first_place(have, want, limits)
+    return path + (str(list(place)) if place else ""), a, b
 
 
 def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
-from labsupport.exercises.compare import Limit, first_place, got_and_wanted
+from labsupport.exercises.compare import Limits, first_place, got_and_wanted
 
 Outputs = dict[str, Any]
-Limits = Limit | Mapping[str, Limit]
 
 
 # Division and a product in float32: each rounds by at most 2**-24 of the result; four units of 2**-23 cover any order of them.
@@ -92,9 +91,9 @@ class Fault:
 
     def message(self, given: Outputs, got: Outputs, want: Outputs) -> str | None:
         found = self.seen(given, got, want)
-        if not found and not isinstance(found, Mapping):
-            return None
-        return self.says.format(**found) if isinstance(found, Mapping) else self.says.format()
+        if isinstance(found, Mapping):
+            return self.says.format(**found)
+        return self.says.format() if found else None
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,6 @@ class Mutant:
 
     answer: Callable
     says: str
-
-
-def _nothing(given: Outputs, want: Outputs) -> Limits:
-    return 0.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class Exercise:
     mistakes: tuple[Mistake, ...] = ()
     faults: tuple[Fault, ...] = ()
     others: tuple[Mutant, ...] = ()
-    allowed: Callable[[Outputs, Outputs], Limits] = _nothing
+    allowed: Callable[[Outputs, Outputs], Limits] = lambda given, want: 0.0
     accepts: Callable[[Outputs, Outputs, Outputs], Verdict | None] | None = None
     close: Callable[[Outputs, Outputs], Limits] | None = None
     alike: Callable[[Outputs, Outputs, Outputs], bool] | None = None
@@ -161,8 +156,10 @@ class Exercise:
     def mutants(self) -> tuple[Mutant, ...]:
         """Every known wrong answer, with words that the message about it must contain."""
         known = [Mutant(mistake.answer, mistake.says) for mistake in self.mistakes]
-        seen = [Mutant(answer, _longest_literal(fault.says)) for fault in self.faults for answer in fault.answers]
-        return (*known, *seen, *self.others)
+        for fault in self.faults:
+            longest = max((literal for literal, *_ in string.Formatter().parse(fault.says)), key=len)
+            known += [Mutant(answer, longest) for answer in fault.answers]
+        return (*known, *self.others)
 
     def where(self, given: Outputs, got: Outputs, want: Outputs) -> str:
         """The sentence about an output of which no cause is known."""
@@ -172,10 +169,6 @@ class Exercise:
         path, place, have, wanted = first_place(ordered, {name: want[name] for name in ordered}, self.allowed(given, want))
         where = self.about(given, want, path, place) if self.about else path + (str(list(place)) if place else "")
         return f"{where}: {got_and_wanted(have, wanted)}"
-
-
-def _longest_literal(sentence: str) -> str:
-    return max((literal for literal, *_ in string.Formatter().parse(sentence)), key=len)
 
 
 def generator(seed: int) -> torch.Generator:

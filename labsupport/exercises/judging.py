@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,11 +22,8 @@ class _Refused(Exception):
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return "tensor"
-    if isinstance(value, bool):
-        return "bool"
-    return {int: "number", float: "number", str: "str", list: "list", dict: "dict"}[type(value)]
+    kinds = {bool: "bool", int: "number", float: "number", str: "str", list: "list", dict: "dict"}
+    return "tensor" if isinstance(value, torch.Tensor) else kinds[type(value)]
 
 
 def _as_tensor(have: Any, want: Any) -> Any:
@@ -70,10 +68,8 @@ def _settled(name: str, have: Any, want: Any, exercise: Exercise) -> Any:
         return [_settled(f"{name}[{index}]", have[index], part, exercise) for index, part in enumerate(want)]
     if isinstance(want, torch.Tensor):
         return _settled_tensor(name, have, want, exercise)
-    if isinstance(want, float | int) and not isinstance(want, bool) and have != have:
-        raise _Refused(f"{name} is NaN")
-    if isinstance(want, float | int) and have in (float("inf"), float("-inf")) and have != want:
-        raise _Refused(f"{name} is infinite")
+    if isinstance(want, float | int) and not math.isfinite(have) and have != want:
+        raise _Refused(f"{name} is {'NaN' if math.isnan(have) else 'infinite'}")
     return have
 
 
@@ -119,7 +115,7 @@ def _found(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) ->
             return wrong(message), got
         got = {name: _settled(name, got[name], value, exercise) for name, value in want.items()}
     except _Refused as refused:
-        known = (mistake.says for mistake in exercise.mistakes if _returns_this(mistake, exercise, given, got))
+        known = (mistake.says for mistake in exercise.mistakes if _is_mistake(exercise, mistake, given, got, None))
         return wrong(next(known, str(refused))), got
     if message := _first_fault(exercise, given, got, want, early=False):
         return wrong(message), got
@@ -127,10 +123,8 @@ def _found(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) ->
 
 
 def _first_fault(exercise: Exercise, given: Outputs, got: Outputs, want: Outputs, early: bool) -> str | None:
-    for fault in exercise.faults:
-        if fault.early == early and (message := fault.message(given, got, want)):
-            return message
-    return None
+    messages = (fault.message(given, got, want) for fault in exercise.faults if fault.early == early)
+    return next(filter(None, messages), None)
 
 
 def _accepted(exercise: Exercise, given: Outputs, got: Outputs, want: Outputs) -> Verdict | None:
@@ -145,17 +139,12 @@ def outputs(exercise: Exercise, answer: Callable, given: Outputs) -> Outputs:
     return run(exercise, answer, copy.deepcopy(given))
 
 
-def _returns_this(mistake: Mistake, exercise: Exercise, given: Outputs, got: Outputs) -> bool:
-    """Whether a mistake gives exactly this output, which has another shape or dtype than the reference's."""
-    try:
-        return difference(got, outputs(exercise, mistake.answer, given))[2]
-    except (WrongReturn, RuntimeError, ValueError, IndexError):
-        return False
-
-
-def _is_mistake(exercise: Exercise, mistake: Mistake, given: Outputs, got: Outputs, want: Outputs) -> bool:
+def _is_mistake(exercise: Exercise, mistake: Mistake, given: Outputs, got: Outputs, want: Outputs | None) -> bool:
+    """Whether an output is a mistake's; where `want` is None, exactly, since it has another shape or dtype than the reference's."""
     try:
         theirs = outputs(exercise, mistake.answer, given)
+        if want is None:
+            return difference(got, theirs)[2]
         theirs = {name: _settled(name, theirs[name], value, exercise) for name, value in want.items()}
     except (WrongReturn, _Refused, RuntimeError, ValueError, IndexError):  # it has no output to compare with on these inputs
         return False
@@ -183,11 +172,9 @@ def _few_digits(tried: Attempt, want: Outputs) -> str:
     """What is added where an output is in 16 bits and the reference's is not."""
     wanted = {path: leaf for _, path, leaf in leaves(want)}
     for _, path, leaf in leaves(tried.outputs):
-        expected = wanted.get(path)
-        if not (isinstance(leaf, torch.Tensor) and isinstance(expected, torch.Tensor)):
-            continue
-        if leaf.dtype in HALF and expected.is_floating_point() and expected.dtype not in HALF:
-            return f". (And {path} is {leaf.dtype}, whose few digits alone can be the reason: compute in float32.)"
+        dtype, expected = getattr(leaf, "dtype", None), getattr(wanted.get(path), "dtype", None)
+        if dtype in HALF and expected is not None and expected.is_floating_point and expected not in HALF:
+            return f". (And {path} is {dtype}, whose few digits alone can be the reason: compute in float32.)"
     return ""
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from labsupport.exercises.attempts import is_reference
 from labsupport.exercises.form import Exercise, Verdict, wrong
@@ -75,11 +76,10 @@ def score(id: str) -> float:
 def tally(chapter: int) -> None:
     """Print where the learner stands with the exercises of one notebook."""
     exercises = exercises_of(chapter)
-    for e in exercises:
-        outcome = _records[e.id].outcome if e.id in _records else "not attempted"
+    outcomes = [_records[e.id].outcome if e.id in _records else "not attempted" for e in exercises]
+    for e, outcome in zip(exercises, outcomes, strict=True):
         print(f"{e.id:5} {e.title:44} {outcome}")
-    done = sum(_records[e.id].outcome == "pass" for e in exercises if e.id in _records)
-    print(f"{done} of {len(exercises)} pass")
+    print(f"{outcomes.count('pass')} of {len(exercises)} pass")
 
 
 def revisit(prediction: float | str | None, measured: float | str, what: str) -> None:
@@ -110,15 +110,16 @@ class KeepNames:
     """
 
     def __init__(self, names: dict) -> None:
-        self.names, self.borrowed = names, {}
+        self.names = names
+        self.borrowed: dict[str, Any] = {}
 
-    def before(self, info) -> None:
+    def before(self, info: Any) -> None:
         for name in set(_CALLS.findall(info.raw_cell or "")):
             if self.names.get(name, OURS[name]) is not OURS[name]:
                 self.borrowed[name] = self.names[name]
                 self.names[name] = OURS[name]
 
-    def after(self, result) -> None:
+    def after(self, result: Any) -> None:
         for name, value in self.borrowed.items():
             if self.names.get(name) is OURS[name]:
                 self.names[name] = value
