@@ -96,7 +96,7 @@ QUANTIZE_GROUPS = Exercise(
               (partial(_grouped, cut=lambda w, g: w[:, None], spread=lambda t, g: t),), early=True),
         Fault("groups run down the columns, over out_features. They run along in_features: the inputs of one output",
               _shape("scale", lambda rows, columns, size: (rows // size, columns)),
-              (lambda w, b, g: (w, *grid.grids(*w.reshape(-1, g, w.shape[1]).aminmax(dim=1), b, symmetric=False)),), early=True),
+              (lambda w, b, g: (w, *(of_columns.t() for of_columns in _grouped(w.t(), b, g)[1:])),), early=True),
         Fault("a row has as many groups as a group should have weights: the last axis of the reshape is group_size long",
               _shape("scale", lambda rows, columns, size: (rows, size)),
               (partial(_grouped, cut=lambda w, g: w.unflatten(1, (g, -1)), spread=lambda t, g: _spread(t, 7)),), early=True),
@@ -159,7 +159,7 @@ BITS_PER_WEIGHT = Exercise(
         "this is one scale for the whole weight": {"shared_by": lambda rows, columns, size: rows * columns},
         "a scale is shared by the weights of its group: divide its bits by their number": {"shared_by": lambda *sizes: 1},
         "the symmetric grid pays for zero-points too. It needs none: they are 2**(bits - 1) everywhere":
-            lambda *sizes: _bits(*sizes[:4], False),
+            lambda rows, columns, bits, size, symmetric: _bits(rows, columns, bits, size, False),
         "this is the bits of the whole weight: divide by the number of weights":
             lambda rows, columns, *sizes: _bits(rows, columns, *sizes) * rows * columns,
         "the codes are missing": lambda *sizes: _bits(*sizes) - sizes[2],

@@ -250,7 +250,7 @@ def mixed_inputs(seed: int) -> dict:
     weight_codes = torch.randint(-127, 128, (5, 12), generator=g, dtype=torch.int8)
     places = torch.randperm(12, generator=g)[:4]
     planted = [[0.3, -0.2, 0.5, threshold - 2**-7], [24.0, 0.4, -11.0, 0.7], [0.2, -threshold, 0.6, -0.4], [4.5, 0.1, -0.3, 0.9]]
-    rows = []
+    rows: list[torch.Tensor] = []
     while len(rows) < 4:
         row = torch.randn(12, generator=g).clamp(-2, 2)
         row[places] = torch.tensor(planted[len(rows)])

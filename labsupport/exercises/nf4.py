@@ -150,7 +150,7 @@ def block_inputs(seed: int) -> dict:
 def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """labsupport's NF4, taken apart."""
     stored = nf4.quantize(weight, levels, block_size)
-    return stored.packed_codes, stored.absmax
+    return stored.packed_codes, stored.block_absmax
 
 
 def _cut(weight, size):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import shown
-from labsupport.exercises.form import FLOAT32, Exercise, Fault, Limits, Mistake, Mutant, generator, mistakes_by_option, right
+from labsupport.exercises.compare import Limits, shown
+from labsupport.exercises.form import FLOAT32, Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import grid
 
 
@@ -159,42 +160,38 @@ def _stored(zero, bits):
     return zero.round().clamp(0, 2**bits - 1)
 
 
-GRID = dict(
-    returns=("scale", "zero_point"), reference=grid.scale_and_zero_point, accepts=_accepts_grid, close=_close_grid,
-    otherwise=_grid_fault, hint="One scale and one zero-point for each row",
-    faults=(Fault(ZERO_ROW, _zero_row, (partial(_asymmetric, guard=lambda scale: scale),), early=True),),
-)  # fmt: skip
-GRID_MISTAKES = mistakes_by_option(_asymmetric, {
-    "the zero-point is a code, so a whole number: it is not rounded": {"finish": lambda zero, bits: zero},
-    "the zero-point is cut off, not rounded to the nearest code": {"finish": lambda zero, bits: zero.floor()},
-    "the sign of the zero-point is turned: it is the code of 0.0, so it grows as the minimum falls": {"sign": 1},
-    "the grid is too short for the row: how many steps lie between 2**bits levels?":
-        [{"more_steps": 1}, {"more_steps": 1, "finish": _stored}],
-    "the zero-point is the same for all rows: it says which code stands for 0, and depends on the minimum":
-        [{"finish": lambda zero, bits: 0 * zero}, {"finish": lambda zero, bits: 0 * zero + 2 ** (bits - 1)}],
-})  # fmt: skip
-GRID_MUTANTS = (
-    Mutant(lambda w, b: tuple(t.squeeze(1) for t in _asymmetric(w, b)), "for each row"),
-    Mutant(lambda w, b: (-1e-3 + 0 * _absmax(w) + (w == 0).all(1, keepdim=True), 0 * _absmax(w)), "A scale is a positive number"),
-    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero + 0.1), "is not a whole number"),
-    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.round() - 2 ** (bits - 1)), "cannot be stored"),
-    Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.ceil().clamp(max=2**bits - 1)), "comes back as"),
-    Mutant(partial(_asymmetric, more_steps=-1), "coarser than it need be"),
-)  # fmt: skip
-
 SCALE_AND_ZERO_POINT = Exercise(
     id="2.2", name="scale_and_zero_point", title="Scale and zero-point", minutes=10, difficulty=2, points=3,
-    inputs=straddling_inputs, mistakes=GRID_MISTAKES, others=GRID_MUTANTS, **GRID,
+    returns=("scale", "zero_point"), inputs=straddling_inputs, reference=grid.scale_and_zero_point,
+    accepts=_accepts_grid, close=_close_grid, otherwise=_grid_fault, hint="One scale and one zero-point for each row",
+    faults=(Fault(ZERO_ROW, _zero_row, (partial(_asymmetric, guard=lambda scale: scale),), early=True),),
+    mistakes=mistakes_by_option(_asymmetric, {
+        "the zero-point is a code, so a whole number: it is not rounded": {"finish": lambda zero, bits: zero},
+        "the zero-point is cut off, not rounded to the nearest code": {"finish": lambda zero, bits: zero.floor()},
+        "the sign of the zero-point is turned: it is the code of 0.0, so it grows as the minimum falls": {"sign": 1},
+        "the grid is too short for the row: how many steps lie between 2**bits levels?":
+            [{"more_steps": 1}, {"more_steps": 1, "finish": _stored}],
+        "the zero-point is the same for all rows: it says which code stands for 0, and depends on the minimum":
+            [{"finish": lambda zero, bits: 0 * zero}, {"finish": lambda zero, bits: 0 * zero + 2 ** (bits - 1)}],
+    }),
+    others=(
+        Mutant(lambda w, b: tuple(t.squeeze(1) for t in _asymmetric(w, b)), "for each row"),
+        Mutant(lambda w, b: (-1e-3 + 0 * _absmax(w) + (_absmax(w) == 0), 0 * _absmax(w)), "A scale is a positive number"),
+        Mutant(partial(_asymmetric, finish=lambda zero, bits: zero + 0.1), "is not a whole number"),
+        Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.round() - 2 ** (bits - 1)), "cannot be stored"),
+        Mutant(partial(_asymmetric, finish=lambda zero, bits: zero.ceil().clamp(max=2**bits - 1)), "comes back as"),
+        Mutant(partial(_asymmetric, more_steps=-1), "coarser than it need be"),
+    ),
 )  # fmt: skip
 
-MENDED_GRID = Exercise(
-    id="2.5", name="mended_grid", title="Find the bug: a row without zero", minutes=8, difficulty=2, points=3,
-    inputs=one_sided_inputs, **GRID,
-    mistakes=GRID_MISTAKES + mistakes_by_option(partial(_asymmetric, reach_zero=False, finish=_stored), {
+MENDED_GRID = replace(
+    SCALE_AND_ZERO_POINT,
+    id="2.5", name="mended_grid", title="Find the bug: a row without zero", minutes=8, inputs=one_sided_inputs,
+    mistakes=SCALE_AND_ZERO_POINT.mistakes + mistakes_by_option(partial(_asymmetric, reach_zero=False, finish=_stored), {
         "values in 3..5 get a grid from 0 to 2: it is as long as max - min, and its zero-point, clamped to a code, puts one end at "
         "0. Should the scale not come from a range that has 0 in it?": [{}, {"guard": lambda scale: scale.clamp(min=1e-9)}],
     }),
-    others=(*GRID_MUTANTS, Mutant(partial(_asymmetric, reach_zero=False), "cannot be stored")),
+    others=(*SCALE_AND_ZERO_POINT.others, Mutant(partial(_asymmetric, reach_zero=False), "cannot be stored")),
 )  # fmt: skip
 
 
@@ -304,7 +301,7 @@ def _decibels(weight, reconstruction, *, times=10, log=torch.log10, of=_power):
 
 SQNR = Exercise(
     id="2.6", name="sqnr_db", title="Signal to noise, in decibels", minutes=5, difficulty=1, points=1,
-    returns=("ratio",), inputs=sqnr_inputs, reference=grid.sqnr_db,
+    returns=("ratio",), inputs=sqnr_inputs, reference=grid.sqnr_db, about=lambda *_: "in decibels",
     # 300 float32 terms summed in any order: relative error below 300 * 2**-24 in each sum, times 10 / ln 10 in decibels.
     allowed=lambda given, want: 2 * 300 * 2**-24 * 10 / 2.302585,
     close=lambda given, want: 0.02,  # mistakes lie whole decibels apart; the ratio itself is near 1000, with six digits
@@ -352,7 +349,7 @@ STUBBORN_ROW = Exercise(
               (lambda: torch.tensor([0.001] * 99 + [1.0]), lambda: torch.linspace(-1, 1, LEAST_DISTINCT - 1))),
         Fault("the fifth bit gains {gain} dB on this row, wanted less than {most}. Halving the step helps wherever errors fill the "
               "step. When does a weight's error stay the same on both grids?", _fifth_bit_helps,
-              tuple(lambda ends=ends: torch.linspace(*ends, 100) for ends in ((-1, 1), (3, 5), (0, 1)))),
+              tuple(lambda low=low, high=high: torch.linspace(low, high, 100) for low, high in ((-1, 1), (3, 5), (0, 1)))),
     ),
 )  # fmt: skip
 
