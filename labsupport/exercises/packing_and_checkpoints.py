@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import first_difference, got_and_wanted
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator
+from labsupport.exercises.compare import first_difference
+from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, mistakes_of
 from labsupport.quant import packing, rtn
 
 HALF_WORD = 2**31
@@ -101,7 +101,6 @@ PACK_NIBBLES = Exercise(
                 lambda codes: _as_packed(_eight(codes) ^ 8)),
     ),
     others=(
-        Mutant(lambda codes: _as_packed(codes.unflatten(1, (-1, 4))), "has shape"),
         Mutant(lambda codes: _as_packed(_eight(codes)).long(), "qweight is torch.int64, wanted torch.int32"),
         Mutant(lambda codes: _as_packed(_eight(codes.clamp(max=14))), "unpacks to 14, wanted 15"),
     ),
@@ -118,20 +117,23 @@ def unpack_nibbles(qweight: torch.Tensor) -> torch.Tensor:
     return packing.unpack_gptq(qweight, 4)
 
 
+def _shifted(words: torch.Tensor) -> torch.Tensor:
+    """Words [...] moved down by 0, 4, ... 28 bits, int64 [..., 8]."""
+    return words.long()[..., None] >> 4 * torch.arange(8)
+
+
 def _nibbles(qweight: torch.Tensor) -> torch.Tensor:
     """The eight codes of each word, lowest bits first: int64 [out, in / 8, 8]."""
-    return qweight.t().long()[..., None] >> 4 * torch.arange(8) & 15
+    return _shifted(qweight.t()) & 15
 
 
-def _shifted_only(qweight: torch.Tensor) -> torch.Tensor:
-    return (qweight.t()[..., None] >> 4 * torch.arange(8, dtype=torch.int32)).flatten(1)
+def _masked_first(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [..., 8] that were masked before the shift: the eighth keeps the sign."""
+    return torch.where(torch.arange(8) == 7, (codes ^ 8) - 8, codes)
 
 
-def _masked_first(qweight: torch.Tensor) -> torch.Tensor:
-    """The mask before the shift: the eighth code keeps the sign."""
-    codes = _nibbles(qweight)
-    codes[..., 7] = (codes[..., 7] ^ 8) - 8
-    return codes.flatten(1)
+def _of_nibbles(of: Callable) -> Callable:
+    return lambda words: of(_nibbles(words))
 
 
 LIES_AS_WORDS = "the codes are right and lie as the words do, [in, out]. Wanted them as the weight lies, [out, in]"
@@ -140,24 +142,23 @@ UNPACK_NIBBLES = Exercise(
     id="10.2", name="unpack_nibbles", title="And back", minutes=8, difficulty=2, points=3,
     returns=("codes",), inputs=words_inputs, reference=unpack_nibbles,
     mistakes=(
-        Mistake("the eighth code of a word comes out negative: >> of an int32 copies its highest bit. Mask after the shift",
-                _masked_first),
-        Mistake("the eighth code of a word comes out as 248 to 255, negative in uint8: >> copies the sign bit. Mask after the "
-                "shift", lambda words: _masked_first(words).to(torch.uint8)),
-        Mistake("the words were shifted and not masked: every code but the last still carries its neighbors", _shifted_only),
+        *mistakes_of(_of_nibbles, {
+            "the eighth code of a word comes out negative: >> of an int32 copies its highest bit. Mask after the shift":
+                lambda codes: _masked_first(codes).flatten(1),
+            "the eighth code of a word comes out as 248 to 255, negative in uint8: >> copies the sign bit. Mask after the shift":
+                lambda codes: _masked_first(codes).flatten(1).to(torch.uint8),
+            "the highest bits came first, wanted the lowest: code i is in bits 4 * i and up":
+                lambda codes: codes.flip(2).flatten(1),
+            "all first codes of the words, then all second ones: the eight of a word are neighbors. stack, not cat":
+                lambda codes: codes.transpose(1, 2).flatten(1),
+            LIES_AS_WORDS: lambda codes: codes.flatten(1).t(),
+        }),
+        Mistake("the words were shifted and not masked: every code but the last still carries its neighbors",
+                lambda words: _shifted(words.t()).flatten(1)),
         Mistake("the words were shifted and not masked; as uint8 every code still carries the next one in its upper half",
-                lambda words: _shifted_only(words).to(torch.uint8)),
-        Mistake("the highest bits came first, wanted the lowest: code i is in bits 4 * i and up",
-                lambda words: _nibbles(words).flip(2).flatten(1)),
-        Mistake("all first codes of the words, then all second ones: the eight of a word are neighbors. stack, not cat",
-                lambda words: _nibbles(words).transpose(1, 2).flatten(1)),
-        Mistake(LIES_AS_WORDS, lambda words: _nibbles(words).flatten(1).t()),
+                lambda words: _shifted(words.t()).flatten(1).to(torch.uint8)),
         Mistake("abs() of a word is another word: a negative int32 holds its bits as two's complement",
                 lambda words: _nibbles(words.abs()).flatten(1)),
-    ),
-    others=(
-        Mutant(lambda words: _nibbles(words)[..., :7].flatten(1), "has shape"),
-        Mutant(lambda words: _nibbles(words).flatten(1).clamp(max=14), "got 14, wanted 15"),
     ),
 )  # fmt: skip
 
@@ -182,61 +183,48 @@ def _runs(qweight: torch.Tensor) -> torch.Tensor:
     return (qweight.t().long() % 2**32).unflatten(1, (-1, 3))
 
 
-def _three(qweight: torch.Tensor, across: Callable | None = None) -> torch.Tensor:
-    """The codes, with those in two words made by across(low word, next word, first bit), if it is given."""
+def _three(qweight: torch.Tensor, across: Callable = lambda low, high, bit: (low >> bit | high << 32 - bit) & 7) -> torch.Tensor:
+    """The codes, with those in two words made by across(low word, next word, first bit)."""
     runs, codes = _runs(qweight), []
     for i in range(32):
         word, bit = divmod(3 * i, 32)
         low = runs[..., word]
-        if bit <= 29:
-            codes.append(low >> bit & 7)
-        else:
-            high = runs[..., word + 1]
-            codes.append((low >> bit | high << 32 - bit) & 7 if across is None else across(low, high, bit))
+        codes.append(low >> bit & 7 if bit <= 29 else across(low, runs[..., word + 1], bit))
     return torch.stack(codes, -1).flatten(1)
 
 
-def _planes(qweight: torch.Tensor) -> torch.Tensor:
-    return ((_runs(qweight)[..., None] >> torch.arange(32) & 1) << torch.arange(3)[:, None]).sum(2).flatten(1)
-
-
-def _where_three(given: dict, got: dict, want: dict) -> str:
-    column = int((got["codes"] != want["codes"]).nonzero()[0, 1])
-    (word, bit), (last, _) = divmod(3 * column, 32), divmod(3 * column + 2, 32)
-    place, have, wanted = first_difference(got, want)
+def _about_three(given: dict, want: dict, path: str, place: tuple) -> str:
+    (word, bit), last = divmod(3 * place[1], 32), (3 * place[1] + 2) // 32
     also = "" if word == last else f", and word {last}"
-    return f"{place}: {got_and_wanted(have, wanted)}. It is stored in bits {bit} and up of word {word}{also}"
-
-
-def _crossing(across: Callable) -> Callable:
-    return lambda words: _three(words, across)
+    return f"{path}{list(place)}, stored in bits {bit} and up of word {word}{also}"
 
 
 UNPACK_THREE = Exercise(
     id="10.3", name="unpack_three", title="Three bits, across words", minutes=15, difficulty=4, points=4,
-    returns=("codes",), inputs=three_inputs, reference=unpack_three, otherwise=_where_three,
+    returns=("codes",), inputs=three_inputs, reference=unpack_three, about=_about_three,
     mistakes=(
-        Mistake("the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next word",
-                _crossing(lambda low, high, bit: low >> bit)),
-        Mistake("in the codes that lie in two words the second part is not moved up: its bits belong above those that the first "
-                "word gave", _crossing(lambda low, high, bit: (low >> bit | high) & 7)),
-        Mistake("the codes that lie in two words have the two parts exchanged: the first word holds the low bits",
-                _crossing(lambda low, high, bit: (low >> bit << bit - 29 | high & 2 ** (bit - 29) - 1) & 7)),
-        Mistake("a code that lies in two words is wrong where the first of them is negative: >> copied its sign bit over the "
-                "second part. Mask the first part, too",
-                _crossing(lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7)),
+        *mistakes_by_option(_three, {
+            "the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next word": {
+                "across": lambda low, high, bit: low >> bit},
+            "in the codes that lie in two words the second part is not moved up: its bits belong above those that the first word "
+            "gave": {"across": lambda low, high, bit: (low >> bit | high) & 7},
+            "the codes that lie in two words have the two parts exchanged: the first word holds the low bits": {
+                "across": lambda low, high, bit: (low >> bit << bit - 29 | high & 2 ** (bit - 29) - 1) & 7},
+            "a code that lies in two words is wrong where the first of them is negative: >> copied its sign bit over the second "
+            "part. Mask the first part, too": {
+                "across": lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7},
+        }),
         Mistake("ten codes a word, and two bits left over: nothing is left over in this layout, 32 codes fill 3 words",
                 lambda words: (words.t().long()[..., None] >> 3 * torch.arange(10) & 7).flatten(1)),
         Mistake("bit by bit: the first word taken for the lowest bits of 32 codes, and so on. A code's bits are neighbors",
-                _planes),
+                lambda words: ((_runs(words)[..., None] >> torch.arange(32) & 1) << torch.arange(3)[:, None]).sum(2).flatten(1)),
         Mistake("the stream was read from its highest bit: it begins at the lowest of the first word",
                 lambda words: _three(packing.pack_gptq(packing.unpack_gptq(words, 3).flip(1), 3))),
         Mistake(LIES_AS_WORDS, lambda words: _three(words).t()),
     ),
     others=(
-        Mutant(lambda words: _three(words).clamp(max=6), "It is stored in bits"),
-        Mutant(lambda words: torch.cat([(codes := _three(words))[:, :10], codes[:, 10:] * 0], 1), "of word 0, and word 1"),
-        Mutant(lambda words: _three(words)[:, :32], "has shape"),
+        Mutant(lambda words: _three(words).clamp(max=6), "stored in bits"),
+        Mutant(lambda words: _three(words) * (torch.arange(64) < 10), "of word 0, and word 1"),
     ),
 )  # fmt: skip
 
@@ -268,9 +256,9 @@ def _zero_words(stored: torch.Tensor) -> torch.Tensor:
     return _signed(words).to(torch.int32)
 
 
-def _kept(z: torch.Tensor, version: int, bits: int = 15) -> torch.Tensor:
-    """What is stored, cut to four bits; bits -1: not cut."""
-    return z.long() - 2 + version & bits
+def _kept(z: torch.Tensor, version: int) -> torch.Tensor:
+    """What is stored, cut to four bits."""
+    return z.long() - 2 + version & 15
 
 
 PACK_ZEROS = Exercise(
@@ -279,17 +267,16 @@ PACK_ZEROS = Exercise(
     otherwise=_where_unpacked(lambda words, name: packing.unpack_gptq_zeros(words, 4, int(name[-1]))),
     faults=_word_faults(lambda z, v: _zero_words(_kept(z, v)).float(), lambda z, v: _zero_words(_kept(z, v)).long() % 2**32),
     mistakes=(
-        Mistake("version 1 stores zero_point - 1, and here it stores zero_point: whoever reads it adds 1",
-                lambda z, version: _zero_words(z)),
-        Mistake("version 2 stores zero_point itself; the 1 is subtracted in version 1 alone",
-                lambda z, version: _zero_words(z.long() - 1 & 15)),
-        Mistake("the two versions are exchanged", lambda z, version: _zero_words(_kept(z, 3 - version))),
-        Mistake("version 1 adds 1, wanted it subtracted: the reader is the one who adds",
-                lambda z, version: _zero_words(z.long() + 2 - version & 15)),
-        Mistake("a zero-point of 0 fills the rest of its word with ones: 0 - 1 is negative, and all its bits are set. Keep four of "
-                "them", lambda z, version: _zero_words(_kept(z, version, -1))),
-        Mistake("a zero-point of 0 was clamped to 0 in version 1, and is read as 1. Keep four bits of 0 - 1, which is 15",
-                lambda z, version: _zero_words(_kept(z, version, -1).clamp(min=0))),
+        *mistakes_of(lambda stored: lambda z, version: _zero_words(stored(z.long(), version)), {
+            "version 1 stores zero_point - 1, and here it stores zero_point: whoever reads it adds 1": lambda z, version: z,
+            "version 2 stores zero_point itself; the 1 is subtracted in version 1 alone": lambda z, version: z - 1 & 15,
+            "the two versions are exchanged": lambda z, version: z + 1 - version & 15,
+            "version 1 adds 1, wanted it subtracted: the reader is the one who adds": lambda z, version: z + 2 - version & 15,
+            "a zero-point of 0 fills the rest of its word with ones: 0 - 1 is negative, and all its bits are set. Keep four of "
+            "them": lambda z, version: z - 2 + version,
+            "a zero-point of 0 was clamped to 0 in version 1, and is read as 1. Keep four bits of 0 - 1, which is 15":
+                lambda z, version: (z - 2 + version).clamp(min=0),
+        }),
         Mistake("eight groups of an output share a word. Zero-points are packed along out_features: eight outputs of a group",
                 lambda z, version: _word(_eight(_kept(z, version))).t()),
         Mistake("the words are right and lie as [out / 8, groups], wanted [groups, out / 8]",
@@ -321,9 +308,12 @@ def read_layer(codes: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor, 
     return packing.read_gptq(state, 4, version).dequantize()
 
 
-def _layer(codes, stored, scales, groups, added: int, mask: int = 15, rule=lambda code, zero, scale: (code - zero) * scale):
-    zero, scale = (stored.long() + added & mask)[:, groups.long()], scales.float().t()[:, groups.long()]
-    return rule(codes.long(), zero, scale)
+def _layer(
+    codes, stored, scales, g_idx, version, groups_of=torch.Tensor.long, added=lambda version: 2 - version, mask=15,
+    rule=lambda code, zero, scale: (code - zero) * scale,
+):  # fmt: skip
+    groups = groups_of(g_idx)
+    return rule(codes.long(), (stored.long() + added(version) & mask)[:, groups], scales.float().t()[:, groups])
 
 
 def _in_order(g_idx: torch.Tensor) -> torch.Tensor:
@@ -334,32 +324,21 @@ READ_LAYER = Exercise(
     id="10.5", name="read_layer", title="From words to a weight", minutes=10, difficulty=3, points=3,
     returns=("weight",), inputs=layer_inputs, reference=read_layer, drive=_both_versions,
     # Exact: a product of two numbers of 11 bits and 5 bits fits a float32.
-    mistakes=(
-        Mistake("g_idx was not used: column j takes the scale and zero-point of group g_idx[j], and here groups are no neighbors",
-                lambda c, z, s, g, version: _layer(c, z, s, _in_order(g), 2 - version)),
-        Mistake("g_idx was taken for an order of columns and undone. It names the group of each column; the columns are in their "
-                "places", lambda c, z, s, g, version: _layer(c, z, s, _in_order(g), 2 - version)[
-                    :, g.long().argsort(stable=True).argsort()]),
-        Mistake("in version 1 all weights are one step too high: the stored zero-points lack 1",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 0)),
-        Mistake("in version 2 all weights are one step too low: 1 was added, and nothing had been subtracted",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 1)),
-        Mistake("the two versions are exchanged: it is version 1 that lacks 1",
-                lambda c, z, s, g, version: _layer(c, z, s, g, version - 1)),
-        Mistake("in version 1 a stored 15 became 16. It stands for 0, from which 1 was subtracted: keep four bits of the sum",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, mask=31)),
-        Mistake("a code below its zero-point gives a large positive number: uint8 has no negative values, and 3 - 8 is 251. "
-                "Convert first",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: (c - z) % 256 * s)),
-        Mistake("the zero-point was subtracted after the multiplication: scale * (code - zero_point)",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: c * s - z)),
-        Mistake("the zero-points were added: scale * (code - zero_point)",
-                lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version, rule=lambda c, z, s: (c + z) * s)),
-    ),
-    others=(
-        Mutant(lambda c, z, s, g, version: _layer(c, z, s, g, 2 - version).t(), "has shape"),
-        Mutant(lambda c, z, s, g, version: 2 * _layer(c, z, s, g, 2 - version), "version 1[0, "),
-    ),
+    mistakes=mistakes_by_option(_layer, {
+        "g_idx was not used: column j takes the scale and zero-point of group g_idx[j], and here groups are no neighbors": {
+            "groups_of": _in_order},
+        "g_idx was taken for an order of columns and undone. It names the group of each column; the columns are in their places":
+            lambda c, z, s, g, v: _layer(c, z, s, g, v, groups_of=_in_order)[:, g.long().argsort(stable=True).argsort()],
+        "in version 1 all weights are one step too high: the stored zero-points lack 1": {"added": lambda version: 0},
+        "in version 2 all weights are one step too low: 1 was added, and nothing had been subtracted": {"added": lambda version: 1},
+        "the two versions are exchanged: it is version 1 that lacks 1": {"added": lambda version: version - 1},
+        "in version 1 a stored 15 became 16. It stands for 0, from which 1 was subtracted: keep four bits of the sum": {"mask": 31},
+        "a code below its zero-point gives a large positive number: uint8 has no negative values, and 3 - 8 is 251. Convert "
+        "first": {"rule": lambda code, zero, scale: (code - zero) % 256 * scale},
+        "the zero-point was subtracted after the multiplication: scale * (code - zero_point)": {
+            "rule": lambda code, zero, scale: code * scale - zero},
+        "the zero-points were added: scale * (code - zero_point)": {"rule": lambda code, zero, scale: (code + zero) * scale},
+    }),
 )  # fmt: skip
 
 
@@ -370,36 +349,26 @@ def awq_inputs(seed: int) -> dict:
     return {"words": packing.pack_awq(codes)}
 
 
-def _eights(words: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """The eight nibbles of each word, taken in an order: int64 [n, out]."""
-    return (words.long()[..., None] >> 4 * torch.arange(8) & 15)[..., list(order)].flatten(1)
-
-
-def _awq_signed(words: torch.Tensor) -> torch.Tensor:
-    nibbles = words.long()[..., None] >> 4 * torch.arange(8) & 15
-    nibbles[..., 7] = (nibbles[..., 7] ^ 8) - 8
-    return nibbles[..., list(packing.AWQ_PLACES)].flatten(1).t()
+def _eights(words, order=packing.AWQ_PLACES, of=lambda nibbles: nibbles) -> torch.Tensor:
+    """What `of` makes of the eight nibbles of each word [n, words, 8], in an order and as a weight lies: int64 [out, n]."""
+    return of(_shifted(words) & 15)[..., list(order)].flatten(1).t()
 
 
 UNPACK_AWQ = Exercise(
     id="10.6", name="unpack_awq", title="AWQ's order", minutes=10, difficulty=3, points=3,
     returns=("codes",), inputs=awq_inputs, reference=packing.unpack_awq,
-    mistakes=(
-        Mistake("the order was used the wrong way round: it says which output a nibble holds. Which nibble holds output i is its "
-                "argsort", lambda words: _eights(words, packing.AWQ_ORDER).t()),
-        Mistake("the nibbles were taken as they come: of every eight outputs they are 0 2 4 6 1 3 5 7",
-                lambda words: _eights(words).t()),
-        Mistake("the eight outputs of a word came out back to front: the lowest bits hold output 0",
-                lambda words: _eights(words, packing.AWQ_PLACES[::-1]).t()),
-        Mistake(LIES_AS_WORDS, lambda words: _eights(words, packing.AWQ_PLACES)),
-        Mistake("one nibble of every word comes out negative: >> of an int32 copies its highest bit. Mask after the shift",
-                _awq_signed),
-        Mistake("1 was added: AWQ stores what it means, and nothing was subtracted",
-                lambda words: _eights(words, packing.AWQ_PLACES).t() + 1 & 15),
-        Mistake("these are eight neighbors along in_features, which is GPTQ's axis: the eight of a word belong to eight outputs",
-                lambda words: _nibbles(words).flatten(1)),
-    ),
-    others=(Mutant(lambda words: _eights(words, packing.AWQ_PLACES).t().clamp(max=14), "got 14, wanted 15"),),
+    mistakes=mistakes_by_option(_eights, {
+        "the order was used the wrong way round: it says which output a nibble holds. Which nibble holds output i is its argsort": {
+            "order": packing.AWQ_ORDER},
+        "the nibbles were taken as they come: of every eight outputs they are 0 2 4 6 1 3 5 7": {"order": range(8)},
+        "the eight outputs of a word came out back to front: the lowest bits hold output 0": {"order": packing.AWQ_PLACES[::-1]},
+        LIES_AS_WORDS: lambda words: _eights(words).t(),
+        "one nibble of every word comes out negative: >> of an int32 copies its highest bit. Mask after the shift": {
+            "of": _masked_first},
+        "1 was added: AWQ stores what it means, and nothing was subtracted": {"of": lambda nibbles: nibbles + 1 & 15},
+        "these are eight neighbors along in_features, which is GPTQ's axis: the eight of a word belong to eight outputs":
+            lambda words: _nibbles(words).flatten(1),
+    }),
 )  # fmt: skip
 
 
@@ -470,13 +439,11 @@ def _where_sick(given: dict, got: dict, want: dict) -> str:
     pairs = list(zip(got["verdicts"], want["verdicts"], given["layers"], strict=True))
     for verdict, fault, layer in pairs:
         if (verdict, fault) == ("groups", "fine") and torch.equal(layer["g_idx"], _in_order(layer["g_idx"])):
-            plain = "a sound layer was called 'groups': its g_idx is plain, as without act-order it is, and right"
-            return f"{plain}. Whether a g_idx is right, only the codes of its groups can say"
+            return ("a sound layer was called 'groups': its g_idx is plain, as without act-order it is, and right. Whether a g_idx "
+                    "is right, only the codes of its groups can say")  # fmt: skip
         if verdict == "groups" != fault:
-            called = (
-                f"a layer whose fault is {fault!r} was called 'groups'. The columns of a group are those with its number in g_idx"
-            )
-            return f"{called}, wherever they stand; and rounding of its ends may take a step from what their codes reach"
+            return (f"a layer whose fault is {fault!r} was called 'groups'. The columns of a group are those with its number in "
+                    "g_idx, wherever they stand; and rounding of its ends may take a step from what their codes reach")  # fmt: skip
     verdict, fault = next((verdict, fault) for verdict, fault, _ in pairs if verdict != fault)
     return f"a layer whose fault is {fault!r} was called {verdict!r}. {HINTS[frozenset({verdict, fault})]}"
 
@@ -517,7 +484,6 @@ DIAGNOSE = Exercise(
         Mutant(_confused("groups", "order"), "from end to end"), Mutant(_confused("groups", "fine"), "In these groups?"),
         Mutant(_confused("order", "version"), "moves all zero-points by the same?"),
         Mutant(_confused("groups", "version"), "changes what a group's codes reach?"),
-        Mutant(lambda *layer: FAULTS.index(_guessed(*layer)), "wanted a text"),
     ),
 )  # fmt: skip
 
