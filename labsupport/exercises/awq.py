@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -195,7 +196,7 @@ KINK = Exercise(
 
 
 # 8.4 ------------------------------------------------------------------------------------------------------------------
-SETTINGS = {"quantize": rtn.quantize, "bits": 3, "group_size": 8}
+SETTINGS: dict[str, Any] = {"quantize": rtn.quantize, "bits": 3, "group_size": 8}
 
 
 @cache
@@ -306,6 +307,9 @@ KEY_HEADS = {"every head its own": HEADS, "grouped-query": HEADS // 2}
 class Block(nn.Module):
     """A small Llama block, its parts named as in transformers, without positions and mask. Heads may share key_heads."""
 
+    self_attn: Any  # the ModuleDicts below, whose entries are attributes
+    mlp: Any
+
     def __init__(self, key_heads: int):
         super().__init__()
         shared = WIDTH // HEADS * key_heads
@@ -353,7 +357,7 @@ GROUPS = {
 }
 
 
-def fold_block(block: nn.Module, scales: dict[str, torch.Tensor]) -> None:
+def fold_block(block: Block, scales: dict[str, torch.Tensor]) -> None:
     """labsupport's folding, for each input of a block that can take a scale."""
     for name, group in GROUPS.items():
         if name != "o" or block.self_attn.v_proj.out_features == block.self_attn.o_proj.in_features:
@@ -399,7 +403,8 @@ def _fold_differs(given: dict, got: dict, want: dict) -> str:
     off = {name: ((changed.get_parameter(name) - p).abs().max() / p.abs().max()).item() for name, p in wanted.named_parameters()}
     outputs, outputs_before = changed(given["hidden"]), before(given["hidden"])
     moved = (outputs - outputs_before).abs().max() / outputs_before.abs().max()
-    return f"{max(off, key=off.get)} is not what it should be ({kind}); the block's output moves by {100 * moved:.2g} %"
+    worst = max(off, key=lambda name: off[name])
+    return f"{worst} is not what it should be ({kind}); the block's output moves by {100 * moved:.2g} %"
 
 
 FOLD = Exercise(

@@ -9,7 +9,7 @@ from torch.linalg import cholesky, inv
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
 from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, mistakes_of, right
-from labsupport.pipeline.calibrate import InputStatistics
+from labsupport.pipeline.block import InputStatistics
 from labsupport.quant import gptq, grid, rtn
 
 ROUNDING = 2.0**-24  # of one float32 operation, relative
@@ -305,7 +305,8 @@ def loop_inputs(seed: int) -> dict:
         weight, hessian = torch.randn(6, 10, generator=g), _hessian(10, g)
         scale, zero_point = grid.scale_and_zero_point(weight, 3)
         given = {"weight": weight, "hessian": hessian, "scale": scale, "zero_point": zero_point, "bits": 3}
-        codes, steps = [_loop(**given, steps=(columns := []))], torch.stack(columns)
+        columns: list[torch.Tensor] = []
+        codes, steps = [_loop(**given, steps=columns)], torch.stack(columns)
         # A float32 inverse of condition 100 moves a weight by some 1e-4 of a step.
         if (steps - steps.round()).abs().max() < 0.5 - 2e-3:
             codes += [mistake.answer(*given.values()) for mistake in GPTQ_LOOP.mistakes]

@@ -55,7 +55,7 @@ def block_inputs(seed: int) -> dict:
         factor = gptq.autogptq_factor(hessian)
         given = {"weight": weight, "factor": factor, "scale": scale, "zero_point": zero_point, "bits": 3, "block_size": 5}
         steps: list[torch.Tensor] = []
-        ways = [_blocks(*given.values(), steps=steps), *(mistake.answer(*given.values()) for mistake in SOLVE_BLOCKS.mistakes)]
+        ways = [_blocks(**given, steps=steps), *(mistake.answer(*given.values()) for mistake in SOLVE_BLOCKS.mistakes)]
         middle = (torch.cat(steps, 1).frac().abs() - 0.5).abs()
         middle[:2, 0] = 1
         if middle.min() > UNDECIDED and len({(codes.numpy().tobytes(), writes) for codes, writes in ways}) == len(ways):
@@ -67,7 +67,7 @@ def solve_blocks(weight, factor, scale, zero_point, bits: int, block_size: int) 
     root = torch.linalg.inv(factor.double())
     hessian = (root @ root.T).float()
     q = gptq.quantize(weight, hessian, bits, None, damping=0, block_size=block_size, scale_dtype=torch.float32)
-    return q.codes.float(), _writes(*weight.shape, block_size)
+    return q.codes.float(), _writes(len(weight), weight.shape[1], block_size)
 
 
 def _writes(rows: int, columns: int, block_size: int, whole: bool = False) -> int:
@@ -114,12 +114,13 @@ def _blocks_differ(given: dict, got: dict, want: dict) -> str:
     return f"codes are right; writes: {counts}. Count rows times columns of every slice that is updated"
 
 
+# An update may begin with the column that was just rounded, as AutoGPTQ's does: then each weight is written once more.
+_same_blocks = _by_first("codes", "writes", _blocks, lambda given: (0, given["weight"].numel()))
+
 SOLVE_BLOCKS = Exercise(
     id="7.1", name="solve_blocks", title="Lazy updates", minutes=20, difficulty=4, points=5,
     returns=("codes", "writes"), inputs=block_inputs, reference=solve_blocks, otherwise=_blocks_differ,
-    accepts=lambda given, got, want: right() if SOLVE_BLOCKS.alike(given, got, want) else None,
-    # An update may begin with the column that was just rounded, as AutoGPTQ's does: then each weight is written once more.
-    alike=_by_first("codes", "writes", _blocks, lambda given: (0, given["weight"].numel())),
+    accepts=lambda given, got, want: right() if _same_blocks(given, got, want) else None, alike=_same_blocks,
     mistakes=mistakes_by_option(_blocks, {
         "this is rounding to nearest: no update reaches a later column. Row i of the factor says how they answer": {
             "turned": True},
@@ -272,8 +273,9 @@ def scatter_inputs(seed: int) -> dict:
 
 def groups_in_order(diagonal: torch.Tensor, group_size: int) -> tuple[torch.Tensor, int]:
     """labsupport's g_idx of a layer with this diagonal, quantized with act_order."""
-    found = gptq.quantize(torch.ones_like(diagonal)[None], diagonal.diag(), group_size=group_size, act_order=True).g_idx.long()
-    return found, _loads(found)
+    stored = gptq.quantize(torch.ones_like(diagonal)[None], diagonal.diag(), group_size=group_size, act_order=True)
+    assert stored.g_idx is not None  # act_order stores it
+    return stored.g_idx.long(), _loads(stored.g_idx)
 
 
 def _loads(groups: torch.Tensor) -> int:
@@ -360,7 +362,7 @@ def _preparation_differs(given: dict, got: dict, want: dict) -> str:
     if wrong.any():
         return "weights of columns that were never fed should be 0"
     i, j = divmod(int((got["hessian"] - want["hessian"]).abs().argmax()), len(want["hessian"]))
-    unit = given["damping"] * _prepared(*given.values(), add=lambda h, d: 0)[1].diagonal().mean().item()
+    unit = given["damping"] * _prepared(**given, add=lambda h, d: 0)[1].diagonal().mean().item()
     entries = got_and_wanted(got["hessian"][i, j].item(), want["hessian"][i, j].item())
     return f"entry ({i}, {j}): {entries} (damping comes to {unit:.3g})"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache as once
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,6 +105,8 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int) -> tuple[torch
     """labsupport's keys per channel, taken apart: codes, scale and minimum."""
     stored = kv.quantize(keys, Part(bits, "channel", group_size))
     codes = grid.unpack_bits(stored.codes.flatten(), bits, keys.numel()).view(keys.shape)
+    assert stored.scale is not None  # fp8 alone has neither
+    assert stored.minimum is not None
     return codes, stored.scale, stored.minimum
 
 
@@ -239,7 +242,8 @@ def push(old: list, recent: torch.Tensor, new: torch.Tensor, residual: int, bloc
 
 def drive_push(answer: Callable, given: dict) -> dict:
     """For each run how many tokens wait after each call, and what reads back at the end."""
-    found, block = {}, given["block"]
+    found: dict[str, Any] = {}
+    block = given["block"]
 
     def quantize(states: torch.Tensor) -> Lot:
         if states.shape[2] % block or not states.shape[2]:
@@ -248,7 +252,8 @@ def drive_push(answer: Callable, given: dict) -> dict:
         return Lot(states.clone())
 
     for run, (residual, sizes) in given["runs"].items():
-        old, recent, waiting, fed = [], given["tokens"][:, :, :0], {}, 0
+        old: list[Lot] = []
+        recent, waiting, fed = given["tokens"][:, :, :0], {}, 0
         for piece in given["tokens"][:, :, : sum(sizes)].split(sizes, 2):
             fed += piece.shape[2]
             old, recent = answer(old, recent, piece.clone(), residual, block, quantize)
@@ -315,7 +320,7 @@ def layer_inputs(seed: int) -> dict:
 
 
 @once
-def _tiny() -> nn.Module:
+def _tiny() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -351,7 +356,8 @@ def drive_layer(answer: Callable, given: dict) -> dict:
     """What each update returns, the lengths, the floats kept, and the tokens that a tiny model generates with such layers."""
     from transformers.cache_utils import Cache, DynamicLayer
 
-    layer, found = answer(Lot), {}
+    found: dict[str, Any] = {}
+    layer = answer(Lot)
     if not isinstance(layer, DynamicLayer):
         raise TypeError(f"CacheLayer(quantize) is a {type(layer).__name__}, wanted a subclass of DynamicLayer")
     for number, (keys, values) in enumerate(zip(given["keys"], given["values"], strict=True), 1):
@@ -378,11 +384,15 @@ def _read(lots):
     return torch.cat(lots, 2) / 2
 
 
+def _tokens(lots):
+    return sum(lot.shape[2] for lot in lots)
+
+
 def _each(of):
     return lambda keys, values: (of(keys), of(values))
 
 
-def _layer(read=lambda keys, values: (_read(keys), _read(values)), length=lambda keys: sum(lot.shape[2] for lot in keys)):
+def _layer(read=lambda keys, values: (_read(keys), _read(values)), length=_tokens):
     """Layers that keep what they are fed. read(keys, values): what update returns, from lists of what each update was fed."""
 
     def make(quantize):
@@ -438,11 +448,11 @@ def plant_inputs(seed: int) -> dict:
 
 def plant(queries: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """labsupport's planting, on the weights of two projections."""
-    layers = [nn.Linear(*weight.shape[::-1], bias=False).requires_grad_(False) for weight in (queries, keys)]
-    for layer, weight in zip(layers, (queries, keys), strict=True):
-        layer.weight.copy_(weight)
-    models.scale_keys(*layers, scale)
-    return layers[0].weight, layers[1].weight
+    query, key = (nn.Linear(weight.shape[1], len(weight), bias=False).requires_grad_(False) for weight in (queries, keys))
+    query.weight.copy_(queries)
+    key.weight.copy_(keys)
+    models.scale_keys(query, key, scale)
+    return query.weight, key.weight
 
 
 def _planted(queries, keys, scale, pair=lambda s: torch.cat([s, s], 1), tiled=False, change=torch.div):
