@@ -6,16 +6,14 @@ import inspect
 import math
 import random
 import sys
-import textwrap
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from labsupport.exercises.compare import difference, first_difference, got_and_wanted, largest_difference
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Outputs, generator
+from labsupport.exercises.form import Exercise, Fault, Mutant, Outputs, generator, mistakes_by_option, mistakes_of
 from labsupport.kernels import cpu, language, paper, twin
 from labsupport.quant import rtn
 
@@ -33,16 +31,14 @@ def bytes_inputs(seed: int) -> dict:
 
 
 def _bytes(
-    b, i, o, bits, group, kept,
-    zero_bits=None, scale_bits=16, times=2, of_activations=16, inputs=True, outputs=True, stored=True, eighth=8, grid=True,
+    b, i, o, bits, group, kept, zero_bits=None, scale_bits=16, times=2, of_activations=16, inputs=True, outputs=True, stored=True,
+    eighth=8, grid=True,
 ):  # fmt: skip
     """The bill with what can go wrong as options."""
     zero_bits = bits if zero_bits is None else zero_bits
-    weights = i * o
-    codes = weights * bits + (weights / group * (scale_bits + zero_bits) if grid else 0)
-    between = 0 if kept is None else times * weights * kept
-    total = (codes if stored or kept is None else 0) + between + of_activations * b * (i * inputs + o * outputs)
-    return total / eighth
+    codes = i * o * bits + (i * o / group * (scale_bits + zero_bits) if grid else 0)
+    between = 0 if kept is None else times * i * o * kept
+    return ((codes if stored or kept is None else 0) + between + of_activations * b * (i * inputs + o * outputs)) / eighth
 
 
 BYTES_MOVED = Exercise(
@@ -50,21 +46,18 @@ BYTES_MOVED = Exercise(
     returns=("bytes",), inputs=bytes_inputs, reference=paper.bytes_moved,
     drive=lambda answer, given: {f"kept_width {kept}": answer(*given.values(), kept) for kept in (None, 16, 32)},
     allowed=lambda given, want: {name: 1e-9 * value for name, value in want.items()},  # some roundings of a float64
-    mistakes=(
-        Mistake("scales and zero-points are missing: they are read with the codes", partial(_bytes, grid=False)),
-        Mistake("the zero-points are missing", partial(_bytes, zero_bits=0)),
-        Mistake("the scales are missing", partial(_bytes, scale_bits=0)),
-        Mistake("a zero-point is stored in as many bits as a code, not in 16", partial(_bytes, zero_bits=16)),
-        Mistake("the weight in between is counted once. It is written, and then it is read", partial(_bytes, times=1)),
-        Mistake("where the weight is unpacked first, the codes have still to be read", partial(_bytes, stored=False)),
-        Mistake("the outputs are missing: they are written", partial(_bytes, outputs=False)),
-        Mistake("the inputs are missing: they are read", partial(_bytes, inputs=False)),
-        Mistake("inputs and outputs are missing", partial(_bytes, inputs=False, outputs=False)),
-        Mistake("these are bits: eight of them make a byte", partial(_bytes, eighth=1)),
-        Mistake("the weight in between was taken to have 16 bits. It has kept_width", lambda *a: _bytes(*a[:5], a[5] and 16)),
-        Mistake("an activation has 16 bits, which are 2 bytes", partial(_bytes, of_activations=8)),
-    ),
-    others=(Mutant(lambda *a: _bytes(*a) + 1, "kept_width None: got"),),
+    mistakes=mistakes_by_option(_bytes, {
+        "scales and zero-points are missing: they are read with the codes": {"grid": False},
+        "the zero-points are missing": {"zero_bits": 0}, "the scales are missing": {"scale_bits": 0},
+        "a zero-point is stored in as many bits as a code, not in 16": {"zero_bits": 16},
+        "the weight in between is counted once. It is written, and then it is read": {"times": 1},
+        "where the weight is unpacked first, the codes have still to be read": {"stored": False},
+        "the outputs are missing: they are written": {"outputs": False}, "the inputs are missing: they are read": {"inputs": False},
+        "inputs and outputs are missing": {"inputs": False, "outputs": False},
+        "these are bits: eight of them make a byte": {"eighth": 1},
+        "the weight in between was taken to have 16 bits. It has kept_width": lambda *a: _bytes(*a[:5], a[5] and 16),
+        "an activation has 16 bits, which are 2 bytes": {"of_activations": 8},
+    }),
 )  # fmt: skip
 
 
@@ -170,22 +163,18 @@ TILED = Exercise(
     allowed=lambda given, want: {"product": _roundings(given), "largest": 0},
     close=lambda given, want: {"product": _roundings(given), "largest": math.inf},  # a mistake is one however it is tiled
     otherwise=_product_off, hint="A row for each token, a column for each output; the last tile may be shorter",
-    mistakes=(
-        Mistake("the nibbles of a byte are exchanged: the first code is in the low one, packed & 15",
-                partial(_tiled, high_first=True)),
-        Mistake("zero_point is not subtracted", partial(_tiled, zero=False)),
-        Mistake("the scale is missing", partial(_tiled, step=False)),
-        Mistake("zero_point is a code: subtract it before the scale is applied", partial(_tiled, whole_zero=True)),
-        Mistake("all low nibbles come first, then all high ones. They belong in turns: byte j holds columns 2j and 2j + 1",
-                partial(_tiled, apart=True)),
-        Mistake("codes and zero-points are uint8, in which 3 - 5 is 254: make them float before you subtract",
-                partial(_tiled, wrapping=True)),
-    ),
+    mistakes=mistakes_by_option(_tiled, {
+        "the nibbles of a byte are exchanged: the first code is in the low one, packed & 15": {"high_first": True},
+        "zero_point is not subtracted": {"zero": False}, "the scale is missing": {"step": False},
+        "zero_point is a code: subtract it before the scale is applied": {"whole_zero": True},
+        "all low nibbles come first, then all high ones. They belong in turns: byte j holds columns 2j and 2j + 1": {"apart": True},
+        "codes and zero-points are uint8, in which 3 - 5 is 254: make them float before you subtract": {"wrapping": True},
+    }),
     others=(
         Mutant(lambda *a: _tiled(*a[:4], len(a[1])), "Unpack a tile at a time"),
         Mutant(lambda *a: _tiled(*a)[:, : len(a[1]) // a[4] * a[4]], "the last tile may be shorter"),
         Mutant(lambda x, *w: _tiled(x.bfloat16(), *w), "computed in 16 bits"),
-        Mutant(lambda *a: _tiled(*a).t(), "A row for each token"), Mutant(lambda *a: 1.1 * _tiled(*a), "product[0, 0]: got"),
+        Mutant(lambda *a: 1.1 * _tiled(*a), "product[0, 0]: got"),
     ),
 )  # fmt: skip
 
@@ -219,25 +208,18 @@ DIALECT = Exercise(
                                              for name, grids in want.items() if got[name].dtype != grids.dtype), None),
               (lambda s, z, d: _dialect(s, z, d).float(), lambda s, z, d: _dialect(s, z, torch.bfloat16)), early=True),
     ),
-    mistakes=(
-        Mistake("zero has the wrong sign: (code - 8) * scale + zero must be (code - zero_point) * scale",
-                partial(_dialect, zero=lambda z, s: (z - 8) * s)),
-        Mistake("the kernel has already subtracted 8 from a code: zero is what is still missing",
-                partial(_dialect, zero=lambda z, s: -z * s)),
-        Mistake("zero is added after the scale: it is a weight and not a code, so scale it",
-                partial(_dialect, zero=lambda z, s: 8 - z)),
-        Mistake("these are the zero-points themselves: zero is a weight, added after the scale",
-                partial(_dialect, zero=lambda z, s: z)),
-        Mistake("scale and zero are exchanged: the scale comes first", lambda s, z, d: _dialect(s, z, d).flip(-1)),
-        Mistake("zero is made from a scale that is not rounded yet. Then the two do not belong together",
-                partial(_dialect, late=True)),
-        Mistake("right in bfloat16 and not in float32, where it has bfloat16's digits: compute in float32 and round to the dtype "
-                "asked for, no more", lambda s, z, d: _dialect(s, z, torch.bfloat16).to(d)),
-    ),
-    others=(
-        Mutant(lambda s, z, d: _dialect(s, z, d).transpose(0, 1), "Groups first"),
-        Mutant(lambda s, z, d: _dialect(s, z, d) * 2, "grids[0, 0, 0]: got"),
-    ),
+    mistakes=mistakes_by_option(_dialect, {
+        "zero has the wrong sign: (code - 8) * scale + zero must be (code - zero_point) * scale": {
+            "zero": lambda z, s: (z - 8) * s},
+        "the kernel has already subtracted 8 from a code: zero is what is still missing": {"zero": lambda z, s: -z * s},
+        "zero is added after the scale: it is a weight and not a code, so scale it": {"zero": lambda z, s: 8 - z},
+        "these are the zero-points themselves: zero is a weight, added after the scale": {"zero": lambda z, s: z},
+        "scale and zero are exchanged: the scale comes first": lambda s, z, d: _dialect(s, z, d).flip(-1),
+        "zero is made from a scale that is not rounded yet. Then the two do not belong together": {"late": True},
+        "right in bfloat16 and not in float32, where it has bfloat16's digits: compute in float32 and round to the dtype asked "
+        "for, no more": lambda s, z, d: _dialect(s, z, torch.bfloat16).to(d),
+    }),
+    others=(Mutant(lambda s, z, d: _dialect(s, z, d).transpose(0, 1), "Groups first"),),
 )  # fmt: skip
 
 
@@ -304,10 +286,10 @@ def drive_kernel(answer: Callable, given: dict) -> dict:
     return {"product": product}
 
 
-def _with(*changes: tuple[str, str]) -> Callable:
-    """The kernel with changes in its text."""
-    text = textwrap.dedent(inspect.getsource(w4_kernel))
-    for before, after in changes:
+def _with(changes: dict[str, str]) -> Callable:
+    """The kernel with parts of its text changed for others."""
+    text = inspect.getsource(w4_kernel)
+    for before, after in changes.items():
         if before not in text:
             raise ValueError(f"the kernel holds no {before!r}")
         text = text.replace(before, after)
@@ -324,33 +306,31 @@ KERNEL = Exercise(
     faults=(
         Fault("outputs {missing} are NaN: nothing was stored there, or NaN was",
               lambda given, got, want: (empty := got["product"].isnan()).any() and {"missing": empty.nonzero()[:, 0].tolist()},
-              (_with(("    tl.store(out + row, total, mask=exists)", "    pass")),), early=True),
+              (_with({"    tl.store(out + row, total, mask=exists)": "    pass"}),), early=True),
     ),
-    mistakes=(
-        Mistake("the nibbles of a byte are exchanged: the first code is in the low one, codes & 15",
-                _with(("codes & 15", "codes >> 4 "), ("(codes >> 4).to", "(codes & 15).to"))),
-        Mistake("zero_point is not subtracted", _with((" - zero[:, None]", ""))),
-        Mistake("the scale is missing", _with((" * step", ""))),
-        Mistake("codes and zero-points are uint8, in which 3 - 5 is 254: make them float before you subtract",
-                _with(("other=0).to(tl.float32)", "other=0)"), (".to(tl.float32) - zero[:, None]", " - zero[:, None]"),
-                      ("low * even", "low.to(tl.float32) * even"), ("high * odd", "high.to(tl.float32) * odd"))),
-        Mistake("only the even columns count: the high nibbles are missing", _with((" + high * odd[None, :]", ""))),
-        Mistake("only the last group counts: add every group's part to total", _with(("total += ", "total = "))),
-        Mistake("every group is scaled by the first group's scale: scale is [rows, groups]",
-                _with(("scale + row * groups + group", "scale + row * groups"))),
-        Mistake("every group has the first group's zero-point: zero_point is [rows, groups]",
-                _with(("zero_point + row * groups + group", "zero_point + row * groups"))),
-        Mistake("every group multiplies the first group's activations: x moves on by GROUP",
-                _with(("x + group * GROUP + 2 * byte", "x + 2 * byte"))),
-        Mistake("low nibbles meet the first half of a group of x, high ones the second. A byte holds neighbors, 2j and 2j + 1",
-                _with(("+ 2 * byte + 1", "+ GROUP // 2 + byte"), ("+ 2 * byte)", "+ byte)"))),
-    ),
+    mistakes=mistakes_of(_with, {
+        "the nibbles of a byte are exchanged: the first code is in the low one, codes & 15": {
+            "codes & 15": "codes >> 4 ", "(codes >> 4).to": "(codes & 15).to"},
+        "zero_point is not subtracted": {" - zero[:, None]": ""}, "the scale is missing": {" * step": ""},
+        "codes and zero-points are uint8, in which 3 - 5 is 254: make them float before you subtract": {
+            "other=0).to(tl.float32)": "other=0)", ".to(tl.float32) - zero[:, None]": " - zero[:, None]",
+            "low * even": "low.to(tl.float32) * even", "high * odd": "high.to(tl.float32) * odd"},
+        "only the even columns count: the high nibbles are missing": {" + high * odd[None, :]": ""},
+        "only the last group counts: add every group's part to total": {"total += ": "total = "},
+        "every group is scaled by the first group's scale: scale is [rows, groups]": {
+            "scale + row * groups + group": "scale + row * groups"},
+        "every group has the first group's zero-point: zero_point is [rows, groups]": {
+            "zero_point + row * groups + group": "zero_point + row * groups"},
+        "every group multiplies the first group's activations: x moves on by GROUP": {
+            "x + group * GROUP + 2 * byte": "x + 2 * byte"},
+        "low nibbles meet the first half of a group of x, high ones the second. A byte holds neighbors, 2j and 2j + 1": {
+            "+ 2 * byte + 1": "+ GROUP // 2 + byte", "+ 2 * byte)": "+ byte)"},
+    }),
     others=(
-        Mutant(_with((", mask=exists[:, None], other=0", "")), "reads outside of the tensors"),
-        Mutant(_with((", total, mask=exists", ", total")), "writes outside of the tensors"),
-        Mutant(_with(("high * odd[None, :], 1) * step", "high * odd[None, :], 1).to(tl.float16).to(tl.float32) * step")),
-               "computed in 16 bits"),
-        Mutant(_with(("row[:, None] * groups + group", "row[:, None] + rows * group")), "product["),
+        Mutant(_with({", mask=exists[:, None], other=0": ""}), "reads outside of the tensors"),
+        Mutant(_with({", total, mask=exists": ", total"}), "writes outside of the tensors"),
+        Mutant(_with({"odd[None, :], 1) * step": "odd[None, :], 1).to(tl.float16).to(tl.float32) * step"}), "computed in 16 bits"),
+        Mutant(_with({"row[:, None] * groups + group": "row[:, None] + rows * group"}), "product["),
     ),
 )  # fmt: skip
 
@@ -383,10 +363,6 @@ def _misses(by: int) -> Callable:
     return seen
 
 
-def _met(rule: Callable) -> Callable:
-    return lambda *case: math.ceil(rule(*case))
-
-
 CROSSOVER = Exercise(
     id="11.5", name="crossover", title="Where four bits stop paying", minutes=12, difficulty=3, points=3,
     returns=("batch",), inputs=crossover_inputs, reference=paper.crossover,
@@ -402,22 +378,18 @@ CROSSOVER = Exercise(
         Fault("{place}: one too many. It takes at least as long already at the batch before", _misses(1),
               (lambda w, f, b, r, n: math.floor(w / b * n / f) + 1, lambda w, f, b, r, n: math.ceil(w / b * n / f) + 1)),
     ),
-    mistakes=(
-        Mistake("this is where the 16-bit kernel stops waiting for memory. The other computes more slowly, and meets it before",
-                _met(lambda w, f, b, r, n: w / b * r / f)),
-        Mistake("this is where the 4-bit kernel stops waiting for memory. It is still ahead then: the other has four times as much "
-                "to read", _met(lambda w, f, b, r, n: w / 4 / b * n / f)),
-        Mistake("the operations are those of one row already, additions and all", _met(lambda w, f, b, r, n: w / b * n / (2 * f))),
-        Mistake("this takes the ratio of the two rates: they tell how far it falls behind, not where",
-                _met(lambda w, f, b, r, n: r / n)),
-        Mistake("read and bandwidth are both in bytes: nothing needs a factor 8", _met(lambda w, f, b, r, n: 8 * w / b * n / f)),
-        Mistake("read and operations are exchanged: read / bandwidth is a time, and so is operations / rate",
-                _met(lambda w, f, b, r, n: f / b * n / w)),
-    ),
-    others=(
-        Mutant(lambda w, f, b, r, n: 10**6, "got 1000000, wanted"),
-        Mutant(lambda w, f, b, r, n: round(w / b * n / f), "one too few"),
-    ),
+    mistakes=mistakes_of(lambda rule: lambda *case: math.ceil(rule(*case)), {
+        "this is where the 16-bit kernel stops waiting for memory. The other computes more slowly, and meets it before":
+            lambda w, f, b, r, n: w / b * r / f,
+        "this is where the 4-bit kernel stops waiting for memory. It is still ahead then: the other has four times as much to read":
+            lambda w, f, b, r, n: w / 4 / b * n / f,
+        "the operations are those of one row already, additions and all": lambda w, f, b, r, n: w / b * n / (2 * f),
+        "this takes the ratio of the two rates: they tell how far it falls behind, not where": lambda w, f, b, r, n: r / n,
+        "read and bandwidth are both in bytes: nothing needs a factor 8": lambda w, f, b, r, n: 8 * w / b * n / f,
+        "read and operations are exchanged: read / bandwidth is a time, and so is operations / rate":
+            lambda w, f, b, r, n: f / b * n / w,
+    }),
+    others=(Mutant(lambda w, f, b, r, n: round(w / b * n / f), "one too few"),),
 )  # fmt: skip
 
 EXERCISES = (BYTES_MOVED, TILED, DIALECT, KERNEL, CROSSOVER)
