@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labsupport.exercises.compare import got_and_wanted
 from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_of
 
 
@@ -152,8 +151,7 @@ BITS_PER_BYTE = Exercise(
     # A sum of fewer than 64 float32 numbers in any order, and two divisions.
     allowed=lambda given, want: 66 * 2**-24 * want["bits"],
     close=lambda given, want: 1e-4 * want["bits"],
-    otherwise=lambda given, got, want: "{}, for {:.4g} nats and {} bytes".format(
-        got_and_wanted(got["bits"], want["bits"]), given["losses"].sum().item(), len(given["passage"].encode())),
+    about=lambda given, *_: f"{given['losses'].sum().item():.4g} nats and {len(given['passage'].encode())} bytes, in bits a byte",
     mistakes=mistakes_of(_bits, {
         "divided by characters, not bytes: an é is one character and two bytes in UTF-8":
             lambda nats, bit, size, tokens, characters: nats * bit / characters,
@@ -167,10 +165,7 @@ BITS_PER_BYTE = Exercise(
             lambda nats, bit, size, tokens, _: nats * bit / tokens / size,
         "it is bytes for each bit: turn it over": lambda nats, bit, size, *_: size / nats / bit,
     }),
-    others=(
-        Mutant(lambda losses, passage: losses.sum() / math.log(2) / len(passage.encode()), ".item()"),
-        Mutant(_bits(lambda nats, bit, size, *_: nats * bit / (size - 1)), "bytes"),
-    ),
+    others=(Mutant(_bits(lambda nats, bit, size, *_: nats * bit / (size - 1)), "bytes"),),
 )  # fmt: skip
 
 EXERCISES = (PARAMETER_BYTES, PERPLEXITY, BITS_PER_BYTE)
