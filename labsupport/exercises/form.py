@@ -7,7 +7,10 @@ an output itself (a negative scale, codes that are no whole numbers). What is ne
     QUANTIZE = Exercise(
         id="2.3", name="quantize", title="Values to codes", minutes=6, difficulty=2, points=2,
         returns=("codes",), inputs=quantize_inputs, reference=grid.quantize,
-        mistakes=(Mistake("the zero-point is missing: the code of 0.0 is zero_point, not 0", lambda w, s, z, b: ...), ...),
+        mistakes=mistakes_by_option(_codes, {  # a right answer, whose options are what can go wrong
+            "the zero-point is missing: the code of 0.0 is zero_point, not 0": {"times": 0},
+            "the weight is multiplied by the scale: ...": lambda w, s, z, b: _codes(w, 1 / s, z, b),
+        }),
     )
 
 Before a sentence is looked for, kinds, shapes, dtypes and non-finite numbers have been settled (judging.py): `given`, `got` and

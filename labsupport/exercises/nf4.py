@@ -41,8 +41,7 @@ def _quantiles(probabilities):
 
 CODEBOOK = Exercise(
     id="5.1", name="nf4_codebook", title="Sixteen levels, one of them 0", minutes=12, difficulty=2, points=3,
-    returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles,
-    allowed=lambda given, want: LEVELS_APART,
+    returns=("levels",), inputs=codebook_inputs, reference=nf4.normal_quantiles, allowed=lambda given, want: LEVELS_APART,
     otherwise=lambda given, got, want: None if (got["levels"] == 0).any() else "no level is exactly 0",
     alike=lambda given, got, theirs: largest_difference(got["levels"].sort().values, theirs["levels"].sort().values) < 1e-5,
     faults=(

@@ -282,10 +282,8 @@ UNHELPED_MATMUL = Exercise(
     returns=("tokens", "in_features", "out_features"), inputs=lambda seed: {}, reference=unhelped_matmul,
     accepts=lambda given, got, want: None if _helped(given, got, want) else right(), otherwise=_helped,
     others=(
-        Mutant(lambda: (4096, 4096, 4096), "limited by its operations"),
-        Mutant(lambda: (128, 8192, 8192), "What else"),
-        Mutant(lambda: (64, 64, 64), "worth speeding up"),
-        Mutant(lambda: (65536.5, 4096, 16), "whole number"),
+        Mutant(lambda: (4096, 4096, 4096), "limited by its operations"), Mutant(lambda: (128, 8192, 8192), "What else"),
+        Mutant(lambda: (64, 64, 64), "worth speeding up"), Mutant(lambda: (65536.5, 4096, 16), "whole number"),
     ),
 )  # fmt: skip
 
