@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 from labsupport.exercises.compare import difference, first_difference, got_and_wanted, largest_difference
 from labsupport.exercises.form import Exercise, Fault, Mutant, Outputs, generator, mistakes_by_option, mistakes_of
 from labsupport.kernels import cpu, language, paper, twin
+from labsupport.kernels.language import tl  # the interpreter looks for it among the globals of a kernel
 from labsupport.quant import rtn
-
-tl = language.tl  # the interpreter looks for it among the globals of a kernel
 
 
 # 11.1 -----------------------------------------------------------------------------------------------------------------
@@ -55,7 +54,8 @@ BYTES_MOVED = Exercise(
         "the outputs are missing: they are written": {"outputs": False}, "the inputs are missing: they are read": {"inputs": False},
         "inputs and outputs are missing": {"inputs": False, "outputs": False},
         "these are bits: eight of them make a byte": {"eighth": 1},
-        "the weight in between was taken to have 16 bits. It has kept_width": lambda *a: _bytes(*a[:5], a[5] and 16),
+        "the weight in between was taken to have 16 bits. It has kept_width":
+            lambda b, i, o, bits, group, kept: _bytes(b, i, o, bits, group, kept and 16),
         "an activation has 16 bits, which are 2 bytes": {"of_activations": 8},
     }),
 )  # fmt: skip
@@ -171,7 +171,7 @@ TILED = Exercise(
         "codes and zero-points are uint8, in which 3 - 5 is 254: make them float before you subtract": {"wrapping": True},
     }),
     others=(
-        Mutant(lambda *a: _tiled(*a[:4], len(a[1])), "Unpack a tile at a time"),
+        Mutant(lambda x, packed, scale, zero, size: _tiled(x, packed, scale, zero, len(packed)), "Unpack a tile at a time"),
         Mutant(lambda *a: _tiled(*a)[:, : len(a[1]) // a[4] * a[4]], "the last tile may be shorter"),
         Mutant(lambda x, *w: _tiled(x.bfloat16(), *w), "computed in 16 bits"),
         Mutant(lambda *a: 1.1 * _tiled(*a), "product[0, 0]: got"),
@@ -278,7 +278,7 @@ def drive_kernel(answer: Callable, given: dict) -> dict:
     watcher = sys.getprofile()
     sys.setprofile(None)
     try:
-        product = launch_kernel(answer, *given.values(), run=language.interpret)
+        product = launch_kernel(answer, **given, run=language.interpret)
     finally:
         sys.setprofile(watcher)
     if answer in _OURS:
