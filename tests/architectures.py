@@ -31,7 +31,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases-tied": ("llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-72-wide": ("llama", LLAMA | {"hidden_size": 72, "intermediate_size": 144, "head_dim": 18}),
     "llama-960-wide": (
-        "llama", LLAMA | {"hidden_size": 960, "intermediate_size": 320, "num_attention_heads": 15, "num_key_value_heads": 5}
+        "llama", {
+            "hidden_size": 960, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 30, "head_dim": 16,
+            "num_key_value_heads": 10, "max_position_embeddings": 256,
+        },
     ),
     "qwen2": ("qwen2", LLAMA | {"tie_word_embeddings": True}),
     "qwen2-sliding": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
@@ -93,12 +96,12 @@ def make(name: str) -> nn.Module:
     return model.float().eval()
 
 
-def write(name: str, directory: Path) -> Path:
-    """The model as a directory, float32, with a tokenizer whose tokens are bytes. Returns the directory."""
+def write(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The model as a directory, with a tokenizer whose tokens are bytes. Returns the directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    make(name).save_pretrained(directory)
+    make(name).to(dtype).save_pretrained(directory)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -158,9 +158,14 @@ def _word(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
+def read_report(directory: Path) -> dict[str, Any]:
+    """What Facts.report gave for a checkpoint."""
+    return json.loads((directory / REPORT).read_text("utf-8"))
+
+
 def remarks(directory: Path) -> Iterator[str]:
     """What a user should know of a checkpoint that `labs quantize` wrote, and would not expect: a line each."""
-    report = json.loads((directory / REPORT).read_text())
+    report = read_report(directory)
     if "failed" in report["perplexity"]:
         yield f"perplexity could not be measured: {report['perplexity']['failed']}"
     if report["read_by"] != LOADERS[report["settings"]["layout"]]:

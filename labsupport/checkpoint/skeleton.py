@@ -74,6 +74,11 @@ def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import no_init_weights
+
     settings = read_json(directory / "config.json") | changes
     settings.pop("quantization_config", None)
     kind = settings.pop("model_type", None)
@@ -82,7 +87,7 @@ def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
     settings.pop("auto_map", None)  # code that comes with a checkpoint is never run
     try:
         config = AutoConfig.for_model(kind, **settings)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():  # there is nothing to fill, and it takes long
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
