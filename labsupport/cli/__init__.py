@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.core import TyperGroup
 
 from labsupport.cli import build, checkpoint, env, lab, model
 
+NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
 UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.29 from its own copy of click
 
 
@@ -38,3 +40,5 @@ def labs(context: typer.Context) -> None:
     """Quantization from First Principles: the course's commands."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    if context.invoked_subcommand not in NOTEBOOKS:
+        os.environ.pop("LABS_QUICK", None)  # what is measured for others is measured in full

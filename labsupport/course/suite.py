@@ -17,24 +17,28 @@ from pathlib import Path
 import nbformat
 import psutil
 
+from labsupport.course import warm
 from labsupport.course.build import read, sources, student_path
 from labsupport.course.execute import CELL_SECONDS, source_sha256
+from labsupport.model import quick as quick_mode
 
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
 KINDS = {"errors": "error", "warning": "warnings"}  # pytest's own plurals differ
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
 PYTHON = (sys.executable, "-m")
+PYTEST = (*PYTHON, "pytest")
 MEMORY_EACH = 1.5 * 2**30  # bytes: what the largest notebook and a worker of the tests take
 Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process to run: its name, its command, and what it needs in the environment."""
+    """One process to run: its name, its command, and what it needs in the environment. forked: see warm.py."""
 
     name: str
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
+    forked: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,18 @@ def types() -> Part:
 def tests(workers: int, quick: bool = False) -> Part:
     """Whatever is in tests/. quick: without those that are marked slow, and exercises on few seeds."""
     spread = ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
-    command = (*PYTHON, "pytest", "tests", *spread)
+    command = (*PYTEST, "tests", *spread)
     return Part("tests", (*command, "-m", "not slow"), {"SEEDS": "2"}) if quick else Part("tests", command)
 
 
 def notebook(root: Path, path: Path) -> Part:
-    """One form of a notebook from top to bottom. In a solved one a wrong or blank answer raises."""
+    """One form of a notebook from top to bottom. In a solved one a wrong or blank answer raises; the student form runs on little text,
+    since it differs from the solved one only in that references stand in for the answers.
+    """
     name = path.relative_to(root).as_posix()
     nbval = ("-p", "labsupport.course.kernels", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_SECONDS}")
-    return Part(name, (*PYTHON, "pytest", *nbval, name), {"LABS_STRICT": "1"} if path.parent.name == "solutions" else {})
+    settings = {"LABS_STRICT": "1"} if path.parent.name == "solutions" else {quick_mode.VARIABLE: "1"}
+    return Part(name, (*PYTEST, *nbval, name), settings, warm.is_possible())
 
 
 def notebooks(root: Path, numbers: list[str] | None = None) -> list[Path]:
@@ -126,19 +133,22 @@ def workers() -> int:
 
 
 def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:
-    """Run one part to its end and `write` what it prints as it comes.
+    """Run one part to its end and `write` what it prints as it comes; what a forked one prints is shown where it fails.
 
     It sees no LABS_ variable but its own, must not need the network, and keeps to one thread: others run beside it.
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_") or k == "LABS_CACHE"}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | part.env
     start = time.monotonic()
-    decoder, output = codecs.getincrementaldecoder("utf-8")("replace"), []
+    if part.forked:
+        code, output = warm.run(part.command[len(PYTEST) :], root, env)
+        return Result(part, code, output, time.monotonic() - start)
+    decoder, printed = codecs.getincrementaldecoder("utf-8")("replace"), []
     with subprocess.Popen(part.command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         while chunk := process.stdout.read1():
-            output.append(decoder.decode(chunk))
-            write(output[-1])
-    return Result(part, process.returncode, "".join(output), time.monotonic() - start)
+            printed.append(decoder.decode(chunk))
+            write(printed[-1])
+    return Result(part, process.returncode, "".join(printed), time.monotonic() - start)
 
 
 def run_beside(parts: Sequence[Part], root: Path, count: int, write: Write) -> list[Result]:

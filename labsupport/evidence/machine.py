@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from labsupport.model import quick
+
 PACKAGES = ("torch", "transformers", "bitsandbytes")
 SMALLEST_BUFFER, LARGEST_BUFFER = 2**28, 2**30
 SQUARES, LONG_ENOUGH = (512, 1024, 2048, 4096, 8192), 0.02
@@ -82,7 +84,7 @@ def median_seconds(work: Callable[[], object], device: str | torch.device | None
 
     Work of which a single call exceeds the budget is timed once.
     """
-    device = _device(device)
+    device, budget = _device(device), quick.budget(budget)
 
     def once() -> float:
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from labsupport import kernels
 from labsupport.evidence import machine
-from labsupport.model import peers
+from labsupport.model import peers, quick
 from labsupport.quant.grid import UniformTensor
 
 PAST_THE_CACHE = 4  # times the last-level cache that a rotation reads
@@ -56,6 +56,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget:
     The least, since whatever else the machine does only adds. On a GPU all calls in turn are one CUDA graph, so that what is timed
     is the kernels and not the launching of them.
     """
+    budget = quick.budget(budget)
     if device.type == "cuda":
         return _graphed(calls, budget)
     calls[0]()  # what is set up once is set up now

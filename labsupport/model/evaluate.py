@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from labsupport.model import quick
 from labsupport.model.text import TokenStream
 
 LENGTH = 512
@@ -68,7 +69,7 @@ def _batches(stream: TokenStream, length: int, count: int | None, progress: bool
     """Windows and the document of each token, both [batch, length]."""
     if length < 2:
         raise ValueError(f"length is {length}, wanted at least 2 tokens: one to read and one to predict")
-    batches = stream.positions(length, count).split(BATCH)
+    batches = stream.positions(length, quick.windows(count)).split(BATCH)
     for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
         yield stream.ids[positions], stream.document[positions]
 
@@ -77,7 +78,7 @@ def _batches(stream: TokenStream, length: int, count: int | None, progress: bool
 def evaluate(
     model: nn.Module, stream: TokenStream, length: int = LENGTH, windows: int | None = None, progress: bool = False
 ) -> Evaluation:
-    """Losses of `model` on `windows` windows spread evenly over the stream, or on all of them.
+    """Losses of `model` on `windows` windows spread evenly over the stream, or on all of them; on few of them with LABS_QUICK.
 
     Raises text.TextError where the stream is shorter than one window.
     """

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 SUFFIX = ".tmp"
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept: the directory LABS_CACHE, or else this user's folder for caches."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("LABS_CACHE") or user_cache_path("labsupport", appauthor=False))
+
+
 class WriteError(OSError):
     """A file or directory could not be written. The message is one line that names it. disk_full: whether that is why."""
 

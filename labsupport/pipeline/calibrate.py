@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.model import models, opened
+from labsupport.model import models, opened, quick
 from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline.block import Block, CalibrationError, Call, InputStatistics, Resident, Stop
 
@@ -24,10 +24,11 @@ WINDOWS, LENGTH, BATCH = 64, 512, 8
 
 
 def windows(stream: TokenStream, count: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
-    """`count` windows of `length` tokens spread evenly over the stream. int64 [count, length].
+    """`count` windows of `length` tokens spread evenly over the stream, fewer with LABS_QUICK. int64 [count, length].
 
     Raises text.TextError where the stream has fewer.
     """
+    count = quick.windows(count)
     ids = stream.ids[stream.positions(length, count)]
     if len(ids) < count:
         raise TextError(f"the text {stream.source!r} has {len(ids)} windows of {length} tokens, fewer than the {count} asked for")
