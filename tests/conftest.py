@@ -6,7 +6,10 @@ Every test and what it starts keep to one thread, so that workers can run beside
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, by the processes that tests start as well
@@ -24,6 +27,13 @@ settings.register_profile("labs", deadline=None, derandomize=True)
 settings.load_profile("labs")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache of the run's own, which its workers and what they start share; `labs test` gives one to all its parts."""
+    if "LABS_CACHE" not in os.environ:
+        os.environ["LABS_CACHE"] = tempfile.mkdtemp(prefix="labs-cache-")
+        config.add_cleanup(partial(shutil.rmtree, os.environ["LABS_CACHE"], ignore_errors=True))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For workers beside each other (`pytest -n 2 --dist loadgroup`): what a module makes once, one worker makes.
 
@@ -37,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("LABS_")]:
+    for name in [name for name in os.environ if name.startswith("LABS_") and name != "LABS_CACHE"]:
         monkeypatch.delenv(name)
 
 

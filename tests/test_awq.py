@@ -306,6 +306,7 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "run"), RUNS, ids=str)
+@pytest.mark.slow
 def test_scales_equal_autoawqs(name, run, tmp_path):
     model, kept = golden_model(name, tmp_path)
     found = kept.results[run]
@@ -388,6 +389,7 @@ def search_by_hand(module: nn.Module, layers: list[nn.Linear], call: tuple, x: t
 
 
 @pytest.mark.parametrize("name", ["gqa", "mha"])
+@pytest.mark.slow
 def test_ratios_by_llm_awqs_rule_equal_an_independent_rerun(name, tmp_path):
     model, kept = golden_model(name, tmp_path)
     groups = fold.groups(model)[:4]

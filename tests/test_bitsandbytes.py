@@ -481,6 +481,7 @@ def test_whole_model_equals_transformers_with_bitsandbytes(course, held_out, met
     assert moved > 1e-2  # and something was quantized: the order of float32 sums moves logits of up to 20 by about 1e-5
 
 
+@pytest.mark.slow
 def test_the_default_path_of_their_4_bit_layers_is_another_arithmetic(course):
     """Why `exact` is the default: at inference on some processors they multiply in bfloat16."""
     inexact, _ = peers.load_with_bitsandbytes("nf4", str(models.course_model_dir()), exact=False)

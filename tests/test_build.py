@@ -380,6 +380,7 @@ async def reply_while_sending(kind: type[AsyncZMQSocketChannel]) -> dict | None:
         context.term()
 
 
+@pytest.mark.slow
 def test_a_reply_that_wakes_nobody_is_found():
     assert asyncio.run(reply_while_sending(AsyncZMQSocketChannel)) is None  # the fault that LooksAgain is there for
     assert asyncio.run(reply_while_sending(LooksAgain))["header"]["msg_type"] == "execute_reply"

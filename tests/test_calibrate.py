@@ -204,6 +204,7 @@ def peak_above_the_model(blocks, ids):
     return peak
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_block_however_many_there_are():
     ids = torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(2))
     peak = peak_above_the_model(2, ids)

@@ -172,6 +172,7 @@ def test_what_was_quantized_is_not_quantized_again(source, words, tmp_path):
     assert not list(tmp_path.glob("twice*"))
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_quantized_is_named_and_its_run_dropped(copy, words, tmp_path):
     """The second block's: the first is finished by then, and no other run could use it."""
     for path in shards(copy):
@@ -248,6 +249,7 @@ def test_a_calibration_file_that_is_no_text_or_too_short(source, tmp_path, conte
         ("x" * 5000, "cannot be read: wanted a file, a directory, code, prose or a dataset"),
     ],
 )
+@pytest.mark.slow
 def test_a_calibration_text_that_is_not_there(source, tmp_path, name, message):
     done = command(source, tmp_path / "out", name)
     assert done.exit_code == 1
@@ -332,6 +334,7 @@ app()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits")
+@pytest.mark.slow
 def test_a_disk_that_really_takes_no_more(source, words, tmp_path):
     """Files may not grow beyond 300 KB here, so the embedding's cannot be written: what a disk says that is full, nearly."""
     given = ["--out", tmp_path / "out", "--method", "rtn", "--group-size", GROUP, "--windows", 0]
@@ -362,6 +365,7 @@ def stopping(monkeypatch, at, error):
     return lambda: monkeypatch.setattr(files, "replace", real)
 
 
+@pytest.mark.slow
 def test_a_key_that_was_pressed(source, words, tmp_path, monkeypatch):
     mend = stopping(monkeypatch, "block-001.json", KeyboardInterrupt())
     done = command(source, tmp_path / "out", words)
@@ -408,6 +412,7 @@ def test_a_run_at_work_is_not_swept_away_by_another_that_restarts(source, words,
     at_work.release()
 
 
+@pytest.mark.slow
 def test_a_refused_run_does_not_stay_in_the_way(source, words, tmp_path, monkeypatch):
     unfinished(source, words, tmp_path / "out", monkeypatch)
     errors = []
@@ -418,6 +423,7 @@ def test_a_refused_run_does_not_stay_in_the_way(source, words, tmp_path, monkeyp
     assert (tmp_path / "out.partial" / "run" / "block-001.json").exists()
 
 
+@pytest.mark.slow
 def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_path, monkeypatch):
     """The directory has appeared, what the run kept is still there. Then somebody removes the directory and asks again."""
     with monkeypatch.context() as killed:
@@ -434,6 +440,7 @@ def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.slow
 def test_a_damaged_block_of_an_unfinished_run(source, words, tmp_path, monkeypatch, method):
     unfinished(source, words, tmp_path / "out", monkeypatch, method=method)
     path = tmp_path / "out.partial" / "model" / "model-00001-of-00004.safetensors"
@@ -464,6 +471,7 @@ def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(source, words
         (lambda model, words: words.write_text(WORDS[::-1]), "of another calibration text"),
     ],
 )
+@pytest.mark.slow
 def test_an_unfinished_run_of_something_else(copy, words, tmp_path, monkeypatch, change, difference):
     unfinished(copy, words, tmp_path / "out", monkeypatch)
     change(copy, words)
@@ -513,6 +521,7 @@ def labs(home, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_an_id_that_was_never_downloaded(tmp_path):
     done = labs(tmp_path / "home", "quantize", "some/model", "--out", tmp_path / "out")
     assert done.returncode == 1
@@ -521,6 +530,7 @@ def test_an_id_that_was_never_downloaded(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_an_id_that_was_downloaded_works_without_a_network(source, words, tmp_path):
     cached = tmp_path / "home" / "hub" / "models--some--model"
     (cached / "refs").mkdir(parents=True)
@@ -540,6 +550,7 @@ def test_an_id_that_was_downloaded_works_without_a_network(source, words, tmp_pa
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["source"] == "some/model"
 
 
+@pytest.mark.slow
 def test_of_a_download_that_broke_off_it_is_said_what_lacks(source, tmp_path):
     snapshot = tmp_path / "home" / "hub" / "models--some--model" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)

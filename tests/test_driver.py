@@ -31,6 +31,7 @@ def same(model, other) -> bool:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_model_and_the_original_is_untouched(tiny, ids, method):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     one, report = quantize_model(tiny, method, calibration=ids, **SETTINGS)
@@ -62,6 +63,7 @@ def test_gptq_is_fed_by_what_came_before(tiny, ids):
                     block.linears[name].weight.copy_(stored.dequantize())
 
 
+@pytest.mark.slow
 def test_awq_folds_clips_and_rounds(tiny, ids):
     scales_only, _ = quantize_model(tiny, "awq", calibration=ids, clip=False, **SETTINGS)
     again = models.duplicate(tiny)
@@ -96,6 +98,7 @@ def test_awq_folds_clips_and_rounds(tiny, ids):
 
 
 @pytest.mark.parametrize("settings", [{"loss": "block"}, {"rule": "autoawq"}, {"autoawq_grid": True}])
+@pytest.mark.slow
 def test_awq_settings_reach_the_search(tiny, ids, settings):
     plain, _ = quantize_model(tiny, "awq", calibration=ids, **SETTINGS)
     other, report = quantize_model(tiny, "awq", calibration=ids, **SETTINGS, **settings)
@@ -104,6 +107,7 @@ def test_awq_settings_reach_the_search(tiny, ids, settings):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.slow
 def test_errors_are_lost_shares_of_the_output(tiny, ids, method):
     """The first linears see the same inputs in the float model, so their outputs can be compared directly."""
     model, report = quantize_model(tiny, method, calibration=ids, **SETTINGS)
@@ -121,6 +125,7 @@ def test_errors_are_lost_shares_of_the_output(tiny, ids, method):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tiny, ids, tmp_path, method, monkeypatch):
     whole, report = quantize_model(tiny, method, calibration=ids, **SETTINGS)
     done = []
@@ -154,6 +159,7 @@ def test_a_run_that_was_stopped_goes_on(tiny, ids, tmp_path, method, monkeypatch
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.slow
 def test_overrides(tiny, ids, method):
     left = {"1.mlp.up_proj": None, "down_proj": {"bits": 8}}
     model, report = quantize_model(tiny, method, calibration=ids, overrides=left, **SETTINGS)

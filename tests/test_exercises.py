@@ -57,6 +57,7 @@ def test_inputs_depend_on_the_seed_alone_and_survive_the_reference(exercise):
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+@pytest.mark.slow
 def test_attempt_survives_a_file(exercise, tmp_path, monkeypatch):
     """Judging what was written to safetensors and JSON gives the same verdict as judging what is in memory."""
     remember_outputs(monkeypatch)

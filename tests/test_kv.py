@@ -237,6 +237,7 @@ def test_one_pass_on_the_course_model_is_the_decode(course, held_out):
     assert abs(found.mean_loss - plain.mean_loss) > 5e-3
 
 
+@pytest.mark.slow
 def test_losses_by_place_are_those_of_the_evaluation(course, held_out):
     model, stream = course[0], held_out
     scheme = Scheme(Part(3, "channel", 32), Part(3, "token", 32))

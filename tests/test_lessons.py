@@ -50,6 +50,7 @@ def test_autoawqs_copy_holds_the_weights_of_the_tiny_model():
         assert torch.equal(raw.float() * tiny.STEP if raw.dtype == torch.int8 else raw, weight), name
 
 
+@pytest.mark.slow
 def test_the_loop_of_exercise_6_5_gives_labsupports_codes():
     for seed in range(20):
         given = exercises.loop_inputs(seed)
@@ -66,6 +67,7 @@ def test_the_loop_of_exercise_6_5_takes_the_grid_that_it_is_given():
 
 
 @pytest.mark.parametrize("fault", files.FAULTS)
+@pytest.mark.slow
 def test_the_diagnosis_of_exercise_10_7_is_what_was_done_to_the_file(fault):
     for seed in range(100):
         assert files.diagnose(**files._sick(generator(seed), fault)) == fault

@@ -22,12 +22,14 @@ def test_the_lock_is_what_pyproject_and_this_environment_give() -> None:
     assert lock.faults(LISTS, RECORDED, PINS) == []
 
 
+@pytest.mark.slow
 def test_a_list_that_changed_without_relocking_is_noticed() -> None:
     lists = deepcopy(LISTS)
     lists["hub"].append("xxhash>=3")
     assert any("have changed since" in fault for fault in lock.faults(lists, RECORDED, PINS))
 
 
+@pytest.mark.slow
 def test_a_pin_out_of_range_is_noticed() -> None:
     faults = lock.faults(LISTS, RECORDED, PINS | {"numpy": "1.0"})
     assert "pyproject.toml asks for numpy>=1.26, the lock has 1.0" in faults
@@ -38,6 +40,7 @@ def test_an_environment_that_differs_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("name", ["markupsafe", "torch", "jupyterlab", "pytest"])
+@pytest.mark.slow
 def test_a_missing_requirement_of_a_locked_package_is_noticed(name: str) -> None:
     pins = {k: v for k, v in PINS.items() if k != name}
     assert f"{name} is needed, and the lock lacks it" in lock.faults(LISTS, RECORDED, pins)
@@ -70,6 +73,7 @@ def test_locking_what_is_not_installed_is_refused() -> None:
         lock.closure([Requirement("numpy<1")])
 
 
+@pytest.mark.slow
 def test_writing_the_lock_again_changes_nothing(tmp_path: Path) -> None:
     lock.write(ROOT / "pyproject.toml", tmp_path / "requirements.lock")
     assert lock.read(tmp_path / "requirements.lock") == (RECORDED, PINS)

@@ -71,6 +71,7 @@ def test_blocks_and_linears(course):
     assert sum(models.role(n) == "attention" for n in names) == 4 * model.config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_planted_outliers_leave_the_float_function_unchanged(course, held_out):
     model = course[0]
     planted = models.plant_outliers(model)

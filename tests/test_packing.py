@@ -92,6 +92,7 @@ def test_what_autoawq_makes_of_whole_models_reads_and_packs_the_same():
     bits=BITS, rows=st.integers(1, 5), groups=st.integers(1, 4), size=st.sampled_from([8, 32, 96]), version=st.integers(1, 2),
     symmetric=st.booleans(), order=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
+@pytest.mark.slow
 def test_gptq_there_and_back(bits, rows, groups, size, version, symmetric, order, seed):
     tensor = random_tensor(32 * rows, 4 * groups, size, bits, seed, symmetric, order)
     state = packing.write_gptq(tensor, version)
@@ -105,6 +106,7 @@ def test_gptq_there_and_back(bits, rows, groups, size, version, symmetric, order
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 9), groups=st.integers(1, 5), size=st.sampled_from([1, 16, 40]), seed=st.integers(0, 2**31))
+@pytest.mark.slow
 def test_awq_there_and_back(rows, groups, size, seed):
     tensor = random_tensor(8 * rows, groups, size, 4, seed)
     state = packing.write_awq(tensor)

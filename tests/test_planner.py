@@ -52,6 +52,7 @@ def test_parameter_counts_are_those_of_transformers(shape):
     bits=st.integers(2, 8),
     others=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_stored_bytes_are_the_bytes_of_the_packed_tensors(rows, groups, group_size, bits, others):
     weight = torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(0))
     counted = rtn.quantize(weight, bits=bits, group_size=group_size).nbytes

@@ -107,6 +107,7 @@ def stream():
     return text.TokenStream(ids, torch.arange(640) // 128, tuple("abcde"), 2000, "digest", "made up")
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_where_it_was_stopped(tiny, stream, tmp_path, monkeypatch):
     settings = [{"bits": b, "group_size": g, "symmetric": False} for b in (8, 2) for g in (16, "row", "tensor")]
     monkeypatch.setitem(sweep.SWEEPS, "rtn", lambda model: iter(settings))
@@ -135,6 +136,7 @@ def test_sweep_goes_on_where_it_was_stopped(tiny, stream, tmp_path, monkeypatch)
         sweep.run("magic", tiny, stream, path, "tiny")
 
 
+@pytest.mark.slow
 def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
     settings = [
         {"planted": None, "method": "int8", "granularity": "tensor", "threshold": 0.0},

@@ -617,6 +617,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("id", "answer"), ANSWERS, ids=[f"{id}-{answer.__name__}" for id, answer in ANSWERS])
+@pytest.mark.slow
 def test_another_right_answer_is_accepted(id, answer):
     if id == "11.4" and not language.available():
         pytest.skip(language.MISSING)

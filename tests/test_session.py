@@ -248,6 +248,7 @@ print(score, check)
 """
 
 
+@pytest.mark.slow
 def test_names_that_a_learner_reuses_do_no_harm():
     """In a kernel: a cell that calls check or score means the course's, and the learner's own values are there again after it."""
     code = (

@@ -50,6 +50,7 @@ WRONG_IMPORTS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_IMPORTS)
+@pytest.mark.slow
 def test_a_wrong_import_breaks_the_contract(kind: str, tmp_path: Path) -> None:
     name, line, message = WRONG_IMPORTS[kind]
     shutil.copytree(PACKAGE, tmp_path / "labsupport", ignore=shutil.ignore_patterns("__pycache__"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from labsupport.course import kernels, suite
+from labsupport.course import kernels, suite, warm
 from labsupport.course.execute import execute, source_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,7 @@ def test_what_a_part_prints_is_shown_while_it_runs(tmp_path: Path) -> None:
     assert (done.code, done.output) == (0, "now\n")
 
 
+@pytest.mark.slow
 def test_a_part_sees_no_setting_of_the_users_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_MODEL", "mine")
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
@@ -91,7 +93,6 @@ def test_it_runs_lint_types_and_every_notebook_in_both_forms() -> None:
     for path, notebook in found.items():
         assert str(path.relative_to(ROOT)) in notebook.command
         assert "--nbval-lax" in notebook.command
-        assert (notebook.env.get("LABS_STRICT") == "1") == (path.parent.name == "solutions")
 
 
 def test_quick_leaves_out_slow_tests_and_notebooks_that_have_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +141,42 @@ def test_a_notebook_has_changed_when_its_cells_have(committed: bool, tmp_path: P
 TRANSPORT = "import json, ipykernel\nassert json.load(open(ipykernel.get_connection_file()))['transport'] == 'ipc'"
 
 
+HOLDS = """\
+import os, sys
+assert sorted(k for k in os.environ if k.startswith("LABS_")) == ["LABS_CACHE", "LABS_STRICT"], sorted(os.environ)
+assert os.environ["MPLBACKEND"].endswith("backend_inline") and "matplotlib" not in sys.modules
+assert not any(name.startswith("labsupport.exercises") for name in sys.modules)
+assert os.getcwd() == os.path.realpath("{folder}")
+print("shown"); print("not an error", file=sys.stderr)
+import torch
+assert torch.get_num_threads() == 1 and torch.ones(3, 3).mm(torch.ones(3, 3)).sum() == 27
+get_ipython().events  # a kernel"""
+FORKED = [False, pytest.param(True, marks=pytest.mark.skipif(not warm.is_possible(), reason="Linux and PyTorch for CPUs only"))]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no socket files")
 @pytest.mark.slow
-def test_kernels_share_no_ports(tmp_path: Path) -> None:
-    """Those of `labs test` and those of `labs build`."""
+@pytest.mark.parametrize("forked", FORKED, ids=["new", "forked"])
+def test_a_notebook_runs_in_a_clean_kernel_whose_failures_are_reported(forked: bool, tmp_path: Path) -> None:
+    """Kernels share no ports."""
+    folder = tmp_path / "solutions"
+    folder.mkdir()
+    for name, cells in {"good": [HOLDS.format(folder=folder), TRANSPORT], "bad": ["1 / 0", "x = 2"]}.items():
+        notebook = new_notebook(cells=[new_code_cell(source, id=f"cell-{number}") for number, source in enumerate(cells)])
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    parts = [suite.notebook(tmp_path, path) for path in sorted(folder.glob("*.ipynb"))]
+    bad, good = (suite.run(dataclasses.replace(part, forked=forked), tmp_path) for part in parts)
+    assert good.code == 0, good.output
+    assert good.counts["passed"] == 2
+    assert (bad.counts["failed"], bad.counts["passed"]) == (1, 1)
+    assert "ZeroDivisionError" in bad.output
+    assert bad.failures[0].startswith("FAILED solutions/bad.ipynb::Cell 0")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no socket files")
+@pytest.mark.slow
+def test_kernels_of_labs_build_share_no_ports() -> None:
     notebook = new_notebook(cells=[new_code_cell(TRANSPORT, id="one")])
-    nbformat.write(notebook, tmp_path / "one.ipynb")
-    done = suite.run(suite.notebook(tmp_path, tmp_path / "one.ipynb"), tmp_path)
-    assert done.code == 0, done.output
     execute(notebook, "one", strict=False)
     first, second = kernels.ThisInterpreter(), kernels.ThisInterpreter()
     assert Path(first.ip).parent != Path(second.ip).parent

@@ -1,9 +1,11 @@
 """Documents, the split, and the stream of tokens."""
 
+import copy
 import hashlib
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from labsupport.model import models, text
 
@@ -62,6 +64,64 @@ def test_windows_follow_each_other_or_spread(tokenizer):
     assert positions.shape == (3, 64)
     assert torch.equal(positions[:, 0], some)
     assert (positions.diff(dim=1) == 1).all()
+
+
+@pytest.fixture
+def cutting(tokenizer, tmp_path, monkeypatch):
+    """A text that is long enough to be kept, a cache of its own, and a list that grows each time the text is cut."""
+    monkeypatch.setenv("LABS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text, "CACHED_BYTES", 100)
+    cuts, cut = [], text._cut
+    monkeypatch.setattr(text, "_cut", lambda *given: cuts.append(given) or cut(*given))
+    documents = [text.Document("a", "one two\n" * 20), text.Document("b", "x = 3\n" * 30)]
+    return lambda by=tokenizer, of=documents: text.tokenize(by, of, "made up"), cuts, documents
+
+
+def test_a_long_text_is_cut_once(cutting, tmp_path):
+    tokenize, cuts, _ = cutting
+    first, again = tokenize(), tokenize()
+    assert len(cuts) == 1
+    for name in ("ids", "document"):
+        assert torch.equal(getattr(again, name), getattr(first, name))
+        assert getattr(again, name).dtype == torch.int64
+    assert (again.names, again.bytes, again.sha256) == (first.names, first.bytes, first.sha256)
+    tokenize(of=[text.Document("a", "short")])
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 1
+
+
+def test_another_text_or_tokenizer_is_cut_anew(cutting, tokenizer):
+    tokenize, cuts, documents = cutting
+    tokenize()
+    tokenize(of=[text.Document("a", documents[0].text + "!"), documents[1]])
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = tokenizer.convert_ids_to_tokens(5)
+    assert tokenize(other).ids[-1] == 5
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["one two"])
+    assert len(tokenize(more)) < len(tokenize())
+    assert len(cuts) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, "half", "other"])
+def test_a_damaged_cache_is_made_again(cutting, tmp_path, damage):
+    tokenize, cuts, _ = cutting
+    wanted = tokenize().ids
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    whole = kept.read_bytes()
+    if damage == "other":
+        save_file({"ids": torch.zeros(3, dtype=torch.int32), "lengths": torch.tensor([1, 1], dtype=torch.int32)}, kept)
+    else:
+        kept.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
+    assert torch.equal(tokenize().ids, wanted)
+    assert len(cuts) == 2
+    assert kept.read_bytes() == whole
+
+
+def test_where_nothing_can_be_kept_the_text_is_cut_each_time(cutting, tmp_path):
+    tokenize, cuts, _ = cutting
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert torch.equal(tokenize().ids, tokenize().ids)
+    assert len(cuts) == 2
 
 
 def test_text_shorter_than_a_window(tokenizer):

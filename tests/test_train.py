@@ -119,6 +119,7 @@ def test_a_directory_that_is_not_ours_is_never_replaced(tmp_path):
     export.check_replaceable(thesis)
 
 
+@pytest.mark.slow
 def test_export_writes_all_or_nothing(tmp_path, monkeypatch):
     model, tokenizer, progress = train.train(tmp_path / "run", recipe(2))
     monkeypatch.setattr(export, "_card", lambda directory, progress: "card")

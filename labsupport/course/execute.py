@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 
 from labsupport import PACKAGE
 from labsupport.course.kernels import ThisInterpreter
+from labsupport.model import files
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_TEXT = "The control appears here when the cell is run. The figure below shows where it starts."
@@ -45,8 +46,8 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
     """An executed copy: outputs stored, the hash of what was executed in `metadata.labs.executed_source_sha256`.
 
     strict: a wrong or blank answer raises (LABS_STRICT=1). The kernel is clean, of this interpreter, in an empty folder, and
-    sees no other LABS_ variable, so that what is stored is about the course model and its text. on_cell(index) is called before
-    each cell.
+    sees no other LABS_ variable but LABS_CACHE, so that what is stored is about the course model and its text. on_cell(index) is
+    called before each cell.
     Raises BuildError when a cell raises, times out, kills the kernel, or writes to standard error.
     """
     done, at = deepcopy(notebook), {"cell": None}
@@ -85,7 +86,7 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
 
 
 def _environment(strict: bool) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_") or k == files.CACHE}
     paths = [str(PACKAGE.parent), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env | ({"LABS_STRICT": "1"} if strict else {})

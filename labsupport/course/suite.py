@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import psutil
 from labsupport.course import warm
 from labsupport.course.build import read, sources, student_path
 from labsupport.course.execute import CELL_SECONDS, source_sha256
+from labsupport.model import files
 from labsupport.model import quick as quick_mode
 
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
@@ -87,8 +90,8 @@ def tests(workers: int, quick: bool = False) -> Part:
 
 
 def notebook(root: Path, path: Path) -> Part:
-    """One form of a notebook from top to bottom. In a solved one a wrong or blank answer raises; the student form runs on little text,
-    since it differs from the solved one only in that references stand in for the answers.
+    """One form of a notebook from top to bottom. In a solved one a wrong or blank answer raises. The student form runs on little
+    text: it differs from the solved one only in that references stand in for the answers.
     """
     name = path.relative_to(root).as_posix()
     nbval = ("-p", "labsupport.course.kernels", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_SECONDS}")
@@ -135,9 +138,10 @@ def workers() -> int:
 def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:
     """Run one part to its end and `write` what it prints as it comes; what a forked one prints is shown where it fails.
 
-    It sees no LABS_ variable but its own, must not need the network, and keeps to one thread: others run beside it.
+    It sees no LABS_ variable but its own and the run's cache, must not need the network, and keeps to one thread, since others run
+    beside it.
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_") or k == "LABS_CACHE"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LABS_") or k == files.CACHE}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | part.env
     start = time.monotonic()
     if part.forked:
@@ -177,6 +181,19 @@ def closing_line(results: list[Result], seconds: float) -> str:
     return f" {text} in {seconds:.2f}s ".center(80, "=")
 
 
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """Inside, what is cached lies in a folder of its own, which is removed: a run shows what a fresh machine would."""
+    before = os.environ.get(files.CACHE)
+    with tempfile.TemporaryDirectory(prefix="labs-cache-", ignore_cleanup_errors=True) as folder:
+        os.environ[files.CACHE] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(files.CACHE) if before is None else os.environ.update({files.CACHE: before})
+
+
+@own_cache()
 def run_all(root: Path, write: Write, numbers: list[str] | None = None, quick: bool = False) -> int:
     """Run everything, or only the notebooks with these numbers, and `write` what happens meanwhile. The exit code.
 

@@ -73,7 +73,9 @@ class ForkedKernel:
         self._process = context.Process(target=_kernel, args=(connection, env, cwd), daemon=True)  # it ends with its parent
         self._process.start()
         self.pid = self._process.pid
-        with suppress(PermissionError, ProcessLookupError):  # jupyter_client signals a whole group; the kernel may have made its own
+        with suppress(
+            PermissionError, ProcessLookupError
+        ):  # jupyter_client signals a whole group; the kernel may have made its own
             os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
@@ -96,11 +98,10 @@ class ForkedKernel:
 def _kernel(connection: str, environment: Mapping[str, str], folder: str) -> None:
     os.setpgid(0, 0)
     _become(folder, {**environment, "JPY_PARENT_PID": str(os.getppid())}, os.devnull)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest captures
     signal.signal(signal.SIGINT, signal.default_int_handler)
     asyncio._set_running_loop(None)  # jupyter_client starts kernels from inside a loop, which is running in its process only
     asyncio.set_event_loop(asyncio.new_event_loop())
     from ipykernel.kernelapp import IPKernelApp
 
     IPKernelApp.launch_instance(["-f", connection])
-

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     import torch  # what writes notebooks starts without it
 
 SUFFIX = ".tmp"
+CACHE = "LABS_CACHE"
 
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: the directory LABS_CACHE, or else this user's folder for caches."""
     from platformdirs import user_cache_path
 
-    return Path(os.environ.get("LABS_CACHE") or user_cache_path("labsupport", appauthor=False))
+    return Path(os.environ.get(CACHE) or user_cache_path("labsupport", appauthor=False))
 
 
 class WriteError(OSError):

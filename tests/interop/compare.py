@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from interop import golden
 from interop.golden import Found, Solved
 
 ROWS_EQUAL = 15 / 16  # see verdict
 SCALE = 1e-3  # of a row's largest: condition numbers after damping, up to 1.3e4, times float32's 2**-24
-# Where both sides sum their own Hessian: its last bits differ, and weights in the middle between two levels go either way.
-SHARE, LOSS = 0.995, 1e-3
+# Where both sides sum their own Hessian: its last bits differ, and weights in the middle between two levels go either way. The rows
+# of such weights go on otherwise; up to 0.12 % of codes and 0.10 % of the loss were seen on two processors.
+SHARE, LOSS = 0.995, 2e-3
+# Of a value, where one forward pass rounds otherwise than another: scales are stored as float16, whose neighbors are 2**-10 apart.
+NEIGHBOR = 2**-10
 EQUAL = "equal"
 PARTS = ("codes", "scale", "zero_point", "g_idx")
 
@@ -63,7 +67,30 @@ def apart(weight: torch.Tensor, hessian: torch.Tensor, one: Solved, other: Solve
     return share, abs(loss(weight, hessian, one) / loss(weight, hessian, other) - 1)
 
 
-def found_differences(one: Found, other: Found) -> str:
+def rounds_otherwise(one: Found, other: Found) -> bool:
+    """Whether one model fed one text gave mean inputs that differ in their last bits: other processors, other sums."""
+    means = [key for key in one.tensors if key.endswith("x_mean")]
+    return any(not torch.equal(one.tensors[key], other.tensors[key]) for key in means)
+
+
+# The share of values that must agree where a tie decides: two limits of the search for clips are often as good as each other to
+# float32's last bits, and the limit that was taken decides the scale of its group.
+TIED = {"clip": 0.75, "scales": ROWS_EQUAL, "qweight": SHARE, "qzeros": ROWS_EQUAL}
+
+
+def _equal(key: str, a: torch.Tensor, b: torch.Tensor, same_rounding: bool) -> bool:
+    """Bit for bit, or where both sides round otherwise: neighbors, in a share of places where a tie decides."""
+    if same_rounding or torch.equal(a, b):
+        return torch.equal(a, b)
+    part = key.rpartition("/")[2]
+    if part in ("qweight", "qzeros"):
+        near = golden.unpack_awq(a) == golden.unpack_awq(b)
+    else:
+        near = (a - b).abs() <= NEIGHBOR * b.abs().clamp(min=torch.finfo(torch.float16).tiny)
+    return near.float().mean().item() >= TIED.get(part, 1.0)
+
+
+def found_differences(one: Found, other: Found, same_rounding: bool = True) -> str:
     """As `differences`, of what AutoAWQ found; timing left out, losses compared by the ratio that wins."""
     said = []
     if one.groups != other.groups:
@@ -77,6 +104,6 @@ def found_differences(one: Found, other: Found) -> str:
                 said.append(f"{key}: ratio {a.argmin() / len(a):.2f} against {b.argmin() / len(b):.2f}")
         elif a.shape != b.shape:
             said.append(f"{key} {list(a.shape)} against {list(b.shape)}")
-        elif not torch.equal(a, b):
+        elif not _equal(key, a, b, same_rounding):
             said.append(f"differs in {int((a != b).sum())} of {b.numel()} values of {key}")
     return ", ".join(said)
