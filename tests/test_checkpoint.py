@@ -515,6 +515,13 @@ def test_what_cannot_be_saved(source, tmp_path, spoil, message):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_in_memory_is_written_without_the_folder_that_it_came_from(source, tmp_path):
+    model, stored = in_memory(source, "rtn", None, bits=4, group_size=32)
+    assert model.config._name_or_path == str(source)
+    out = checkpoint.save(model, stored, tmp_path / "out", "gptq")
+    assert str(source) not in "".join(path.read_text() for path in out.glob("*.json"))
+
+
 def test_stored_is_refused_where_there_is_nothing_to_give(source, tmp_path):
     model, _ = models.load_model(str(source), device="cpu")
     with pytest.raises(ValueError, match="stored is given beside method int8"):

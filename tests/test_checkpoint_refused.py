@@ -513,53 +513,71 @@ def test_what_is_written_may_be_read_by_others(source, tmp_path):
 
 # Hub ids -------------------------------------------------------------------------------------------------------------
 
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from labsupport.cli import app
 
-def labs(home, *arguments):
-    """The command in a process of its own: where the hub's files are is read once, when its library is imported."""
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "labsupport.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.slow
-def test_an_id_that_was_never_downloaded(tmp_path):
-    done = labs(tmp_path / "home", "quantize", "some/model", "--out", tmp_path / "out")
-    assert done.returncode == 1
-    message = "no model 'some/model': neither a directory, nor downloaded before, nor an id that the hub answers for"
-    assert done.stderr == f"labs quantize: {message}\n"
-    assert not list(tmp_path.glob("out*"))
+for arguments in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, arguments)
+    print(json.dumps([done.exit_code, done.stderr]))
+"""
 
 
-@pytest.mark.slow
-def test_an_id_that_was_downloaded_works_without_a_network(source, words, tmp_path):
-    cached = tmp_path / "home" / "hub" / "models--some--model"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0123abcd")
-    shutil.copytree(source, cached / "blobs")  # the hub keeps files here and links to them
-    (cached / "snapshots" / "0123abcd").mkdir(parents=True)
-    for path in (cached / "blobs").iterdir():
-        (cached / "snapshots" / "0123abcd" / path.name).symlink_to(f"../../blobs/{path.name}")
+@pytest.fixture(scope="module")
+def hub_ids(source, tmp_path_factory):
+    """What `labs quantize` does with three hub ids without a network: exit code, standard error, and the directory to write to.
+
+    In one process of its own: where the hub's files are is read once, when its library is imported.
+    """
+    folder = tmp_path_factory.mktemp("hub")
+    kept, broken = (folder / "home" / "hub" / f"models--some--{name}" for name in ("kept", "broken"))
+    for cached in (kept, broken):
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0123abcd")
+        (cached / "snapshots" / "0123abcd").mkdir(parents=True)
+    shutil.copytree(source, kept / "blobs")  # the hub keeps files here and links to them
+    for path in (kept / "blobs").iterdir():
+        (kept / "snapshots" / "0123abcd" / path.name).symlink_to(f"../../blobs/{path.name}")
+    shutil.copy(source / "config.json", broken / "snapshots" / "0123abcd")
+    words = folder / "words.txt"
+    words.write_text(WORDS)
     given = ["--group-size", GROUP, "--samples", 3, "--length", 48, "--windows", 0, "--calibration", words]
-    done = labs(tmp_path / "home", "quantize", "some/model", "--out", tmp_path / "out", *given)
-    assert done.returncode == 0, done.stderr
+    names = ("unknown", "kept", "broken")
+    commands = [["quantize", f"some/{name}", "--out", folder / name, *given] for name in names]
+    text = json.dumps([[str(word) for word in command] for command in commands])
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", COMMANDS, text], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return {name: (*json.loads(line), folder / name) for name, line in zip(names, ran.stdout.splitlines(), strict=True)}
+
+
+@pytest.mark.slow
+def test_an_id_that_was_never_downloaded(hub_ids):
+    code, error, out = hub_ids["unknown"]
+    assert code == 1
+    message = "no model 'some/unknown': neither a directory, nor downloaded before, nor an id that the hub answers for"
+    assert error == f"labs quantize: {message}\n"
+    assert not list(out.parent.glob("unknown*"))
+
+
+@pytest.mark.slow
+def test_an_id_that_was_downloaded_works_without_a_network(hub_ids, source, words, tmp_path):
+    code, error, out = hub_ids["kept"]
+    assert code == 0, error
     wanted = run(source, tmp_path / "wanted", "gptq", words)
     for path in (*wanted.glob("*.safetensors"), wanted / "tokenizer.json"):
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-        assert not (tmp_path / "out" / path.name).is_symlink()
-    assert "# some/model, GPTQ at 4 bits" in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["source"] == "some/model"
+        assert (out / path.name).read_bytes() == path.read_bytes()
+        assert not (out / path.name).is_symlink()
+    assert "# some/kept, GPTQ at 4 bits" in (out / "README.md").read_text()
+    assert json.loads((out / "quantization_report.json").read_text())["source"] == "some/kept"
 
 
 @pytest.mark.slow
-def test_of_a_download_that_broke_off_it_is_said_what_lacks(source, tmp_path):
-    snapshot = tmp_path / "home" / "hub" / "models--some--model" / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("0123abcd")
-    shutil.copy(source / "config.json", snapshot)
-    done = labs(tmp_path / "home", "quantize", "some/model", "--out", tmp_path / "out", "--method", "rtn")
-    assert done.returncode == 1
-    assert "0123abcd holds no weights: wanted model.safetensors or model.safetensors.index.json" in done.stderr
+def test_of_a_download_that_broke_off_it_is_said_what_lacks(hub_ids):
+    code, error, _ = hub_ids["broken"]
+    assert code == 1
+    assert "0123abcd holds no weights: wanted model.safetensors or model.safetensors.index.json" in error
 
 
 def test_what_is_fetched_from_the_hub(source, tmp_path, monkeypatch):

@@ -75,6 +75,7 @@ def _save(
         inside = tuple(name + "." for name in blocks)
         parts.save_outside({name: p.detach().cpu() for name, p in model.named_parameters() if not name.startswith(inside)})
         config = read_json(source / "config.json") if source else json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # a folder of the machine that writes
         weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in stored.values())
         facts = Facts(source.resolve().name if source else "", settings, weights, models.left_in_float(model))
         return finish(parts, model, source, config, facts)
