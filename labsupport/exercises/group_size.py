@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from functools import partial
 
 import torch
 
 from labsupport.exercises.compare import first_difference, got_and_wanted, shown
-from labsupport.exercises.form import FLOAT32, Exercise, Fault, Mistake, Mutant, drive_cases, generator, mistakes_by_option, right
+from labsupport.exercises.form import FLOAT32, Exercise, Fault, Mutant, drive_cases, generator, mistakes_by_option, right
 from labsupport.model import evaluate
 from labsupport.pipeline import budget
 from labsupport.quant import grid, rtn
@@ -378,18 +377,14 @@ def spend_inputs(seed: int) -> dict:
     return {"error": error, "nbytes": nbytes, "budget": int(nbytes[:, 1].sum())}
 
 
-def _bought_in_order(order_of):
-    """An answer: layer after layer, in the order order_of(error, nbytes), gets the finest choice that still fits."""
-
-    def answer(error, nbytes, limit):
-        choice, left = torch.zeros(len(error), dtype=torch.int64), limit - int(nbytes[:, 0].sum())
-        for layer in order_of(error, nbytes).tolist():
-            fits = (nbytes[layer] - nbytes[layer, 0] <= left).nonzero().flatten()
-            choice[layer] = fits[-1]
-            left -= int(nbytes[layer, choice[layer]] - nbytes[layer, 0])
-        return choice
-
-    return answer
+def _bought(error, nbytes, limit, *, order):
+    """Layer after layer, in the order order(error, nbytes), gets the finest choice that still fits."""
+    choice, left = torch.zeros(len(error), dtype=torch.int64), limit - int(nbytes[:, 0].sum())
+    for layer in order(error, nbytes).tolist():
+        fits = (nbytes[layer] - nbytes[layer, 0] <= left).nonzero().flatten()
+        choice[layer] = fits[-1]
+        left -= int(nbytes[layer, choice[layer]] - nbytes[layer, 0])
+    return choice
 
 
 def _over_budget(given: dict, got: dict, want: dict) -> dict | None:
@@ -406,7 +401,7 @@ def _errors_add_up_to(given: dict, choice: torch.Tensor) -> tuple[float, float]:
 SPEND = Exercise(
     id="3.6", name="spend", title="A budget, spent by layer", minutes=15, difficulty=4, points=4,
     returns=("choice",), inputs=spend_inputs, reference=budget.spend,
-    accepts=lambda given, got, want: right() if operator.lt(*_errors_add_up_to(given, got["choice"])) else None,
+    accepts=lambda given, got, want: right() if (sums := _errors_add_up_to(given, got["choice"]))[0] < sums[1] else None,
     otherwise=lambda given, got, want: (
         "the errors add up to {}, the uniform choice of the same size to {}. Compare upgrades by the error they save for each "
         "byte".format(*shown(*_errors_add_up_to(given, got["choice"])))
@@ -418,16 +413,15 @@ SPEND = Exercise(
         Fault("it takes {spent} bytes, {over} more than the budget. The bytes of the first choices count too", _over_budget,
               (lambda e, n, b: e.argmin(1),)),
     ),
-    mistakes=(
-        Mistake("this is the uniform choice itself: take bytes from where they help little and spend them where they help",
-                lambda e, n, b: torch.ones(len(e), dtype=torch.int64)),
-        Mistake("nothing was bought: every layer still has its first choice",
-                lambda e, n, b: torch.zeros(len(e), dtype=torch.int64)),
-        Mistake("the biggest layers were served first; they pay the most bytes for an upgrade",
-                _bought_in_order(lambda error, nbytes: nbytes[:, 0].argsort(descending=True, stable=True))),
-        Mistake("the layers with the least error were served first; there is little to save there",
-                _bought_in_order(lambda error, nbytes: error[:, 0].argsort())),
-    ),
+    mistakes=mistakes_by_option(_bought, {
+        "this is the uniform choice itself: take bytes from where they help little and spend them where they help":
+            lambda e, n, b: torch.ones(len(e), dtype=torch.int64),
+        "nothing was bought: every layer still has its first choice": lambda e, n, b: torch.zeros(len(e), dtype=torch.int64),
+        "the biggest layers were served first; they pay the most bytes for an upgrade":
+            {"order": lambda error, nbytes: nbytes[:, 0].argsort(descending=True, stable=True)},
+        "the layers with the least error were served first; there is little to save there":
+            {"order": lambda error, nbytes: error[:, 0].argsort()},
+    }),
     others=(Mutant(lambda e, n, b: (torch.arange(len(e)) == n[:, 0].argmin()).long(), "Compare upgrades"),),
 )  # fmt: skip
 

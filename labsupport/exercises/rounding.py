@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.compare import Limits, shown
+from labsupport.exercises.compare import shown
 from labsupport.exercises.form import FLOAT32, Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.quant import grid
 
@@ -212,13 +212,6 @@ def _made_of(given: dict, want: dict, name: str, place: tuple) -> str:
     return f"the {'code of' if name == 'codes' else 'value of code'} {source:.4g} with scale {scale:.4g} and zero_point {zero:g}"
 
 
-def _rounding(given: dict, want: dict | None = None) -> Limits:
-    """Nothing for codes. (q - z) * s rounds once; q * s - z * s is as right, and rounds each product and the difference by 2**-24
-    of itself."""
-    codes, scale, zero_point = list(given.values())[:3]
-    return {"codes": 0.0, "values": 2**-23 * (codes + zero_point.float()) * scale}
-
-
 def _codes(weight, scale, zero_point, bits, *, rounded=torch.round, times=1, clamp=torch.clamp):
     """A right answer, with what can go wrong as options."""
     return clamp(rounded(weight / scale) + times * zero_point, 0, 2**bits - 1)
@@ -268,7 +261,9 @@ def dequantize_inputs(seed: int) -> dict:
 DEQUANTIZE = Exercise(
     id="2.4", name="dequantize", title="Codes to values", minutes=4, difficulty=1, points=1,
     returns=("values",), inputs=dequantize_inputs, reference=grid.dequantize, about=_made_of,
-    allowed=_rounding, close=lambda given, want: 1e-4,  # a thousandth of the smallest step
+    # (q - z) * s rounds once; q * s - z * s is as right, and rounds each product and the difference by 2**-24 of itself.
+    allowed=lambda given, want: 2**-23 * (given["codes"] + given["zero_point"].float()) * given["scale"],
+    close=lambda given, want: 1e-4,  # a thousandth of the smallest step
     mistakes=(
         Mistake("below zero it jumps to large values: codes and zero_point are uint8, where 3 - 7 is 252. Convert before you "
                 "subtract", lambda q, s, z: (q - z) * s),
@@ -290,11 +285,7 @@ def sqnr_inputs(seed: int) -> dict:
     return {"weight": weight, "reconstruction": weight + 0.02 + 0.05 * torch.randn(6, 50, generator=g)}
 
 
-def _power(values: torch.Tensor) -> torch.Tensor:
-    return values.pow(2).sum()
-
-
-def _decibels(weight, reconstruction, *, times=10, log=torch.log10, of=_power):
+def _decibels(weight, reconstruction, *, times=10, log=torch.log10, of=lambda values: values.pow(2).sum()):
     """A right answer, with what can go wrong as options."""
     return (times * log(of(weight.double()) / of((weight - reconstruction).double()))).item()
 

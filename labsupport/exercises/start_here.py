@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_of
+from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_by_option, mistakes_of
 
 
 # 0.1 ------------------------------------------------------------------------------------------------------------------
@@ -76,14 +76,9 @@ def perplexity_inputs(seed: int) -> dict:
     return {"logits": logits, "ids": torch.randint(0, 11, (3, 7), generator=g)}
 
 
-def _paired(pairs):
-    """An answer from pairs(logits, ids): logits [..., vocabulary], and the token for which each is taken."""
-
-    def answer(logits, ids):
-        predicted, target = pairs(logits, ids)
-        return F.cross_entropy(predicted.reshape(-1, logits.shape[2]), target.flatten()).exp().item()
-
-    return answer
+def _perplexity(logits, ids):
+    """Of logits [..., vocabulary], each for the token in its place."""
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids.flatten()).exp().item()
 
 
 def _of_losses(of):
@@ -98,14 +93,14 @@ PERPLEXITY = Exercise(
     # and an error in the exponent is a relative error in the result.
     allowed=lambda given, want: 20 * 16 * 2**-23 * want["perplexity"],
     mistakes=(
-        *mistakes_of(_paired, {
-            "logits and tokens are not shifted: entry t of the logits is about token t + 1": lambda x, ids: (x, ids),
+        *mistakes_by_option(_perplexity, {
+            "logits and tokens are not shifted: entry t of the logits is about token t + 1": {},
             "logits and tokens are shifted the wrong way: entry t of the logits is about token t + 1, not t - 1":
-                lambda x, ids: (x[:, 1:], ids[:, :-1]),
+                lambda x, ids: _perplexity(x[:, 1:], ids[:, :-1]),
             "the first token of a window is predicted from the end of the window before: shift within each window, then flatten":
-                lambda x, ids: (x.flatten(0, 1)[:-1], ids.flatten()[1:]),
+                lambda x, ids: _perplexity(x.flatten(0, 1)[:-1], ids.flatten()[1:]),
             "the first token of a window is scored, with logits of the window's end: roll brings it round. Leave it out":
-                lambda x, ids: (x, ids.roll(-1, 1)),
+                lambda x, ids: _perplexity(x, ids.roll(-1, 1)),
         }),
         *mistakes_of(_of_losses, {
             "the sum is divided by all tokens, though the first of each window is not predicted":
