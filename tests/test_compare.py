@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from labsupport.exercises.compare import difference, first_difference, got_and_wanted
+from labsupport.exercises.compare import difference, first_difference, first_place, got_and_wanted, leaves
 
 WANT = {"codes": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "name": "memory"}
 
@@ -33,6 +33,18 @@ def test_other_forms_differ_and_nan_is_no_number():
     assert difference(with_codes(1.0, math.nan, 3.0, 4.0), WANT, 1e9)[2] is False
 
 
+def test_the_first_place_is_of_the_first_output_that_differs():
+    have = {"name": "compute", "codes": with_codes(1.0, 2.0, 3.5, 4.0)["codes"]}
+    assert first_place(have, {name: WANT[name] for name in have}) == ("name", (), "compute", "memory")
+    assert first_place({"codes": have["codes"]}, {"codes": WANT["codes"]}) == ("codes", (1, 0), 3.5, 3.0)
+
+
+def test_leaves_know_the_output_that_they_are_in():
+    assert leaves({"a[0]": [1, {"b": (2, "c")}], "d": 3}) == [
+        ("a[0]", "a[0][0]", 1), ("a[0]", "a[0][1]['b'][0]", 2), ("a[0]", "a[0][1]['b'][1]", "c"), ("d", "d", 3)
+    ]  # fmt: skip
+
+
 def test_there_is_no_first_difference_where_nothing_differs():
     with pytest.raises(ValueError, match="differ nowhere"):
         first_difference(WANT, WANT)
@@ -47,6 +59,8 @@ def test_there_is_no_first_difference_where_nothing_differs():
         (24545, 24544, "got 24545, wanted 24544"),
         (2**31, 2**31 - 1, "got 2147483648, wanted 2147483647"),
         (3.0, 4, "got 3, wanted 4"),
+        (28224.61, 42088.4, "got 28224.6, wanted 42088.4"),
+        (2.5e9, 3.25e9, "got 2.5e+09, wanted 3.25e+09"),
         ("memory", "compute", "got 'memory', wanted 'compute'"),
     ],
 )

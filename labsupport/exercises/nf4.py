@@ -34,8 +34,8 @@ def _codebook(offset, *, above=8, below=7, middle=(0.0,), level=_quantile, divid
     return levels / levels.max() if divide else levels
 
 
-def _quantiles(probabilities):
-    levels = torch.tensor([_quantile(p) for p in probabilities])
+def _quantiles(low, high):
+    levels = torch.tensor([_quantile(p) for p in torch.linspace(low, high, 16).tolist()])
     return levels / levels.max()
 
 
@@ -52,9 +52,9 @@ CODEBOOK = Exercise(
     ),
     mistakes=mistakes_by_option(_codebook, {
         "this is the popular formula, quantiles at (i + 0.5) / 16. No level is 0; the outermost has another probability":
-            lambda offset: _quantiles([(i + 0.5) / 16 for i in range(16)]),
+            lambda offset: _quantiles(0.5 / 16, 15.5 / 16),
         "these are quantiles at 16 even steps from 1 - offset to offset: no level is 0. Each side has its own even steps":
-            lambda offset: _quantiles(torch.linspace(1 - offset, offset, 16).tolist()),
+            lambda offset: _quantiles(1 - offset, offset),
         "the levels are not divided by the largest: a block is divided by its largest magnitude, so levels end at 1":
             {"divide": False},
         "8 levels on either side, and none of them is 0": {"below": 8, "middle": ()},
@@ -148,14 +148,10 @@ def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int)
     return stored.packed_codes, stored.block_absmax
 
 
-def _cut(weight, size):
-    return weight.flatten().split(size)
-
-
-def _blocks(weight, levels, size, *, cut=_cut, largest=lambda part: part.abs().max(), divide=True, zero=7, spare=7, store=None):
+def _blocks(weight, levels, size, *, cut=None, largest=lambda part: part.abs().max(), divide=True, zero=7, spare=7, store=None):
     """A right answer, with what can go wrong as options: blocks, their magnitudes, codes for zeros and for the spare nibble, and
     how it is stored: store(codes, absmax)."""
-    parts = cut(weight, size)
+    parts = cut(weight, size) if cut else weight.flatten().split(size)
     absmax = torch.stack([largest(part) for part in parts])
     divided = [part / m if divide and m != 0 else part for part, m in zip(parts, absmax, strict=True)]
     codes = _nearest(torch.cat(divided), levels).masked_fill(torch.cat(parts) == 0, zero)
