@@ -56,6 +56,19 @@ def test_weights_are_read_as_they_are_stored(course):
     assert next(course[0].parameters()).dtype == torch.float32
 
 
+def test_a_small_model_is_float32_on_every_device(monkeypatch):
+    """The meta device stands for a GPU: it is not the CPU, and every machine has it."""
+
+    def loaded(**arguments):
+        return next(models.load_model(str(models.course_model_dir()), device="meta", **arguments)[0].parameters())
+
+    assert (loaded().device.type, loaded().dtype) == ("meta", torch.float32)
+    assert loaded(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert loaded(dtype="auto").dtype == torch.float16
+    monkeypatch.setattr(models, "SMALL", 10**6)
+    assert loaded().dtype == torch.float16  # as it is stored
+
+
 def test_text_survives_the_tokenizer(course):
     sample = "def f(x):\n    return x**2  # \u00e9\u4e2d\n"
     tokenizer = AutoTokenizer.from_pretrained(models.course_model_dir())

@@ -1,5 +1,6 @@
 """A whole model through a method, sweeps, claims."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -132,6 +133,15 @@ def test_sweep_goes_on_where_it_was_stopped(tiny, stream, tmp_path, monkeypatch)
     assert measured.rows[-1]["perplexity"] > 1
     with pytest.raises(ValueError, match="another windows"):
         sweep.run("rtn", tiny, stream, path, "tiny", windows=3, length=64)
+    rounded = copy.deepcopy(tiny).half().float()  # the digest of weights is one for both dtypes
+    sweep.run("rtn", rounded, stream, tmp_path / "32.json", "tiny", windows=None, length=64)
+    with pytest.raises(ValueError, match="rows measured with another dtype:"):
+        sweep.run("rtn", rounded.half(), stream, tmp_path / "32.json", "tiny", windows=None, length=64)
+    on_gpu = json.loads(path.read_text())
+    on_gpu["about"]["device"] = "cuda"
+    path.write_text(json.dumps(on_gpu))
+    with pytest.raises(ValueError, match="rows measured with another device:"):
+        sweep.run("rtn", tiny, stream, path, "tiny", windows=None, length=64)
     with pytest.raises(ValueError, match="sweep is 'magic', wanted one of"):
         sweep.run("magic", tiny, stream, path, "tiny")
 

@@ -32,7 +32,7 @@ MEASURED = (
     "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
 )  # fmt: skip
 # What must be equal for rows to belong in one file.
-IDENTITY = ("model_sha256", "text_sha256", "windows", "length")
+IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device")
 # Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
 Calibration = Callable[[str, int], torch.Tensor]
 
@@ -99,15 +99,16 @@ def run(
     calibration: Calibration | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
-    """Measure every setting of the sweep `name`; rows already in `path` for the same model and text are kept.
+    """Measure every setting of the sweep `name`; rows already in `path` for the same model and text, on the same kind of device, are kept.
 
     calibration: gives the text for the methods that need it.
-    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, text or length; OSError where nothing
+    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, device, text or length; OSError where nothing
     can be written there.
     """
     if name not in SWEEPS:
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
     files.check_writable(path)
+    parameter = next(model.parameters())
     baseline = evaluate(model, stream, length, windows)
     about = {
         "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,
@@ -115,7 +116,8 @@ def run(
         "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
         "tokens": baseline.tokens.tolist(),
         "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
-        "python": platform.python_version(), "torch": torch.__version__, "device": str(next(model.parameters()).device),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []

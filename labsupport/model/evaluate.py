@@ -108,12 +108,18 @@ def divergence(
     """Mean KL(reference || model) in nats a token, and the share of tokens on which both rank the same token first."""
     total = agreed = count = 0.0
     for ids, _ in _batches(stream, length, windows, False):
-        p = F.log_softmax(reference(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
-        q = F.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+        p, q = (_log_probabilities(each, ids) for each in (reference, model))
+        q = q.to(p.device)  # the models may be on two devices
         total += F.kl_div(q, p, log_target=True, reduction="sum").item()
         agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
         count += p.shape[0] * p.shape[1]
     return total / count, agreed / count
+
+
+def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """ids [batch, length] -> log-probabilities of what follows each token but the last, float32 on the model's device."""
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return F.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
 def paired_interval(

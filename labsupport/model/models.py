@@ -12,7 +12,7 @@ from torch import nn
 from labsupport import PACKAGE
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-
+SMALL = 2**29  # parameters: in float32 they take 2 GiB, which every GPU has
 
 # Linears that decide which experts see a token, or how much of one counts: small, and never quantized.
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -50,7 +50,9 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     """A causal language model ready to evaluate, and its tokenizer.
 
     name: a directory or a hub id; without it LABS_MODEL decides, and without that it is the course model. Only a hub id may
-    download. dtype: float32 on a CPU, where half precision is slow and less exact, else the dtype that is stored.
+    download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every device for a model of
+    at most SMALL parameters, as the course model is: what a lesson shows is then the same everywhere. A larger model on a GPU keeps
+    the dtype that is stored, and so does one that is stored quantized.
     Weights are read from safetensors only. Raises ModelError with what is wrong.
     """
     import transformers
@@ -61,9 +63,9 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     logging.disable_progress_bar()
     name = model_name(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    asked = dtype or (torch.float32 if device.type == "cpu" else "auto")
     # The argument was renamed in transformers 4.56; the old name still works there, with a warning.
-    dtype_argument = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+    dtype_argument = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": asked}
     local = Path(name).is_dir()
     if local:
         _check_directory(Path(name))
@@ -76,6 +78,8 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:
         raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
+    if dtype is None and model.num_parameters() <= SMALL and not hasattr(model.config, "quantization_config"):
+        model = model.float()
     return model.to(device).eval(), tokenizer
 
 

@@ -238,7 +238,7 @@ def best_clip(weight: torch.Tensor, bits: int, factors: torch.Tensor) -> torch.T
     weight float [rows, columns], factors float [k] in (0, 1] -> [rows, 1], each an entry of `factors`.
     """
     scale, zero_point = symmetric_scale(weight, bits), torch.tensor(2.0 ** (bits - 1))
-    errors = []
+    factors, errors = factors.to(weight.device), []
     for factor in factors:
         codes = quantize(weight, factor * scale, zero_point, bits)
         errors.append((dequantize(codes, factor * scale, zero_point) - weight).pow(2).sum(1))
