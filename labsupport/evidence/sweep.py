@@ -99,11 +99,11 @@ def run(
     calibration: Calibration | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
-    """Measure every setting of the sweep `name`; rows already in `path` for the same model and text, on the same kind of device, are kept.
+    """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
     calibration: gives the text for the methods that need it.
-    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, device, text or length; OSError where nothing
-    can be written there.
+    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
+    OSError where nothing can be written there.
     """
     if name not in SWEEPS:
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
