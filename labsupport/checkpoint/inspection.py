@@ -15,9 +15,8 @@ from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
 from labsupport.model import models, opened
-from labsupport.quant import nf4, packing
+from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
-from labsupport.quant.nf4 import BlockTensor
 
 SHOWN = 8  # findings of one kind that are listed by name
 NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[:3]}
@@ -228,18 +227,12 @@ def _check_linears(checkpoint: Checkpoint, result: Inspection) -> None:
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator[Finding]:
+    for part, message in layouts.bad_numbers(tensor):
+        yield Finding(f"{name}.{part}", message)
     if isinstance(tensor, UniformTensor):
-        if not tensor.scale.isfinite().all():
-            yield Finding(name, f"{int((~tensor.scale.isfinite()).sum())} scales are not finite")
-        if (tensor.scale <= 0).any():
-            yield Finding(name, f"{int((tensor.scale <= 0).sum())} scales are not above 0")
         wanted = checkpoint.group_size or tensor.shape[1]
         if tensor.group_size != wanted:
             yield Finding(name, f"has groups of {tensor.group_size}, config.json says {wanted}")
-    elif isinstance(tensor, BlockTensor) and not tensor.block_absmax.isfinite().all():
-        yield Finding(name, "some magnitudes are not finite")
-    elif isinstance(tensor, BlockTensor) and torch.tensor(tensor.levels).sub(nf4.levels_of(tensor.kind)).abs().max() > 1e-6:
-        yield Finding(name, f"its codebook is not {tensor.kind}'s")
 
 
 # What the other version of GPTQ's layout is called, for a file that reads as if it were of it.

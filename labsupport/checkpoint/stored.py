@@ -112,7 +112,8 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     """The model in float32 with each quantized weight as it reads back, and its tokenizer, None where there is none.
 
     No library's kernel takes part: the model multiplies by the values that the file stands for. Raises CheckpointError for a
-    checkpoint that lacks a tensor or holds one that its config does not know.
+    checkpoint that lacks a tensor or holds one that its config does not know, and by its name for one with NaN or infinity, or
+    with scales that are not above 0.
     """
     from labsupport.checkpoint.tokenizers import read_tokenizer
 
@@ -122,10 +123,14 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     values: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for name, tensor in checkpoint.tensors():
+        for part, message in layouts.bad_numbers(tensor):
+            raise CheckpointError(f"{name}.{part} in {directory} {message}")
         values[f"{name}.weight"] = tensor.dequantize()
         taken |= {f"{name}.{part}" for part in checkpoint.state(name) if part != "bias"}
     for name in checkpoint.weights:
         if name not in taken:
+            if not all(part.isfinite().all() for part in checkpoint.weights.in_parts(name)):
+                raise CheckpointError(f"{name} in {directory} holds NaN or infinity")
             values |= taken_apart.parts(name, checkpoint.weights[name].to(torch.float32, copy=True))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = parameters.keys() - dict(model.named_parameters()).keys()

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labsupport.cli import build, checkpoint, env, lab, model
+from labsupport.cli import build, checkpoint, env, lab, messages, model
 
 NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
 UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.29 from its own copy of click
@@ -25,7 +25,7 @@ class Commands(TyperGroup):
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "labs"
             message = " ".join(error.format_message().split()).removesuffix(".")
-            typer.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
+            messages.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
             sys.exit(error.exit_code)
         sys.exit(code or 0)
 

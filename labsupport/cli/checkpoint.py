@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from labsupport.cli.messages import echo, fail, stopped
 from labsupport.pipeline.methods import METHODS, stored_layouts, stored_methods, stored_settings
 
 app = typer.Typer()
@@ -101,19 +102,16 @@ def quantize(
             length=length, windows=windows, layout=layout, dtype=dtype, device=device, restart=restart, progress=True,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        typer.echo(f"labs quantize: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail("quantize", error)
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        typer.echo("labs quantize: not enough memory. Finished blocks are kept; fewer --samples need less memory", err=True)
-        raise typer.Exit(1) from None
+        fail("quantize", "not enough memory. Finished blocks are kept; fewer --samples need less memory")
     except KeyboardInterrupt:
-        typer.echo("labs quantize: stopped. The same command continues after the last finished block", err=True)
-        raise typer.Exit(130) from None
+        stopped("quantize", "The same command continues after the last finished block")
     for line in card.remarks(out):
-        typer.echo(f"labs quantize: {line}", err=True)
-    typer.echo(f"wrote {out}; its card is {out / 'README.md'}")
+        echo(f"labs quantize: {line}", err=True)
+    echo(f"wrote {out}; its card is {out / 'README.md'}")
 
 
 @app.command()
@@ -124,9 +122,8 @@ def inspect(directory: Annotated[Path, typer.Argument(help="A quantized model: G
     try:
         inspection = checkpoint.inspect(directory)
     except (ValueError, OSError) as error:
-        typer.echo(f"labs inspect: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail("inspect", error)
     for line in inspection.lines():
-        typer.echo(line)
+        echo(line)
     if inspection.findings:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from labsupport import PACKAGE
-from labsupport.cli.messages import fail
+from labsupport.cli.messages import echo, fail
 
 app = typer.Typer()
 
@@ -28,11 +28,11 @@ def doctor() -> None:
 
     problems = 0
     for finding in findings():
-        typer.echo(f"{finding.what:13} {finding.found}")
+        echo(f"{finding.what:13} {finding.found}")
         if finding.todo:
             problems += 1
-            typer.echo(f"{'':13} to do: {finding.todo}")
-    typer.echo(f"{problems} problem{'s' * (problems != 1)}" if problems else "all is well")
+            echo(f"{'':13} to do: {finding.todo}")
+    echo(f"{problems} problem{'s' * (problems != 1)}" if problems else "all is well")
     if problems:
         raise typer.Exit(1)
 
@@ -51,7 +51,7 @@ def test(
     except BuildError as error:
         fail("test", error)
     except KeyboardInterrupt:
-        typer.echo("labs test: stopped", err=True)
+        echo("labs test: stopped", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(code)
 
@@ -66,4 +66,4 @@ def lock() -> None:
         count = locks.write(root / "pyproject.toml", root / "requirements.lock")
     except (locks.LockError, OSError) as error:
         fail("lock", error)
-    typer.echo(f"requirements.lock: {count} packages")
+    echo(f"requirements.lock: {count} packages")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from labsupport import PACKAGE
-from labsupport.cli.messages import fail
+from labsupport.cli.messages import echo, echo_lines, fail
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
@@ -54,11 +54,11 @@ def lab(
     try:
         folder = (folder or workbook.default_dir()).resolve()
         for line in workbook.lay_out(folder):
-            typer.echo(line)
+            echo(line)
         first = next(iter(workbook.chapters().values())).name
     except (workbook.WorkbookError, OSError) as error:
         fail("lab", error)
-    typer.echo(f"Your notebooks are in {folder}; Ctrl-C here stops JupyterLab.")
+    echo(f"Your notebooks are in {folder}; Ctrl-C here stops JupyterLab.")
     sys.stdout.flush()
     command, env = jupyter_command(folder, first, browser, port), jupyter_environment()
     if os.name == "posix":
@@ -77,7 +77,7 @@ def reset(
 
     try:
         for line in workbook.reset(folder or workbook.default_dir(), number, keep_answers):
-            typer.echo(line)
+            echo(line)
     except (workbook.WorkbookError, OSError) as error:
         fail("reset", error)
 
@@ -110,9 +110,9 @@ def check(
             )
         except RuntimeError as error:  # nbclient raises it when a kernel dies
             fail("check", f"the kernel died while running {copy.name}, perhaps for lack of memory ({error})")
-    for line in (*outcome.checks, *outcome.errors):
-        typer.echo(line)
+    for text in (*outcome.checks, *outcome.errors):
+        echo_lines(text)
     if outcome.tally:
-        typer.echo("\n" + outcome.tally)
+        echo_lines("\n" + outcome.tally)
     if outcome.wrong:
         raise typer.Exit(1)

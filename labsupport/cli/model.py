@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from labsupport.cli.messages import fail, stopped
+from labsupport.cli.messages import echo, fail, stopped
 from labsupport.evidence.settings import SPLITS, SWEEPS
 
 app = typer.Typer()
@@ -42,7 +42,7 @@ def train(
                 bar.set_postfix(loss=f"{loss:.3f}")
 
             model, _, progress = training.train(run, recipe, device, compile, on_step=on_step)
-        typer.echo(f"evaluating and writing {out}")
+        echo(f"evaluating and writing {out}")
         export.export(model.cpu(), run / training.TOKENIZER, progress, out)
     except (ValueError, OSError) as error:
         fail("train", error)
@@ -87,7 +87,7 @@ def sweep(
         fail("sweep", error)
     except KeyboardInterrupt:
         stopped("sweep", "The same command continues after the last finished row")
-    typer.echo(f"wrote {path}")
+    echo(f"wrote {path}")
 
 
 @app.command()
@@ -177,4 +177,4 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     console.print(table)
     if path:
         benches.write(path, about, found)
-        typer.echo(f"wrote {path}")
+        echo(f"wrote {path}")
