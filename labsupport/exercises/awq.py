@@ -102,20 +102,17 @@ KEEP = Exercise(
     id="8.2", name="keep_channels", title="Keep one percent", minutes=6, difficulty=1, points=2,
     returns=("protected",), inputs=keep_inputs, reference=keep_channels, otherwise=_columns_differ,
     drive=lambda answer, given: {f"protected at share {s:g}": answer(*[*given.values()][:3], s) for s in given["shares"]},
-    mistakes=(
-        *mistakes_by_option(_kept, {
-            "rows were kept, which are outputs. A channel of the input meets a column": {"axis": 0},
-            "the least important channels were kept": {"largest": False},
-            "the number of channels was rounded down: 1 % of 50 channels would be none. Round up": {"count": int},
-            "where the share is a whole number of channels there is one too many: int(n) + 1 does not round up": {
-                "count": lambda n: int(n) + 1},
-        }),
-        Mistake("the important channels were rounded and all others kept",
-                lambda weight, quantized, importance, share: _kept(quantized, weight, importance, share)),
-        Mistake("all channels were rounded: nothing is kept", lambda w, q, importance, share: q.clone()),
-        Mistake("the channels with the largest weights were kept. Which ones matter is said by importance",
-                lambda w, q, importance, share: _kept(w, q, w.abs().mean(0), share)),
-    ),
+    mistakes=mistakes_by_option(_kept, {
+        "rows were kept, which are outputs. A channel of the input meets a column": {"axis": 0},
+        "the least important channels were kept": {"largest": False},
+        "the number of channels was rounded down: 1 % of 50 channels would be none. Round up": {"count": int},
+        "where the share is a whole number of channels there is one too many: int(n) + 1 does not round up": {
+            "count": lambda n: int(n) + 1},
+        "the important channels were rounded and all others kept": lambda w, q, importance, share: _kept(q, w, importance, share),
+        "all channels were rounded: nothing is kept": lambda w, q, importance, share: q.clone(),
+        "the channels with the largest weights were kept. Which ones matter is said by importance":
+            lambda w, q, importance, share: _kept(w, q, w.abs().mean(0), share),
+    }),
     others=(
         Mutant(partial(_kept, count=lambda n: int(n) + 2), "columns are as before"),
         Mutant(lambda w, q, importance, share: _kept(w, q, importance.roll(1), share), "wanted it as in"),
@@ -413,27 +410,25 @@ FOLD = Exercise(
     # A product and a quotient of float32, or a product and a product with a reciprocal; and that twice.
     allowed=lambda given, want: {kind: 3 * 2**-24 * values.abs() for kind, values in want.items()},
     alike=lambda given, got, theirs: difference(got, theirs, {kind: 2**-21 * values.abs() for kind, values in theirs.items()})[2],
-    mistakes=(
-        Mistake("nothing has changed: weights are changed in place, with copy_, mul_ or div_", lambda block, scales: None),
-        *mistakes_by_option(_folded, {
-            "the norms are multiplied by the scale like the linears behind them; what comes before is divided": {
-                "multiply": ("attention", "mlp")},
-            "everything before is multiplied by the scale, and so is what reads it: s counts twice": {"multiply": tuple(GROUPS)},
-            "q_proj is scaled, k_proj and v_proj are not: all three read the norm that has been divided": {"left_out": "kv"},
-            "gate_proj is scaled and up_proj is not: both read the norm that has been divided": {"left_out": ("up",)},
-            "up_proj is scaled and gate_proj is not: both read the norm that has been divided": {"left_out": ("gate",)},
-            "the linears are scaled, and nothing before them is divided": {"undivided": tuple(GROUPS)},
-            "the norms are divided; v_proj and up_proj, which come before o_proj and down_proj, are not": {
-                "undivided": ("o", "down")},
-            "the bias of v_proj and up_proj is not divided: it is part of what o_proj and down_proj read": {"forget_bias": True},
-            "the bias of a linear is multiplied by its input's scale: a bias does not meet the input": {"reader_bias": True},
-            "the rows of the linears are scaled: a channel of the input meets a column": {"rows": True},
-            "the scale is upside down: weights are divided by it and what comes before is multiplied. The function is unchanged, "
-            "but the loud channels are now rounded more coarsely": {"invert": True},
-            "with grouped-query attention two heads of o_proj read one head of v_proj, so no scale of o_proj can be folded: leave "
-            "both": {"everywhere": True},
-        }),
-    ),
+    mistakes=mistakes_by_option(_folded, {
+        "nothing has changed: weights are changed in place, with copy_, mul_ or div_": lambda block, scales: None,
+        "the norms are multiplied by the scale like the linears behind them; what comes before is divided": {
+            "multiply": ("attention", "mlp")},
+        "everything before is multiplied by the scale, and so is what reads it: s counts twice": {"multiply": tuple(GROUPS)},
+        "q_proj is scaled, k_proj and v_proj are not: all three read the norm that has been divided": {"left_out": "kv"},
+        "gate_proj is scaled and up_proj is not: both read the norm that has been divided": {"left_out": ("up",)},
+        "up_proj is scaled and gate_proj is not: both read the norm that has been divided": {"left_out": ("gate",)},
+        "the linears are scaled, and nothing before them is divided": {"undivided": tuple(GROUPS)},
+        "the norms are divided; v_proj and up_proj, which come before o_proj and down_proj, are not": {
+            "undivided": ("o", "down")},
+        "the bias of v_proj and up_proj is not divided: it is part of what o_proj and down_proj read": {"forget_bias": True},
+        "the bias of a linear is multiplied by its input's scale: a bias does not meet the input": {"reader_bias": True},
+        "the rows of the linears are scaled: a channel of the input meets a column": {"rows": True},
+        "the scale is upside down: weights are divided by it and what comes before is multiplied. The function is unchanged, "
+        "but the loud channels are now rounded more coarsely": {"invert": True},
+        "with grouped-query attention two heads of o_proj read one head of v_proj, so no scale of o_proj can be folded: leave "
+        "both": {"everywhere": True},
+    }),
     others=(Mutant(partial(_folded, left_out=("down",)), "down_proj.weight is not"),),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from torch.linalg import cholesky, inv
 
-from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, shown
+from labsupport.exercises.compare import largest_difference, shown
 from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, mistakes_of, right
 from labsupport.pipeline.block import InputStatistics
 from labsupport.quant import gptq, grid, rtn
@@ -48,13 +48,12 @@ def _of_grams(finish):
     return lambda batches: finish(torch.stack([x.T @ x for x in batches]), torch.tensor([[[float(len(x))]] for x in batches]))
 
 
-def _where_hessian(given: dict, got: dict, want: dict) -> str:
+def _by_one_factor(given: dict, got: dict, want: dict) -> str | None:
     ratio = (got["hessian"].double() / want["hessian"].double()).flatten()
-    if torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-4):
-        tokens = sum(map(len, given["batches"]))
-        return f"every entry is {ratio[0].item():.4g} times what was asked for, 2/n X^T X with n = {tokens} tokens"
-    place, have, wanted = first_difference(got, want, _hessian_limit(given, want))
-    return f"{place}: {got_and_wanted(have, wanted)}"
+    if not torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-4):
+        return None
+    tokens = sum(map(len, given["batches"]))
+    return f"every entry is {ratio[0].item():.4g} times what was asked for, 2/n X^T X with n = {tokens} tokens"
 
 
 def _hessian_limit(given: dict, want: dict) -> float:
@@ -66,7 +65,7 @@ def _hessian_limit(given: dict, want: dict) -> float:
 HESSIAN = Exercise(
     id="6.1", name="hessian", title="One Hessian from uneven batches", minutes=8, difficulty=2, points=3,
     returns=("hessian",), inputs=batch_inputs, reference=hessian,
-    allowed=_hessian_limit, close=lambda given, want: 1e-4 * want["hessian"].abs().max().item(), otherwise=_where_hessian,
+    allowed=_hessian_limit, close=lambda given, want: 1e-4 * want["hessian"].abs().max().item(), otherwise=_by_one_factor,
     faults=(
         Fault("hessian is [{n}, {n}], as many as there are tokens: X X^T. Wanted X^T X, channel by channel",
               lambda given, got, want: {"n": n} if got["hessian"].shape == ((n := sum(map(len, given["batches"]))), n) else None,
@@ -337,28 +336,26 @@ GPTQ_LOOP = Exercise(
               lambda given, got, want: (odd := got["codes"][got["codes"].frac() != 0]).numel() and {"value": odd[0].item()},
               (lambda w, h, s, z, b: (_loop(w, h, s, z, b) - z) * s,)),
     ),
-    mistakes=(
-        Mistake("the zero-point was not added: negative weights all got code 0", lambda w, h, s, z, b: _loop(w, h, s, 0 * z, b)),
-        *mistakes_by_option(_loop, {
-            "these are the codes of rounding to nearest: no later column has answered. Does the update reach the tensor that the "
-            "next column is read from? A lower factor does the same in silence: right of its diagonal a row is empty": {
-                "factor": lambda h: cholesky(inv(h))},
-            "the later columns move the wrong way: the error times the factor's row is to be subtracted": {"sign": 1.0},
-            "the error is taken against the original weight. It is that of the weight as the columns before it have left it": {
-                "original": True},
-            "the error was not divided by U_ii": {"divide": 0},
-            "the error is divided by U_ii twice: rows of U are divided by the root already": {"divide": 2},
-            "one inverse of H served all columns. Once a column is fixed the problem is smaller, and so is its inverse: take rows "
-            "of its Cholesky factor": {"factor": inv},
-            "the factor is that of H itself, not of its inverse": {"factor": lambda h: cholesky(h).T},
-            "this factor is upper and U U^T is the inverse, wanted U^T U": {"factor": lambda h: inv(cholesky(h)).T},
-            "only the next column answers, wanted all that are still to come": {"reach": 1},
-            "a weight that was driven off its grid has a code below 0 or above 2**bits - 1: it must be clamped": [
-                {"clamp": False}, {"stored": lambda rounded, code, zero: rounded}],
-            "the zero-point is missing in the codes that are returned, though the values were read back with it": {
-                "stored": lambda rounded, code, zero: code - zero},
-        }),
-    ),
+    mistakes=mistakes_by_option(_loop, {
+        "these are the codes of rounding to nearest: no later column has answered. Does the update reach the tensor that the "
+        "next column is read from? A lower factor does the same in silence: right of its diagonal a row is empty": {
+            "factor": lambda h: cholesky(inv(h))},
+        "the later columns move the wrong way: the error times the factor's row is to be subtracted": {"sign": 1.0},
+        "the error is taken against the original weight. It is that of the weight as the columns before it have left it": {
+            "original": True},
+        "the error was not divided by U_ii": {"divide": 0},
+        "the error is divided by U_ii twice: rows of U are divided by the root already": {"divide": 2},
+        "one inverse of H served all columns. Once a column is fixed the problem is smaller, and so is its inverse: take rows "
+        "of its Cholesky factor": {"factor": inv},
+        "the factor is that of H itself, not of its inverse": {"factor": lambda h: cholesky(h).T},
+        "this factor is upper and U U^T is the inverse, wanted U^T U": {"factor": lambda h: inv(cholesky(h)).T},
+        "only the next column answers, wanted all that are still to come": {"reach": 1},
+        "a weight that was driven off its grid has a code below 0 or above 2**bits - 1: it must be clamped": [
+            {"clamp": False}, {"stored": lambda rounded, code, zero: rounded}],
+        "the zero-point is missing in the codes that are returned, though the values were read back with it": {
+            "stored": lambda rounded, code, zero: code - zero},
+        "the zero-point was not added: negative weights all got code 0": lambda w, h, s, z, b: _loop(w, h, s, 0 * z, b),
+    }),
     others=(Mutant(partial(_loop, stored=lambda rounded, code, zero: code + 3), "wanted 0 to 7"),
             Mutant(lambda *given: _loop(*given).flip(0), "At column 0"),
             Mutant(lambda *given: _loop(*given) * (torch.arange(10) < 9), "All columns before it are right")),

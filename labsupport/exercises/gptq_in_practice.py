@@ -289,18 +289,16 @@ def _scattered(diagonal, group_size, group_of=lambda turn, size, order: turn // 
     return groups, loads(groups)
 
 
-def _scatter_differs(given: dict, got: dict, want: dict) -> str:
-    if not _same(got["g_idx"], want["g_idx"]):
-        column = int((got["g_idx"] != want["g_idx"]).nonzero()[0])
-        turn = int(given["diagonal"].argsort(descending=True).argsort()[column])
-        return f"column {column} is in group {int(got['g_idx'][column])}, wanted {int(want['g_idx'][column])}: its turn is {turn}"
-    counts = got_and_wanted(got["loads"], want["loads"])
-    return f"loads: {counts}. One for the first column, and one for each column whose left neighbor is in another group"
+def _about_group(given: dict, want: dict, path: str, place: tuple[int, ...]) -> str:
+    if path == "loads":
+        return "loads (one for the first column, and one for each column whose left neighbor is in another group)"
+    turn = int(given["diagonal"].argsort(descending=True).argsort()[place])
+    return f"the group of column {place[0]}, whose turn is {turn}"
 
 
 GROUPS_IN_ORDER = Exercise(
     id="7.3", name="groups_in_order", title="Where did my group go?", minutes=10, difficulty=3, points=3,
-    returns=("g_idx", "loads"), inputs=scatter_inputs, reference=groups_in_order, otherwise=_scatter_differs,
+    returns=("g_idx", "loads"), inputs=scatter_inputs, reference=groups_in_order, about=_about_group,
     alike=_by_first("g_idx", "loads", _scattered),
     mistakes=mistakes_by_option(_scattered, {
         "g_idx holds decimal numbers: a group is a whole number, // and not /": {"group_of": lambda turn, size, order: turn / size},
@@ -317,10 +315,8 @@ GROUPS_IN_ORDER = Exercise(
         "g_idx is right, and loads is the number of groups: whoever reads columns from left to right comes back to a group": {
             "loads": lambda groups: len(groups.unique())},
     }),
-    others=(
-        Mutant(partial(_scattered, loads=len), "left neighbor"),
-        Mutant(partial(_scattered, group_of=lambda turn, size, order: turn.flip(0) // size), "its turn is"),
-    ),
+    others=(Mutant(partial(_scattered, loads=len), "left neighbor"),
+            Mutant(partial(_scattered, group_of=lambda turn, size, order: turn.flip(0) // size), "whose turn is")),
 )  # fmt: skip
 
 
@@ -556,14 +552,14 @@ ODD_RUN = Exercise(
     id="7.6", name="odd_run", title="Which run used the wrong order?", minutes=15, difficulty=4, points=4,
     returns=("first", "wrong"), inputs=runs_inputs, reference=odd_run, otherwise=_runs_differ,
     alike=_by_first("first", "wrong", _odd_run),
-    mistakes=(
-        Mistake("these are the columns that moved most. They had the most to answer for, so they came late, not first",
-                partial(_odd_run, first=lambda untouched: untouched.argmin(1))),
-        Mistake("first is where each run should have begun. Where did it begin? The codes tell: no error had come before",
-                lambda weight, hessian, *rest: (hessian.diagonal().argmax().repeat(3), _odd_run(weight, hessian, *rest)[1])),
-        Mistake("this is the run with the largest output error, but it went by the diagonal: it is only damped more. Look at first",
-                partial(_odd_run, odd=lambda odd, losses: losses.index(max(losses)))),
-    ),
+    mistakes=mistakes_by_option(_odd_run, {
+        "these are the columns that moved most. They had the most to answer for, so they came late, not first": {
+            "first": lambda untouched: untouched.argmin(1)},
+        "first is where each run should have begun. Where did it begin? The codes tell: no error had come before":
+            lambda weight, hessian, *rest: (hessian.diagonal().argmax().repeat(3), _odd_run(weight, hessian, *rest)[1]),
+        "this is the run with the largest output error, but it went by the diagonal: it is only damped more. Look at first": {
+            "odd": lambda odd, losses: losses.index(max(losses))},
+    }),
     others=(
         Mutant(partial(_odd_run, odd=lambda odd, losses: 3 - odd - losses.index(max(losses))), "as it should"),
         Mutant(partial(_odd_run, odd=lambda odd, losses: odd + 3), "counted from 0"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from labsupport.exercises.compare import first_difference, got_and_wanted
+from labsupport.exercises.compare import got_and_wanted
 from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, Outputs, generator, mistakes_by_option, mistakes_of, right
 from labsupport.model import models
 from labsupport.quant import grid, kv
@@ -58,8 +58,7 @@ BYTES = Exercise(
     id="9.1", name="cache_bytes", title="What a cache weighs", minutes=10, difficulty=2, points=3,
     returns=("bytes",), inputs=bytes_inputs, reference=cache_bytes,
     drive=lambda answer, given: {name: answer(dict(c), given["tokens"], given["batch"]) for name, c in given["configs"].items()},
-    otherwise=lambda given, got, want: next(f"{name}: got {got[name]:.12g} bytes, wanted {want[name]} for {config}"
-                                            for name, config in given["configs"].items() if got[name] != want[name]),
+    about=lambda given, want, name, place: f"bytes of {name}, {given['configs'][name]}",
     # A division by a unit rounds.
     alike=lambda given, got, theirs: all(abs(got[name] - value) <= 1e-15 * value for name, value in theirs.items()),
     mistakes=(
@@ -81,7 +80,7 @@ BYTES = Exercise(
             "MLA's latent vector was counted for every head. All heads share one": {"latent_heads": True},
         }),
     ),
-    others=(Mutant(lambda config, tokens, batch: _counted(config, tokens + 1, batch), "MHA: got"),),
+    others=(Mutant(lambda config, tokens, batch: _counted(config, tokens + 1, batch), "bytes of MHA, {"),),
 )  # fmt: skip
 
 
@@ -462,16 +461,14 @@ def _planted(queries, keys, scale, pair=lambda s: torch.cat([s, s], 1), tiled=Fa
     return change(queries, read.reshape(-1, 1)), keys * rows.reshape(-1, 1)
 
 
-def _plant_off(given: Outputs, got: Outputs, want: Outputs) -> str:
-    place, *values = first_difference(got, want, PLANT.allowed(given, want))
-    name, row = place.split("[")[0], int(place.split("[")[1].split(",")[0])
-    factor, (head, channel) = (want[name][row] / given[name][row]).mean().item(), divmod(row, WIDTH)
-    return f"{place}, channel {channel} of head {head}: {got_and_wanted(*values)}, {factor:.4g} times what it was"
+def _about_channel(given: Outputs, want: Outputs, name: str, place: tuple[int, ...]) -> str:
+    factor, (head, channel) = (want[name][place] / given[name][place]).item(), divmod(place[0], WIDTH)
+    return f"{name}{list(place)}, channel {channel} of head {head}, wanted {factor:.4g} times what it was"
 
 
 PLANT = Exercise(
     id="9.5", name="plant", title="Loud keys, the same model", minutes=12, difficulty=3, points=3,
-    returns=("queries", "keys"), inputs=plant_inputs, reference=plant, otherwise=_plant_off,
+    returns=("queries", "keys"), inputs=plant_inputs, reference=plant, about=_about_channel,
     # A reciprocal and a product, or one division.
     allowed=lambda given, want: {name: 2**-22 * weight.abs() for name, weight in want.items()},
     alike=lambda given, got, theirs: all(torch.allclose(got[name].float(), theirs[name], rtol=2**-21, atol=0) for name in theirs),

@@ -202,26 +202,24 @@ def _about_three(given: dict, want: dict, path: str, place: tuple) -> str:
 UNPACK_THREE = Exercise(
     id="10.3", name="unpack_three", title="Three bits, across words", minutes=15, difficulty=4, points=4,
     returns=("codes",), inputs=three_inputs, reference=unpack_three, about=_about_three,
-    mistakes=(
-        *mistakes_by_option(_three, {
-            "the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next word": {
-                "across": lambda low, high, bit: low >> bit},
-            "in the codes that lie in two words the second part is not moved up: its bits belong above those that the first word "
-            "gave": {"across": lambda low, high, bit: (low >> bit | high) & 7},
-            "the codes that lie in two words have the two parts exchanged: the first word holds the low bits": {
-                "across": lambda low, high, bit: (low >> bit << bit - 29 | high & 2 ** (bit - 29) - 1) & 7},
-            "a code that lies in two words is wrong where the first of them is negative: >> copied its sign bit over the second "
-            "part. Mask the first part, too": {
-                "across": lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7},
-        }),
-        Mistake("ten codes a word, and two bits left over: nothing is left over in this layout, 32 codes fill 3 words",
-                lambda words: (words.t().long()[..., None] >> 3 * torch.arange(10) & 7).flatten(1)),
-        Mistake("bit by bit: the first word taken for the lowest bits of 32 codes, and so on. A code's bits are neighbors",
-                lambda words: ((_runs(words)[..., None] >> torch.arange(32) & 1) << torch.arange(3)[:, None]).sum(2).flatten(1)),
-        Mistake("the stream was read from its highest bit: it begins at the lowest of the first word",
-                lambda words: _three(packing.pack_gptq(packing.unpack_gptq(words, 3).flip(1), 3))),
-        Mistake(LIES_AS_WORDS, lambda words: _three(words).t()),
-    ),
+    mistakes=mistakes_by_option(_three, {
+        "the codes that begin in one word and end in the next lost their upper part: bits 30 and 31 go on in the next word": {
+            "across": lambda low, high, bit: low >> bit},
+        "in the codes that lie in two words the second part is not moved up: its bits belong above those that the first word "
+        "gave": {"across": lambda low, high, bit: (low >> bit | high) & 7},
+        "the codes that lie in two words have the two parts exchanged: the first word holds the low bits": {
+            "across": lambda low, high, bit: (low >> bit << bit - 29 | high & 2 ** (bit - 29) - 1) & 7},
+        "a code that lies in two words is wrong where the first of them is negative: >> copied its sign bit over the second "
+        "part. Mask the first part, too": {
+            "across": lambda low, high, bit: (_signed(low) >> bit | high << 32 - bit) & 7},
+        "ten codes a word, and two bits left over: nothing is left over in this layout, 32 codes fill 3 words":
+            lambda words: (words.t().long()[..., None] >> 3 * torch.arange(10) & 7).flatten(1),
+        "bit by bit: the first word taken for the lowest bits of 32 codes, and so on. A code's bits are neighbors":
+            lambda words: ((_runs(words)[..., None] >> torch.arange(32) & 1) << torch.arange(3)[:, None]).sum(2).flatten(1),
+        "the stream was read from its highest bit: it begins at the lowest of the first word":
+            lambda words: _three(packing.pack_gptq(packing.unpack_gptq(words, 3).flip(1), 3)),
+        LIES_AS_WORDS: lambda words: _three(words).t(),
+    }),
     others=(
         Mutant(lambda words: _three(words).clamp(max=6), "stored in bits"),
         Mutant(lambda words: _three(words) * (torch.arange(64) < 10), "of word 0, and word 1"),
