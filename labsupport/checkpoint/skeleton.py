@@ -77,7 +77,7 @@ def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # before transformers 5
-        from transformers.modeling_utils import no_init_weights
+        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
     settings = read_json(directory / "config.json") | changes
     settings.pop("quantization_config", None)
