@@ -78,7 +78,7 @@ def prints_numbers(weight, bits):
         (raises, "it raised RuntimeError: The size of tensor"),
         (borrows, "it calls labsupport's own version"),
         (prints_numbers, "scale is a str, wanted a tensor"),
-        (3, "is a int, wanted a function"),
+        (3, "is an int, wanted a function"),
         (lambda weight: weight, "it raised TypeError"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

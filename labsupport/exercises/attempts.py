@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from labsupport.exercises.compare import map_leaves
+from labsupport.exercises.compare import kind_of, map_leaves
 from labsupport.exercises.form import Exercise
 
 LONGEST_OUTPUT = 1_000  # characters of what an answer prints that are kept
@@ -98,7 +98,7 @@ def _plain_leaf(path: str, value: Any) -> torch.Tensor | bool | str | int | floa
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    raise WrongReturn(f"{path} is a {type(value).__name__}, wanted a tensor or a number")
+    raise WrongReturn(f"{path} is {kind_of(value)}, wanted a tensor or a number")
 
 
 def _plain_tensor(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def _listening() -> Iterator[io.StringIO]:
 def attempt(exercise: Exercise, answer: Any, given: dict[str, Any]) -> Attempt:
     """Run an answer on a copy of `given`; whatever it does becomes data."""
     if not callable(answer):
-        return Attempt("returned", error=f"{exercise.name} is a {type(answer).__name__}, wanted a function")
+        return Attempt("returned", error=f"{exercise.name} is {kind_of(answer)}, wanted a function")
     mine, outputs, status, error_text = copy.deepcopy(given), {}, "ran", ""
     with _listening() as heard, torch.no_grad(), _watch(exercise.reference) as seen:
         try:

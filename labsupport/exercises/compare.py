@@ -110,6 +110,12 @@ def shown(have: Any, want: Any, digits: int = 4) -> tuple[str, str]:
     return texts
 
 
+def kind_of(value: Any) -> str:
+    """ "an int", "a list": what a value is."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
 def got_and_wanted(have: Any, want: Any) -> str:
     """ "got 3, wanted 4", with as many digits as it takes to tell them apart."""
     return "got {}, wanted {}".format(*shown(have, want))

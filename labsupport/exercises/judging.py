@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from labsupport.exercises.attempts import Attempt, WrongReturn, attempt, run
-from labsupport.exercises.compare import difference, leaves
+from labsupport.exercises.compare import difference, kind_of, leaves
 from labsupport.exercises.form import Exercise, Mistake, Outputs, Verdict, right, wrong
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,7 +47,7 @@ def _check_kind(name: str, have: Any, want: Any) -> None:
     if kind != wanted:
         shape = f" of shape {list(want.shape)}" if wanted == "tensor" else ""
         article = {"number": "a number", "bool": "True or False", "str": "a text"}.get(wanted, f"a {wanted}")
-        raise _Refused(f"{name} is a {type(have).__name__}, wanted {article}{shape}")
+        raise _Refused(f"{name} is {kind_of(have)}, wanted {article}{shape}")
     if wanted == "dict":
         if missing := [key for key in want if key not in have]:
             raise _Refused(f"{name} has no {missing[0]!r}")
