@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import architectures
 import pytest
 import torch
 from interop import golden, tiny
 from interop.golden import unpack_awq
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from labsupport import quantize_model
 from labsupport.model import models
 from labsupport.model.models import ModelError
 from labsupport.pipeline import fold
@@ -552,16 +554,19 @@ def test_shared_weights_are_refused():
         fold.groups(model)
 
 
-def small(config, **settings):
-    return config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, bos_token_id=0, eos_token_id=0, pad_token_id=None, **settings,
-    )  # fmt: skip
-
-
 def with_another_reader() -> LlamaForCausalLM:
     model = llama()
     model.model.layers[1].mlp.router = nn.Linear(64, 2)
+    return model
+
+
+def with_a_norm_that_adds() -> LlamaForCausalLM:
+    class Adding(nn.LayerNorm):
+        def forward(self, x):
+            return x + self.weight
+
+    model = llama()
+    model.model.layers[1].input_layernorm = Adding(64, bias=False)
     return model
 
 
@@ -574,28 +579,65 @@ def with_another_kind_of_linear() -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)), "GPT2Block has no input_layernorm"),
-        (lambda: GemmaForCausalLM(small(GemmaConfig)), "input_layernorm of GemmaDecoderLayer does not multiply by its weight"),
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)), "GPT2Block is like none of them, and"),
+        (lambda: architectures.make("opt-350m"), "OPTDecoderLayer normalizes what its attention and its MLP give"),
+        (lambda: architectures.make("mixtral"), "unlike Llama's it has no mlp.gate_proj, mlp.up_proj, mlp.down_proj"),
+        (with_a_norm_that_adds, "input_layernorm of LlamaDecoderLayer does not multiply by its weight"),
         (with_another_reader, "LlamaDecoderLayer has weights in mlp.router, which a Llama's block does not have"),
         (with_another_kind_of_linear, "mlp.up_proj of LlamaDecoderLayer is a Identity"),
     ],
-    ids=["gpt2", "gemma", "router", "identity"],
+    ids=["gpt2", "opt-350m", "mixtral", "adding norm", "router", "identity"],
 )
 def test_blocks_that_are_not_llama_shaped(make, message):
     with pytest.raises(ModelError, match=message):
         fold.groups(make())
 
 
-def test_other_models_of_the_same_shape():
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("qwen2", 6), ("qwen3", 6), ("gemma", 6), ("gemma2", 6), ("gemma3", 6), ("phi3", 6), ("glm4", 6), ("cohere", 4), ("opt", 8),
+        ("stablelm", 6), ("granite", 6),
+    ],
+)  # fmt: skip
+def test_logits_of_other_models_stay_after_folding(name, count):
+    """Norms that multiply by 1 + weight, with biases, one for attention and MLP; linears fused; a ReLU between two linears."""
+    model = architectures.make(name)
+    before, groups = logits_of(model), fold.groups(model)
+    assert len(groups) == count
+    linears = {name: layer.weight.clone() for name, layer in models.linears(model).items()}
+    for number, group in enumerate(groups):
+        fold.fold(model, group, some_scale(model, group, number))
+    changed = {name for name, layer in models.linears(model).items() if not torch.equal(layer.weight, linears[name])}
+    assert changed == {name for group in groups for name in group.linears}.union(g.before for g in groups if g.before in linears)
+    # Weights are rounded twice by 2**-24; 1 + weight, where the sum is small, to 2**-24 of 1: 1e-5 of the largest logit.
+    assert (logits_of(model) - before).abs().max() <= 2e-5 * before.abs().max()
 
-    for config, kind in ((Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)):
-        torch.manual_seed(0)
-        model = kind(small(config, initializer_range=0.2)).eval()
-        before = logits_of(model)
-        for number, group in enumerate(fold.groups(model)):
-            fold.fold(model, group, some_scale(model, group, number))
-        assert (logits_of(model) - before).abs().max() <= 1e-5 * before.abs().max()
+
+@torch.no_grad()
+def test_with_as_many_heads_of_values_values_take_the_scale_of_what_is_fused():
+    """Phi-3 without grouped queries: the last third of qkv's rows are divided, and nothing else of it."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**{**architectures.LLAMA, "num_key_value_heads": 4}, vocab_size=320, pad_token_id=0)).eval()
+    before, group = logits_of(model), fold.groups(model)[1]
+    assert group.linears == ("model.layers.0.self_attn.o_proj",)
+    weight = model.get_submodule(group.before).weight.clone()
+    fold.fold(model, group, some_scale(model, group, 0))
+    assert torch.equal(model.get_submodule(group.before).weight[:128], weight[:128])
+    assert not torch.equal(model.get_submodule(group.before).weight[128:], weight[128:])
+    assert (logits_of(model) - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_a_block_that_computes_otherwise_than_its_shape_is_refused_when_it_shows():
+    """The names of a Llama, and an MLP that reads what attention reads: its norm is not before it."""
+    model = llama(4)
+    block = models.blocks(model)[0]
+    norm, mlp = block.post_attention_layernorm, block.mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x / norm.weight)
+    with pytest.raises(ModelError, match="folding scales into block 0, a LlamaDecoderLayer, changed what it gives by"):
+        quantize_model(model, "awq", calibration=torch.arange(60).view(2, 30), bits=4, group_size=32, in_place=True)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from labsupport.model.models import ModelError
 from labsupport.pipeline import fold
 from labsupport.pipeline.block import Block, InputStatistics
 from labsupport.pipeline.linear import Quantized, Settings, defaults_of, errors_name, replace_weight
@@ -17,11 +18,12 @@ from labsupport.quant import awq, gptq, rtn
 from labsupport.quant.grid import QuantizedTensor
 
 OWN = {"loss": "gram", "clip": True, "base": "rtn"}  # settings that are not for the search of scales, and their defaults
+UNCHANGED = 0.02  # weights of bfloat16 are rounded by 2**-8 when they are folded
 GRID = ("bits", "group_size", "symmetric")
 
 
 class AWQBlocks:
-    """For Llama-shaped models. Raises ModelError for others.
+    """For models of the shapes in fold.SHAPES. Raises ModelError for others.
 
     Settings: those of awq.search, where loss is "gram", or "block" for the output of attention and MLP; clip, False for scales
     alone; base, "rtn", or "gptq" for GPTQ of the scaled weights.
@@ -51,8 +53,10 @@ class AWQBlocks:
             weights = [block.linears[name].weight for name in group.linears]
             scale = self._search(block, group, weights, fed[source[group.linears[0]]], settings[group.linears[0]])
             scales |= dict.fromkeys(group.linears, scale)
+        before = next(block.outputs())
         for group in groups:
             fold.fold(self.model, group, scales[group.linears[0]])
+        _check_unchanged(block, before, next(block.outputs()))
         waited = (time.perf_counter() - start) / len(block.linears)
         made = {}
         for name, layer in block.linears.items():
@@ -81,6 +85,14 @@ class AWQBlocks:
         finally:
             handle.remove()
         return fold.module_loss(module, [block.linears[name] for name in group.linears], calls)
+
+
+def _check_unchanged(block: Block, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raise ModelError where folding changed what the block gives: it does not compute as blocks of its shape do."""
+    off = ((after - before).float().norm() / before.float().norm()).item()
+    if not off < UNCHANGED:
+        kind = type(block.module).__name__
+        raise ModelError(f"folding scales into block {block.index}, a {kind}, changed what it gives by {off:.2g} of its size")
 
 
 def _round_scaled(name: str, gram: torch.Tensor, tokens: int, weight: torch.Tensor, settings: Settings) -> QuantizedTensor:
