@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.course import export, train
-from labsupport.evidence import bench, sweep
+from labsupport.evidence import bench, sweep, timing
 from labsupport.model import models, text
 
 DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 300) for i in range(3)]
@@ -74,6 +74,35 @@ def test_bench_replaces_only_its_own_files(tmp_path):
     assert done.exit_code == 1
     assert "is not a file of measurements" in done.output
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x.json": '{"mine": 1}', "x.json.tmp": "mine too"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "labs bench: stopped. 2 finished"),
+        (RuntimeError("no kernel\nat all"), 1, "labs bench: no kernel. 2"),
+    ],
+)
+def test_bench_keeps_the_rows_it_has_and_those_of_an_earlier_run(tmp_path, monkeypatch, error, code, words):
+    rows = [timing.Product("bf16", 128, 128, batch, 32768, 1e-6) for batch in (1, 2, 4)]
+
+    def stops(*_, **__):
+        yield from rows[:2]
+        raise error
+
+    path, command = tmp_path / "x.json", ("bench", "--only", "products", "--budget", 0.01, "--out", tmp_path / "x.json")
+    bench.write(path, {"command": "an earlier one"}, rows)
+    monkeypatch.setattr(bench, "products", stops)
+    done = labs(*command)
+    assert done.exit_code == code
+    assert words in done.output.replace("\n", " ")
+    assert bench.read(tmp_path / "x.partial.json")[1] == rows[:2]
+    assert bench.read(path) == ({"command": "an earlier one"}, rows)
+    monkeypatch.setattr(bench, "products", lambda *_, **__: iter(rows[1:]))
+    done = labs(*command)
+    assert done.exit_code == 0
+    assert bench.read(path)[1] == rows[1:]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_ctrl_c_is_one_line_and_exit_130(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     from labsupport.evidence import bench as benches
     from labsupport.evidence.machine import describe
 
-    console, machine, found = Console(), describe(), []
+    console, machine = Console(), describe()
     command = f"labs bench --only products --budget {budget:g}" + (f" --threads {threads}" if threads else "")
     command += f" --rows {own[0]} --columns {own[1]}" if own else ""
     path = out or (None if own else benches.measurements_path(machine))
@@ -163,18 +163,29 @@ def _bench_products(own: tuple[int, int] | None, budget: float, threads: int | N
     table = _table("out x in", "batch", "kernel", "ms", "GB/s", "of limit", "as bf16")
     with console.status("timing"):
         about = benches.about(command, machine, budget)
-        dense = {}
-        for row in benches.products((own,) if own else benches.SHAPES, budget=budget):
-            found.append(row)
-            dense.setdefault((row.out_features, row.in_features, row.batch), row.seconds)
-            faster = dense[row.out_features, row.in_features, row.batch] / row.seconds
-            shape, share = f"{row.out_features} x {row.in_features}", 100 * row.rate / about["bandwidth"]
-            numbers = f"{1e3 * row.seconds:.2f}", f"{row.rate / 1e9:.1f}", f"{share:.0f} %", f"{faster:.2f} x"
-            table.add_row(shape, str(row.batch), row.kernel, *numbers)
-    console.print(
-        f"\nProducts of bfloat16 on {about['threads']} CPU threads; copying or summing at {about['bandwidth'] / 1e9:.1f} GB/s.\n"
-    )
+        dense: dict[tuple[int, int, int], float] = {}
+        rows = benches.products((own,) if own else benches.SHAPES, budget=budget)
+        stop: BaseException | None = None
+        try:
+            for row in benches.kept(path, about, rows) if path else rows:
+                dense.setdefault((row.out_features, row.in_features, row.batch), row.seconds)
+                faster = dense[row.out_features, row.in_features, row.batch] / row.seconds
+                shape, share = f"{row.out_features} x {row.in_features}", 100 * row.rate / about["bandwidth"]
+                numbers = f"{1e3 * row.seconds:.3g}", f"{row.rate / 1e9:.1f}", f"{share:.0f} %", f"{faster:.2f} x"
+                table.add_row(shape, str(row.batch), row.kernel, *numbers)
+        except (KeyboardInterrupt, RuntimeError) as error:  # RuntimeError: of a kernel that does not run here
+            stop = error
+    on = machine.name if machine.device == "cuda" else f"{about['threads']} CPU threads"
+    console.print(f"\nProducts of bfloat16 on {on}; copying or summing at {about['bandwidth'] / 1e9:.1f} GB/s.\n")
     console.print(table)
+    finished = (
+        f"{table.row_count} finished rows are in {benches.partial_path(path)}"
+        if path and table.row_count
+        else "Nothing was written"
+    )
+    if isinstance(stop, KeyboardInterrupt):
+        stopped("bench", finished)
+    if stop:
+        fail("bench", f"{str(stop).splitlines()[0]}. {finished}")
     if path:
-        benches.write(path, about, found)
         echo(f"wrote {path}")

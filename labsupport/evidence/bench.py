@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -129,7 +129,7 @@ def products(
         for name, make, read, inputs in made:
             rotated = make(timing.copies(read, measured_on.cache))
             for batch in batches:
-                yield timing.measure(name, rotated, (rows, columns), inputs[:batch].contiguous(), budget)
+                yield timing.measure(name, rotated, (rows, columns), inputs[:batch].contiguous(), budget, graph="mixed" not in name)
 
 
 def _free(device: str) -> int:
@@ -161,7 +161,8 @@ def about(command: str, measured_on: machine.Machine, budget: float) -> dict[str
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute: was the machine shared?
         "versions": measured_on.versions | {"triton": triton},
         "bandwidth": timing.bandwidth(measured_on.device, budget),
-        "seconds": "of one product, the least of many; weights rotated past the last-level cache",
+        "seconds": "of one product, the least of many; weights rotated past the last-level cache"
+        + ("; in CUDA graphs, but for int8 mixed, which waits for the GPU" if measured_on.device == "cuda" else ""),
     }
 
 
@@ -170,13 +171,33 @@ def write(path: Path, about: dict[str, object], rows: Sequence[Product]) -> None
     measurements.write(path, about, [asdict(row) for row in rows])
 
 
+def partial_path(path: Path) -> Path:
+    """Where the rows for `path` are until the last of them is there."""
+    return path.with_name(f"{path.stem}.partial.json")
+
+
+def kept(path: Path, about: dict[str, object], rows: Iterable[Product]) -> Iterator[Product]:
+    """The rows, each in a file before the next is measured: at `partial_path`, until with the last one all are at `path`.
+
+    So a run that fails keeps what it measured, and leaves what an earlier run measured as it is.
+    """
+    finished: list[Product] = []
+    for row in rows:
+        finished.append(row)
+        write(partial_path(path), about, finished)
+        yield row
+    write(path, about, finished)
+    partial_path(path).unlink(missing_ok=True)
+
+
 def check_writable(path: Path) -> None:
     """Before minutes of measuring: raise OSError where no file can be written at `path`, ValueError where it is not ours."""
     if path.is_dir():
         raise IsADirectoryError(f"--out is {path}, a directory: wanted a JSON file")
-    if path.exists():
-        measurements.read(path)  # only rows that this wrote are replaced
-    files.check_writable(path)
+    for replaced in (path, partial_path(path)):
+        if replaced.exists():
+            measurements.read(replaced)  # only rows that this wrote are replaced
+        files.check_writable(replaced)
 
 
 def load(name: str) -> tuple[dict[str, object], list[Product]]:

@@ -50,15 +50,16 @@ def copies(read: int, cache: int | None) -> int:
     return min(max(2, -(-wanted // read)), MOST_COPIES)
 
 
-def seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 0.5) -> float:
+def seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 0.5, graph: bool = True) -> float:
     """Seconds of one of several equal calls made in turn: the least of as many as the budget allows, FEWEST or more.
 
     The least, since whatever else the machine does only adds. On a GPU all calls in turn are one CUDA graph, so that what is timed
-    is the kernels and not the launching of them.
+    is the kernels and not the launching of them. graph: False for calls that wait for the GPU, which no graph can hold; their time
+    has the launching in it.
     """
     budget = quick.budget(budget)
     if device.type == "cuda":
-        return _graphed(calls, budget)
+        return _on_gpu(calls, budget, graph)
     calls[0]()  # what is set up once is set up now
     taken: list[float] = []
     started = time.perf_counter()
@@ -71,28 +72,37 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, budget:
             return min(taken)
 
 
-def _graphed(calls: Sequence[Callable[[], object]], budget: float) -> float:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles and allocates outside of the graph
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def _on_gpu(calls: Sequence[Callable[[], object]], budget: float, graph: bool) -> float:
+    def in_turn() -> None:
         for call in calls:
             call()
+
+    once = _captured(in_turn) if graph else in_turn
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    once()  # what is set up once is set up now
     best, started, rounds = float("inf"), time.perf_counter(), 0
     while rounds < FEWEST or time.perf_counter() - started < budget:
         begin.record()
-        graph.replay()
+        once()
         end.record()
         end.synchronize()
         best = min(best, begin.elapsed_time(end) / 1e3)
         rounds += 1
     return best / len(calls)
+
+
+def _captured(work: Callable[[], None]) -> Callable[[], None]:
+    """The replay of a CUDA graph of `work`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and allocates outside of the graph
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def bandwidth(device: str | torch.device = "cpu", budget: float = 0.5) -> float:
@@ -140,7 +150,10 @@ def _unpacked(weight: UniformTensor, dtype: torch.dtype, x: torch.Tensor) -> tor
 
 
 def bitsandbytes(weight: torch.Tensor, method: str, count: int) -> tuple[list[Multiply], int]:
-    """A bitsandbytes layer in evaluation, of a weight [out, in]: "nf4", "int8", or "int8 mixed", with threshold 6."""
+    """A bitsandbytes layer in evaluation, of a weight [out, in]: "nf4", "int8", or "int8 mixed", with threshold 6.
+
+    The last looks for outliers before it goes on, and so waits for a GPU: time it without a graph.
+    """
     nn = peers.bitsandbytes().nn
     rows, columns = weight.shape
 
@@ -159,9 +172,11 @@ def bitsandbytes(weight: torch.Tensor, method: str, count: int) -> tuple[list[Mu
     return [first, *(copy.deepcopy(first) for _ in range(count - 1))], read
 
 
-def measure(name: str, made: tuple[list[Multiply], int], shape: tuple[int, int], x: torch.Tensor, budget: float = 0.5) -> Product:
-    """Time x [batch, in] times each of the weights in turn."""
+def measure(
+    name: str, made: tuple[list[Multiply], int], shape: tuple[int, int], x: torch.Tensor, budget: float = 0.5, graph: bool = True
+) -> Product:
+    """Time x [batch, in] times each of the weights in turn. graph: see `seconds`."""
     multiplies, read = made
     with torch.no_grad():
-        took = seconds([partial(multiply, x) for multiply in multiplies], x.device, budget)
+        took = seconds([partial(multiply, x) for multiply in multiplies], x.device, budget, graph)
     return Product(name, *shape, len(x), read, took)

@@ -55,6 +55,10 @@ class InputStatistics:
         torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
         self.tokens += len(x)
 
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same on another device."""
+        return InputStatistics(self.gram.to(device), self.sum_abs.to(device), self.max_abs.to(device), self.tokens)
+
     @property
     def hessian(self) -> torch.Tensor:
         """2/n X^T X, which GPTQ needs. float32 [in, in]."""
