@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ LOADERS = {
     "awq": "transformers with gptqmodel; AutoAWQ; vLLM",
     "bitsandbytes": "transformers with bitsandbytes",
 }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages that a checkpoint is made with, and of Python. Looking them up takes longer than a small checkpoint."""
+    packages = {name: version(name) for name in ("labsupport", "torch", "transformers", "safetensors")}
+    return packages | {"python": platform.python_version()}
 
 
 def kind_of(name: str, dtype: str) -> str:
@@ -89,10 +97,6 @@ class Facts:
         """Experts that too few tokens reached."""
         return [name for name, layer in self.layers.items() if layer.rounded]
 
-    def versions(self) -> dict[str, str]:
-        packages = {name: version(name) for name in ("labsupport", "torch", "transformers", "safetensors")}
-        return packages | {"python": platform.python_version()}
-
     def report(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         return {
             "source": self.source,
@@ -105,7 +109,7 @@ class Facts:
             "left_in_float": dict(self.left_in_float),
             "rounded_for_want_of_tokens": self.rounded,
             "read_by": self.readers,
-            "versions": self.versions(),
+            "versions": versions(),
             "date": date.today().isoformat(),
             "layers": {name: asdict(report) for name, report in self.layers.items()},
         }
@@ -150,7 +154,7 @@ class Facts:
             ]  # fmt: skip
         else:
             lines += ["", "Perplexity was not measured."]
-        versions = ", ".join(f"{name} {number}" for name, number in self.versions().items())
+        versions = ", ".join(f"{name} {number}" for name, number in versions().items())
         return "\n".join([*lines, "", f"Read by: {self.readers}.", "", f"Made with {versions}, {date.today().isoformat()}.", ""])
 
 
