@@ -154,8 +154,8 @@ class Facts:
             ]  # fmt: skip
         else:
             lines += ["", "Perplexity was not measured."]
-        versions = ", ".join(f"{name} {number}" for name, number in versions().items())
-        return "\n".join([*lines, "", f"Read by: {self.readers}.", "", f"Made with {versions}, {date.today().isoformat()}.", ""])
+        packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+        return "\n".join([*lines, "", f"Read by: {self.readers}.", "", f"Made with {packages}, {date.today().isoformat()}.", ""])
 
 
 def _word(value: Any) -> str:
