@@ -1,4 +1,4 @@
-"""Checkpoints and models that lie, in a small model: what is wrong is said in words, by its name, and shown so that no terminal obeys."""
+"""Checkpoints and models that lie: what is wrong is said in words, by its name, and shown so that no terminal obeys."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_what_is_printable_stays_as_it_is():
 
 
 def test_commands_print_through_one_place():
-    """A line that is printed another way is not escaped. Rich shows tables of our own numbers; the suite hands on pytest's output."""
+    """A line printed another way is not escaped. Rich shows tables of our own numbers; the suite hands on pytest's output."""
     folder = Path(checkpoint.__file__).parents[1] / "cli"
     assert {path.name for path in folder.glob("*.py") if "typer.echo(" in path.read_text()} == {"__init__.py", "messages.py"}
     assert (folder / "__init__.py").read_text().count("typer.echo(") == 1  # the help

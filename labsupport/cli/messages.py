@@ -1,4 +1,4 @@
-"""What the commands print: lines that a terminal shows and does not obey, and one line on standard error where something is wrong."""
+"""What the commands print: lines that a terminal shows and does not obey; one line on standard error where something is wrong."""
 
 from __future__ import annotations
 
