@@ -83,6 +83,38 @@ def test_text_shorter_than_a_window_is_refused(model, stream):
         evaluate.evaluate(model, stream, length=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 1}, "length is 1, wanted at least 2 tokens"),
+        ({"length": 2.5}, "length is 2.5"),
+        ({"length": None}, "length is None"),
+        ({"windows": 0}, "windows is 0, wanted a whole number from 1 up"),
+        ({"windows": "4"}, "windows is '4'"),
+        ({"stream": None}, "stream is NoneType, wanted a TokenStream"),
+        ({"model": None}, "model is NoneType"),
+    ],
+)
+def test_what_cannot_be_evaluated(model, stream, changes, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        evaluate.evaluate(**{"model": model, "stream": stream, "length": 16, "windows": 2} | changes)
+
+
+def test_tokens_that_the_model_does_not_know(model, stream):
+    for ids, words in ((stream.ids + 100, "100 to 149"), (stream.ids - 3, "-3 to ")):
+        strange = dataclasses.replace(stream, ids=ids)
+        for call in (evaluate.evaluate, lambda *rest: evaluate.divergence(model, *rest)):
+            with pytest.raises(ValueError, match=rf"^stream holds tokens {words}.*, the model knows 0 to 49"):
+                call(model, strange, 16, 8)
+
+
+def test_a_broken_model_has_an_infinite_perplexity():
+    broken = tiny_llama(seed=3)
+    broken.lm_head.weight.data.mul_(1e6)
+    stream = TokenStream(torch.arange(32), torch.zeros(32, dtype=torch.int64), ("a",), bytes=32, sha256="s", source="test")
+    assert evaluate.perplexity(broken, stream, 16) == math.inf
+
+
 def test_divergence_of_a_model_from_itself_is_nothing(model, stream):
     kl, agreement = evaluate.divergence(model, model, stream, length=16)
     assert kl == 0

@@ -411,7 +411,7 @@ def test_as_trained_neither_axis_costs_much_at_4_bits(rises):
         ({"bits": 1}, "bits is 1, wanted a whole number from 2 to 8, 'fp8', or 16"),
         ({"bits": 4.0}, "bits is 4.0"),
         ({"bits": "int4"}, "bits is 'int4'"),
-        ({"axis": "head"}, "axis is 'head', wanted 'channel' or 'token'"),
+        ({"axis": "head"}, "axis is 'head', wanted one of channel, token"),
         ({"group_size": 0}, "group_size is 0, wanted a whole number from 1 up"),
         ({"residual": -1}, "residual is -1"),
         ({"block": 0}, "block is 0"),
@@ -480,7 +480,7 @@ def test_a_cache_fed_out_of_order():
         held.update(*one, 0)
     with pytest.raises(ValueError, match="layer 2 is fed 4 tokens out of turn"):
         held.update(*one, 2)
-    with pytest.raises(ValueError, match="layer_idx is 3, the cache has 3 layers"):
+    with pytest.raises(ValueError, match="layer_idx is 3, wanted one of the cache's 3 layers"):
         held.update(*one, 3)
     held.update(*one, 1)
     held.update(*one, 2)

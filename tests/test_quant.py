@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labsupport.quant import grid, rtn
+from labsupport.quant import gptq, grid, rtn
 
 ALL_BITS = range(2, 9)
 
@@ -113,10 +113,9 @@ def test_codes_belong_to_the_scale_that_is_stored():
     ("weight", "wanted"),
     [
         (torch.zeros(2, 8), torch.zeros(2, 8)),
-        (torch.full((2, 8), 1e-30), torch.zeros(2, 8)),  # a scale that float16 cannot hold above 0
         (torch.full((2, 8), 3.0), torch.full((2, 8), 3.0)),
     ],
-    ids=["zeros", "tiny", "constant"],
+    ids=["zeros", "constant"],
 )
 def test_rows_without_range(weight, wanted):
     for symmetric in (False, True):
@@ -124,6 +123,30 @@ def test_rows_without_range(weight, wanted):
         # The scale, 3/15 or 6/15, is rounded to float16: relative 2**-11; the symmetric grid ends half a step before the value.
         allowed = 3 * 2**-11 + (0.2 if symmetric else 0)
         assert (got - wanted).abs().max() <= allowed
+
+
+def test_a_scale_that_float16_cannot_hold_is_refused_on_either_side():
+    """One group of many is enough: its weights would all become 0, or infinity."""
+    for value, message in ((1e-7, "a scale of .* is less than torch.float16 holds"), (1e7, "is more than torch.float16 holds")):
+        weight = torch.randn(4, 32)
+        weight[2, 8:16] = value
+        for symmetric in (False, True):
+            with pytest.raises(ValueError, match=message):
+                rtn.quantize(weight, 4, 8, symmetric)
+            with pytest.raises(ValueError, match=message):
+                gptq.quantize(weight, torch.eye(32), 4, 8, symmetric)
+            wide = rtn.quantize(weight, 4, 8, symmetric, scale_dtype=torch.float32).dequantize()
+            assert (wide[2, 8:16] - value).abs().max() <= 0.2 * value
+    assert torch.equal(rtn.quantize(torch.zeros(2, 8), 4, 8).scale, torch.ones(2, 1).half())
+
+
+def test_what_compensation_leaves_in_a_group_of_zeros_is_no_weight():
+    """GPTQ moves later columns by what earlier ones lost: in a group of zeros that hardly share inputs, by next to nothing."""
+    weight = torch.randn(4, 32)
+    weight[:, 16:] = 0
+    hessian = torch.eye(32)
+    hessian[0, 20] = hessian[20, 0] = 1e-9
+    assert gptq.quantize(weight, hessian, 4, 8).dequantize()[:, 16:].abs().max() == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

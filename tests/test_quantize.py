@@ -9,8 +9,10 @@ import torch
 import yaml
 from torch import nn
 
+from labsupport import checkpoint
 from labsupport.evidence import claims, sweep
 from labsupport.model import evaluate, models, text
+from labsupport.pipeline import calibrate
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import int8, nf4, rtn
 
@@ -86,6 +88,58 @@ def test_int8_puts_other_layers_in_place_and_weights_alone_do_not(tiny, paper):
     assert 0 < (rounded - exact).abs().mean() < (twice - exact).abs().mean()
     for name, layer in models.linears(weights).items():
         assert torch.equal(layer.weight, int8.quantize(models.linears(tiny)[name].weight).dequantize())
+
+
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+def pruned(model):
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (normed, "the weight of model.layers.1.mlp.up_proj is computed from parametrizations.weight.original0, "),
+        (pruned, "the weight of model.layers.1.mlp.up_proj is computed from weight_orig at each use"),
+        (lambda model: model.to("meta"), "model.embed_tokens.weight is on the meta device, which holds shapes and no values"),
+        (lambda model: None, "model is a NoneType, wanted a causal language model"),
+        (lambda model: nn.Linear(4, 4), "model is a Linear, wanted a causal language model"),
+    ],
+)
+def test_weights_that_cannot_be_replaced_are_refused(tiny, tmp_path, change, message):
+    model, ids = change(copy.deepcopy(tiny)), torch.arange(16).view(2, 8)
+    calls = [
+        lambda: quantize_model(model, "rtn", group_size=16),
+        lambda: quantize_model(model, "gptq", group_size=16, calibration=ids, in_place=True),
+        lambda: calibrate.blockwise(model, ids, lambda *_: None),
+        lambda: checkpoint.save(model, {}, tmp_path / "out", "gptq"),
+    ]
+    for call in calls:
+        with pytest.raises(models.ModelError, match=f"^{message}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([[1, 2]], "calibration is list"),
+        ("code", "calibration is str"),
+        (torch.ones(2, 8), "calibration is torch.float32"),
+        (torch.ones(2, 8) > 0, "calibration is torch.bool"),
+        (torch.ones(2, 8, dtype=torch.int64, device="meta"), "calibration is on the meta device"),
+        (torch.full((2, 8), 300), "calibration holds tokens 300 to 300, the model knows 0 to 299"),
+        (torch.full((2, 8), -1), "calibration holds tokens -1 to -1"),
+        (torch.ones(8, dtype=torch.int64), "calibration text has shape"),
+    ],
+)
+def test_calibration_that_is_no_text(tiny, calibration, message):
+    for method in ("gptq", "awq"):
+        with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+            quantize_model(tiny, method, group_size=16, calibration=calibration)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -
             if part in state and state[part].dtype not in known:
                 raise ValueError(f"{part} is {state[part].dtype}, wanted {' or '.join(map(str, known))}")
         return packing.read_awq(state) if layout == "awq" else packing.read_gptq(state, bits, VERSION[layout])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from error
 
 

@@ -44,6 +44,7 @@ def save(
     for name, value, known in (("layout", layout, layouts.LAYOUTS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise CheckpointError(f"{name} is {value!r}, wanted one of {', '.join(known)}")
+    models.check_values(model)
     with opened.opened(model):
         return _save(model, stored, Path(out), layout, Path(source) if source else None, method, dtype)
 

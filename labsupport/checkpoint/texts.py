@@ -11,7 +11,7 @@ import torch
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.tokenizers import read_tokenizer
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.model import text
+from labsupport.model import models, text
 from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline import calibrate
 
@@ -54,7 +54,7 @@ def read_texts(skeleton: Skeleton, source: Path, texts: Texts, calibrating: bool
         calibration = calibrate.windows(_stream(tokenizer, texts.calibration, "train"), texts.samples, texts.length)
     if measuring:
         held_out = text.load_text(tokenizer)
-    known = len(next(skeleton.model.get_input_embeddings().parameters()))  # a row for each token
+    known = models.vocabulary(skeleton.model)
     for ids in (calibration, None if held_out is None else held_out.ids):
         if ids is not None and ids.max() >= known:
             raise CheckpointError(f"the tokenizer in {source} gives token {int(ids.max())}, the model knows {known}")

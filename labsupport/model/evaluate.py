@@ -9,6 +9,7 @@ logarithm, float32 log-softmax) over all predicted tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from labsupport.model import quick
+from labsupport.model import models, quick
 from labsupport.model.text import TokenStream
+from labsupport.quant import checks
+
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 LENGTH = 512
 BATCH = 4
@@ -45,7 +49,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean_loss)
+        """Infinity where it is more than a float holds, as of a broken model."""
+        return math.exp(self.mean_loss) if not self.mean_loss > LARGEST_LOSS else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -67,8 +72,9 @@ class Interval:
 
 def _batches(stream: TokenStream, length: int, count: int | None, progress: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Windows and the document of each token, both [batch, length]."""
-    if length < 2:
-        raise ValueError(f"length is {length}, wanted at least 2 tokens: one to read and one to predict")
+    if not isinstance(stream, TokenStream):
+        raise TypeError(f"stream is {checks.kind(stream)}, wanted a TokenStream, as load_text gives it")
+    length = checks.whole(length, "length", 2, wanted="at least 2 tokens: one to read and one to predict")
     batches = stream.positions(length, quick.windows(count)).split(BATCH)
     for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
         yield stream.ids[positions], stream.document[positions]
@@ -82,11 +88,16 @@ def evaluate(
 
     Raises text.TextError where the stream is shorter than one window.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {checks.kind(model)}, wanted a causal language model")
     device = next(model.parameters()).device
+    if device.type == "meta":
+        raise models.ModelError("the model is on the meta device, which holds shapes and no values: load its weights first")
     loss = torch.zeros(len(stream.names), dtype=torch.float64)
     tokens = torch.zeros(len(stream.names), dtype=torch.int64)
     seen = 0
     for ids, document in _batches(stream, length, windows, progress):
+        checks.tokens(ids, "stream", models.vocabulary(model))
         logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none").double().cpu()
         owner = document[:, 1:].flatten()
@@ -118,6 +129,7 @@ def divergence(
 
 def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """ids [batch, length] -> log-probabilities of what follows each token but the last, float32 on the model's device."""
+    checks.tokens(ids, "stream", models.vocabulary(model))
     logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
     return F.log_softmax(logits[:, :-1].float(), dim=-1)
 
@@ -145,6 +157,8 @@ def paired_bootstrap(reference: Evaluation, other: Evaluation, samples: int = 20
     """
     if reference.sha256 != other.sha256 or not torch.equal(reference.tokens, other.tokens):
         raise ValueError("reference and other were evaluated on different tokens, so they cannot be paired")
+    samples = checks.whole(samples, "samples")
+    level = checks.number(level, "level", 0, 1, "a share from 0 to 1")
     used = reference.tokens > 0
     tokens = reference.tokens[used]
     generator = torch.Generator().manual_seed(seed)

@@ -83,6 +83,30 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     return model.to(device).eval(), tokenizer
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise ModelError for what is no model, and for one whose weights are not there or are computed anew at each use.
+
+    A weight under torch.nn.utils.parametrize, weight_norm or pruning is such a one: what is put into it is lost.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ModelError(f"model is a {type(model).__name__}, wanted a causal language model of transformers")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"{name} is on the meta device, which holds shapes and no values: load the weights first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+            sources = ", ".join(source for source, _ in module.named_parameters() if source != "bias")
+            raise ModelError(
+                f"the weight of {name} is computed from {sources} at each use, and what is put in its place would be lost: "
+                "remove the parametrization first"
+            )
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the model has an embedding for."""
+    return len(next(model.get_input_embeddings().parameters()))
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks in order: the one list of modules whose length the config gives."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,32 @@ def conversions(model: nn.Module) -> list[Any]:
 
 def _renamings(model: nn.Module) -> list[Any]:
     return [rule for rule in conversions(model) if type(rule).__name__ == "WeightRenaming"]
+
+
+def made_of(model: nn.Module) -> Callable[[str], str | None]:
+    """From a tensor's name in a file to the tensor of the model that transformers makes of it and others; None of no other."""
+    rules = [rule for rule in conversions(model) if type(rule).__name__ == "WeightConverter"]
+
+    def target(name: str) -> str | None:
+        for rule in rules:
+            renamed, source = rule.rename_source_key(name)
+            if source is not None:
+                return renamed
+        return None
+
+    return target
+
+
+def ignored(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers passes over a tensor that a file has and the model has not, as older versions saved them."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    # Two that its loader adds, for buffers that the model once had in each block (modeling_utils.py).
+    buffers = tuple(name for name, _ in model.named_buffers())
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def from_file(model: nn.Module) -> Callable[[str], str]:

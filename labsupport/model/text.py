@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from labsupport.model import files
+from labsupport.quant import checks
 
 # Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty.
 HELD_OUT = {"code": 26, "prose": 64}
@@ -70,13 +71,13 @@ class TokenStream:
         Windows follow each other without overlap; the tail that does not fill one is left out.
         Raises TextError where the stream is shorter than one window.
         """
+        length = checks.whole(length, "length")
+        count = None if count is None else checks.whole(count, "windows")
         available = len(self) // length
         if available == 0:
             raise TextError(f"the text {self.source!r} has {len(self)} tokens, fewer than one window of {length}")
         if count is None or count >= available:
             return torch.arange(available) * length
-        if count < 1:
-            raise TextError(f"count is {count}, wanted at least one window")
         return (torch.arange(count) * available // count) * length
 
     def positions(self, length: int, count: int | None = None) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from labsupport.quant import checks
+
 
 def rank_layers(error: torch.Tensor, nbytes: torch.Tensor) -> torch.Tensor:
     """Layers by how much an upgrade is worth: error saved for each byte added, most first.
@@ -21,6 +23,9 @@ def spend(error: torch.Tensor, nbytes: torch.Tensor, budget: int) -> torch.Tenso
     and again, the upgrade that saves the most error for each byte, as long as one fits. Returns choices, int64 [layers].
     Raises ValueError where the cheapest choices already cost more than the budget.
     """
+    checks.finite(checks.matrix(error, "error", "[layers, choices]"), "error")
+    if nbytes.shape != error.shape:
+        raise ValueError(f"nbytes has shape {list(nbytes.shape)}, wanted {list(error.shape)}, that of error")
     rows = torch.arange(len(error))
     choice = torch.zeros(len(error), dtype=torch.int64)
     left = budget - int(nbytes[:, 0].sum())

@@ -16,7 +16,7 @@ from labsupport.model import models
 from labsupport.model.evaluate import BATCH, LENGTH, Evaluation, Interval, evaluate
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.attention import check_rotation, frequencies_of, reading_back
-from labsupport.quant import kv
+from labsupport.quant import checks, kv
 from labsupport.quant.kv import Scheme
 
 
@@ -86,6 +86,8 @@ class QuantizedCache(Cache):
     """For `model.generate(past_key_values=...)`, or for one forward pass after another. Made for one model, by its config."""
 
     def __init__(self, model: nn.Module, scheme: Scheme):
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"scheme is {checks.kind(scheme)}, wanted a Scheme of keys and values")
         frequencies = None
         if scheme.before_rope:
             check_rotation(model)
@@ -99,8 +101,7 @@ class QuantizedCache(Cache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As the layer's. Raises ValueError for a layer out of turn, which would give tokens other positions than they have."""
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"layer_idx is {layer_idx}, the cache has {len(self.layers)} layers")
+        layer_idx = checks.whole(layer_idx, "layer_idx", 0, len(self.layers) - 1, f"one of the cache's {len(self.layers)} layers")
         held = [layer.get_seq_length() for layer in self.layers]
         new = key_states.shape[-2]
         due = held[-1] if layer_idx == 0 else held[layer_idx - 1] - new
@@ -129,7 +130,7 @@ def losses_by_place(
 
     Raises ValueError where bins does not divide length.
     """
-    if length % bins:
+    if checks.whole(length, "length", 2) % checks.whole(bins, "bins"):
         raise ValueError(f"bins is {bins}, wanted a divisor of length {length}")
     losses = []
     with reading_back(model, scheme):

@@ -19,6 +19,7 @@ from torch import nn
 from labsupport.model import models, opened, quick
 from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline.block import Block, CalibrationError, Call, InputStatistics, Resident, Stop
+from labsupport.quant import checks
 
 WINDOWS, LENGTH, BATCH = 64, 512, 8
 
@@ -43,6 +44,7 @@ def blocks(model: nn.Module, ids: torch.Tensor, batch: int = BATCH, weights: Res
     Raises text.TextError for no text at all, CalibrationError for a model in training mode, for linears that share a weight
     with another part of the model, and where a block is not fed by what the one before it returns.
     """
+    checks.tokens(ids, "calibration", models.vocabulary(model))
     if ids.ndim != 2 or ids.numel() == 0:
         raise TextError(f"calibration text has shape {list(ids.shape)}, wanted [windows, length], neither of them 0")
     if model.training:
@@ -83,6 +85,7 @@ def blockwise(
     It puts the quantized weight into the layer; what it returns is returned by name. true_sequential: see `Block.fed`.
     on_linear(name, done, total) is called after each. Raises what `blocks` and `Block.groups` raise.
     """
+    models.check_values(model)
     total, results = len(models.linears(model)), {}
     for block in blocks(model, ids, batch):
         for name, statistics in block.fed(true_sequential):

@@ -140,7 +140,7 @@ METHODS: dict[str, Method] = {
 
 def method_named(name: str) -> Method:
     """Raises ValueError for a name that is in no record."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method is {name!r}, wanted one of {', '.join(METHODS)}")
     return METHODS[name]
 

@@ -22,6 +22,7 @@ from labsupport.pipeline.driver import quantize_blocks
 from labsupport.pipeline.finished import FinishedBlocks, digest
 from labsupport.pipeline.linear import LayerReport
 from labsupport.pipeline.methods import method_named
+from labsupport.quant import checks
 from labsupport.quant.grid import QuantizedTensor
 
 
@@ -78,7 +79,10 @@ def quantize_model(
     Raises ValueError for an unknown method or setting, an override that matches nothing, calibration missing or in vain, a folder
     of another run, and what the method raises.
     """
+    models.check_values(model)
     record = method_named(method)
+    if not isinstance(overrides or {}, Mapping):
+        raise TypeError(f"overrides is {checks.kind(overrides)}, wanted a dict from endings of names to settings")
     for given in (settings, *(other for other in (overrides or {}).values() if other is not None)):
         record.check(given)
     if record.needs_text and calibration is None:

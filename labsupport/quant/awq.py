@@ -14,14 +14,16 @@ Nothing else is stored. GPTQ on top of AWQ's scales is GPTQ of the folded model,
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Literal
 
 import torch
 
-from labsupport.quant import grid, rtn
+from labsupport.quant import checks, grid, rtn
 from labsupport.quant.grid import UniformTensor
 
 Rule = Literal["llm-awq", "autoawq"]
@@ -41,11 +43,13 @@ class Search:
 
 def saliency(inputs: torch.Tensor) -> torch.Tensor:
     """How much each input channel matters: its mean magnitude (section 3.1). [..., in_features] -> float32 [in_features]."""
+    checks.tensor(inputs, "inputs")
+    if inputs.ndim == 0 or inputs.numel() == 0:
+        raise ValueError(f"inputs has shape {list(inputs.shape)}, wanted [..., in_features], none of them 0")
     flat = inputs.reshape(-1, inputs.shape[-1])
-    grid.check_matrix(flat, "inputs", "[..., in_features]")
     mean = flat.abs().float().sum(0) / len(flat)
     if not mean.isfinite().all():
-        raise grid.not_finite(flat, "inputs")
+        raise checks.not_finite(flat, "inputs")
     return mean
 
 
@@ -96,7 +100,10 @@ def search(
     Raises ValueError for shapes that do not fit, for NaN and infinity, and where no ratio has a finite loss.
     """
     stacked = _stacked(weights)
-    size = _check_search(stacked, bits, group_size, rule, n_grid)
+    bits, size = checks.bits(bits), checks.group_size(group_size, stacked.shape[1])
+    checks.finite(stacked, "weights")
+    checks.choice(rule, "rule", RULES)
+    n_grid = checks.whole(n_grid, "n_grid", wanted="a positive whole number")
     mean_abs = _checked_mean(mean_abs, stacked)
     loss = loss or partial(_output_error, stacked, _checked_gram(gram, stacked))
     magnitude = relative_magnitude([stacked], size) if rule == "autoawq" else None
@@ -107,7 +114,10 @@ def search(
     for i in range(n_grid):
         scale = scale_at(i / n_grid, mean_abs, magnitude)
         values = rounded(stacked * scale).div_(scale)  # Q(W s) / s
-        losses[i] = loss(list(values.split(rows)))
+        found = loss(list(values.split(rows)))
+        if not isinstance(found, Real):
+            raise TypeError(f"loss returns {checks.kind(found)}, wanted a number")
+        losses[i] = found
         if losses[i] < (math.inf if best is None else losses[best]):
             best, best_scale = i, scale
     if best is None:
@@ -118,7 +128,16 @@ def search(
 def _output_error(weight: torch.Tensor, gram: torch.Tensor, values: list[torch.Tensor]) -> float:
     """tr(E G E^T): the sum of the squares of X E^T."""
     error = torch.cat(values).sub_(weight)
-    return (error @ gram).mul_(error).sum(dtype=torch.float64).item()
+    products = (error @ gram).mul_(error)
+    loss = products.sum(dtype=torch.float64).item()
+    _check_squares(products, loss)
+    return loss
+
+
+def _check_squares(products: torch.Tensor, loss: float) -> None:
+    """Raise ValueError where a sum of squares is below 0 by more than rounding."""
+    if loss < 0 and loss < -checks.SLACK * products.abs().sum(dtype=torch.float64).item():
+        raise ValueError(f"gram is no X^T X: the error of an output is below 0 with it, {loss:.3g}")
 
 
 def scaled_gram(gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -144,13 +163,10 @@ def search_clip(
     that it then reads, see `scaled_gram`. AutoAWQ takes X from `clip_tokens`, and does not clip q and k, since their product
     counts. Raises ValueError for shapes that do not fit, and for NaN and infinity.
     """
-    size = grid.check_weight(weight, bits, group_size)
-    if not weight.isfinite().all():
-        raise grid.not_finite(weight)
-    if not 0 < max_shrink <= 1 or not isinstance(n_grid, int) or n_grid < 1:
-        raise ValueError(
-            f"n_grid is {n_grid!r} and max_shrink {max_shrink!r}, wanted a whole number from 1 up, and 0 < max_shrink <= 1"
-        )
+    bits, size = checks.weight_and_grid(weight, bits, group_size)
+    checks.finite(weight, "weight")
+    n_grid = checks.whole(n_grid, "n_grid", wanted="a positive whole number")
+    max_shrink = checks.number(max_shrink, "max_shrink", sys.float_info.min, 1, "a share above 0, at most 1")
     weight = weight.detach().float()
     groups = len(weight.T) // size
     blocks = _checked_gram(gram, weight).view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
@@ -160,7 +176,10 @@ def search_clip(
     for step in range(max(1, int(max_shrink * n_grid))):
         limit = largest * (1 - step / n_grid)
         error = rounded(clip(weight, limit)).sub_(weight).view(-1, groups, size).transpose(0, 1)  # [groups, out, size]
-        loss = (error @ blocks).mul_(error).sum(2).T  # E_g G_gg E_g^T, row by row
+        products = (error @ blocks).mul_(error)
+        loss = products.sum(2).T  # E_g G_gg E_g^T, row by row
+        if (worst := loss.min().item()) < 0:
+            _check_squares(products, worst)
         better = loss < least
         least, best = torch.where(better, loss, least), torch.where(better, limit, best)
     return best
@@ -191,12 +210,12 @@ def quantize_as_autoawq(
     arithmetic is done: float16 for what AutoAWQ stores (float32 gives some other codes), float32 for its searches. Raises what
     rtn.quantize raises.
     """
-    size = grid.check_weight(weight, bits, group_size)
+    bits, size = checks.weight_and_grid(weight, bits, group_size)
     rows, columns = weight.shape
-    groups = weight.detach().to(dtype).view(rows, -1, size)
+    groups = weight.detach().to(checks.float_dtype(dtype, "dtype")).view(rows, -1, size)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     if not (low.isfinite().all() and high.isfinite().all()):
-        raise grid.not_finite(weight.to(dtype))
+        raise checks.not_finite(weight.to(dtype))
     maxq = 2**bits - 1
     scale = (high - low).clamp(min=1e-5) / maxq
     zero_point = (-torch.round(low / scale)).clamp(0, maxq)
@@ -220,44 +239,28 @@ def _rounding(bits: int, size: int, symmetric: bool, autoawq_grid: bool) -> Call
     return lambda weight: rtn.quantize(weight, bits, size, symmetric).dequantize()
 
 
-def _check_search(stacked: torch.Tensor, bits: int, group_size: int | None, rule: str, n_grid: int) -> int:
-    """Returns the group size, in_features where it is None."""
-    size = grid.check_weight(stacked, bits, group_size)
-    if not stacked.isfinite().all():
-        raise grid.not_finite(stacked, "weights")
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, wanted one of {', '.join(RULES)}")
-    if not isinstance(n_grid, int) or n_grid < 1:
-        raise ValueError(f"n_grid is {n_grid!r}, wanted a positive whole number")
-    return size
-
-
 def _stacked(weights: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
     """float32 [sum of out_features, in_features]. A single tensor is refused."""
-    if isinstance(weights, torch.Tensor) or not weights:
-        raise ValueError("weights is a tensor or empty, wanted a list of the weights that share an input")
+    if not isinstance(weights, list | tuple) or not weights:
+        what = "empty" if isinstance(weights, list | tuple) else checks.kind(weights)
+        raise ValueError(f"weights is {what}, wanted a list of the weights that share an input")
     for index, weight in enumerate(weights):
-        grid.check_matrix(weight, f"weights[{index}]")
+        checks.matrix(weight, f"weights[{index}]")
         if weight.shape[1] != weights[0].shape[1]:
             raise ValueError(f"weights[{index}] has in_features {weight.shape[1]}, weights[0] has {weights[0].shape[1]}")
     return torch.cat([weight.detach().float() for weight in weights])
 
 
 def _checked_mean(mean_abs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    checks.tensor(mean_abs, "mean_abs")
     if mean_abs.shape != weight.shape[1:]:
         raise ValueError(f"mean_abs has shape {list(mean_abs.shape)}, wanted one value for each of {weight.shape[1]} in_features")
-    mean_abs = mean_abs.to(weight)
-    if not mean_abs.isfinite().all() or (mean_abs < 0).any():
-        raise ValueError("mean_abs holds NaN, infinity or a negative number, wanted means of magnitudes")
+    mean_abs = checks.finite(mean_abs.to(weight), "mean_abs")
+    if (mean_abs < 0).any():
+        raise ValueError(f"mean_abs reaches down to {mean_abs.min().item():.3g}, wanted means of magnitudes")
     return mean_abs
 
 
-def _checked_gram(gram: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    columns = weight.shape[1]
-    if gram is None or gram.shape != (columns, columns):
-        got = "None" if gram is None else f"of shape {list(gram.shape)}"
-        raise ValueError(f"gram is {got}, wanted [{columns}, {columns}]: X^T X of the inputs")
-    gram = gram.to(weight)
-    if not gram.isfinite().all():
-        raise grid.not_finite(gram, "gram")
-    return gram
+def _checked_gram(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    checks.square(gram, "gram", weight.shape[1])
+    return checks.gram(gram.to(weight), "gram", weight.shape[1])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from labsupport.quant import nf4
+from labsupport.quant import checks, nf4
 from labsupport.quant.int8 import Int8Tensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 
@@ -129,7 +129,7 @@ def _about(packed: torch.Tensor, name: str) -> dict[str, Any]:
     try:
         about = json.loads(bytes(packed.tolist()))
         kind, size, dtype, shape = (about[key] for key in ("quant_type", "blocksize", "dtype", "shape"))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (AttributeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise FormatError(f"{name} is not the JSON that bitsandbytes writes: {type(error).__name__}: {error}") from error
     whole = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
     offset = about.get("nested_offset", 0.0)
@@ -143,5 +143,7 @@ def _about(packed: torch.Tensor, name: str) -> dict[str, Any]:
 
 def _expect(state: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype, count: int) -> None:
     tensor = state[name]
-    if tensor.dtype != dtype or tensor.numel() != count:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != count:
+        if not isinstance(tensor, torch.Tensor):
+            raise FormatError(f"{name} is {checks.kind(tensor)}, wanted a tensor")
         raise FormatError(f"{name} is {tensor.dtype} with {tensor.numel()} values, wanted {dtype} with {count}")

@@ -8,19 +8,19 @@ that loss is 2 H. A factor on H changes no code.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from labsupport.quant import gptq_fast, grid
+from labsupport.quant import checks, gptq_fast, grid
 from labsupport.quant.gptq_grids import GridRule, Grids
 from labsupport.quant.grid import UniformTensor
 
 # Damping where the factorization fails: ten times more, from at least a thousandth on, this many times before it is an error.
 RAISES, LEAST_RAISED = 3, 1e-3
-TILE = 256  # rows and columns of the Hessian that are compared with their mirror image at a time
 
 
 @torch.no_grad()
@@ -122,7 +122,12 @@ def quantize(
     Raises ValueError for NaN, infinity, a shape or group size that does not fit, bits outside 2-8, a Hessian that is zero,
     not symmetric or not positive definite; TypeError for a dtype that is not floating point.
     """
-    size = _check_weight(weight, bits, group_size, damping, block_size)
+    bits, size = checks.weight_and_grid(weight, bits, group_size)
+    if not weight.sum().isfinite():  # a finite sum has finite terms, and is quicker to know
+        checks.finite(weight, "weight")
+    block_size = checks.whole(block_size, "block_size", wanted="a positive whole number")
+    damping = checks.number(damping, "damping", 0, sys.float_info.max, "a share of the mean diagonal, 0 or more")
+    symmetric, scale_dtype = checks.flag(symmetric, "symmetric"), checks.float_dtype(scale_dtype, "scale_dtype")
     H = _checked_hessian(hessian, weight)
     if autogptq:
         stale_grids, scale_dtype, block_size = True, torch.float32, 128
@@ -134,6 +139,8 @@ def quantize(
     given = W
     if never_fed.any():
         W = W.masked_fill(never_fed, 0)
+    groups = W.reshape(rows, -1, size)
+    grid.stored_grids(groups.amin(2), groups.amax(2), bits, symmetric, scale_dtype)  # raises where one cannot be stored
     diagonal = H.diagonal().masked_fill(never_fed, 1)
     order = torch.argsort(diagonal, descending=True) if act_order else None
     if order is not None:
@@ -183,32 +190,10 @@ def _raising_damping(
     raise ValueError(f"hessian is not positive definite even with damping {tried:g}: it cannot be a sum of x x^T")
 
 
-def _check_weight(weight: torch.Tensor, bits: int, group_size: int | None, damping: float, block_size: int) -> int:
-    """Returns the group size, in_features where it is None."""
-    size = grid.check_weight(weight, bits, group_size)
-    if not weight.sum().isfinite() and not weight.isfinite().all():  # a finite sum has finite terms, and is quicker to know
-        raise grid.not_finite(weight)
-    if not (isinstance(block_size, int) and block_size >= 1):
-        raise ValueError(f"block_size is {block_size!r}, wanted a positive whole number")
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping is {damping}, wanted a share of the mean diagonal, 0 or more")
-    return size
-
-
 def _checked_hessian(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The Hessian in float32, on the weight's device."""
     columns = weight.shape[1]
-    grid.check_square(hessian, "hessian", columns)
-    hessian = hessian.detach().to(weight.device, torch.float32)
-    largest = hessian.diagonal().max().item()
-    tiles = [slice(start, start + TILE) for start in range(0, columns, TILE)]
-    gap = max((hessian[i, j] - hessian[j, i].t()).abs_().max().item() for i in tiles for j in tiles if i.start <= j.start)
-    if not gap < float("inf"):
-        raise grid.not_finite(hessian, "hessian")
-    if gap > 1e-3 * abs(largest):  # X^T X summed in float32 is symmetric to some 1e-6 of it
-        raise ValueError(f"hessian is not symmetric: entries differ from their mirror image by up to {gap:.3g}")
-    if hessian.diagonal().min() < 0:
-        raise ValueError(f"hessian has {hessian.diagonal().min().item():.3g} on its diagonal, wanted sums of squares")
-    if largest == 0:
+    hessian = checks.square(hessian, "hessian", columns).detach().to(weight.device, torch.float32)
+    if checks.gram(hessian, "hessian", columns).diagonal().max() == 0:
         raise ValueError("hessian is zero: the layer never saw an input")
     return hessian

@@ -60,7 +60,8 @@ class GridRule:
 
     def _spanning(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.autogptq:
-            scale, zero_point = stored_grids(low, high, self.bits, self.symmetric, self.scale_dtype)
+            # Errors of other columns may leave next to nothing in a group: that is no weight, and becomes 0.
+            scale, zero_point = stored_grids(low, high, self.bits, self.symmetric, self.scale_dtype, tiny_is_zero=True)
             return scale.float(), zero_point
         low, high = autogptq_range(low, high, self.symmetric)
         scale = (high - low) / (2**self.bits - 1)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from labsupport.quant import checks
+
 CHUNK = 2**18  # values to take at a time, few enough that they stay in a CPU's cache between the steps
 
 
@@ -25,7 +27,10 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes below 2**bits as one stream of bits, lowest bit first, in uint8 [ceil(n * bits / 8)].
 
     codes: any integer dtype, any shape, read row by row. The last byte is filled with zeros.
+    Raises ValueError and TypeError for what is no code of `bits` bits, which would spill into its neighbors.
     """
+    bits = checks.whole(bits, "bits", 1, 8)
+    codes = checks.codes(codes, bits)
     flat = codes.reshape(-1).to(torch.uint8)
     packed = flat.new_empty(-(-len(flat) * bits // 8))
     for part, into in zip(flat.split(CHUNK), packed.split(CHUNK * bits // 8), strict=True):
@@ -40,6 +45,10 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a stream made by `pack_bits`. uint8 [count]."""
+    bits, count = checks.whole(bits, "bits", 1, 8), checks.whole(count, "count", 0)
+    checks.tensor(packed, "packed", (torch.uint8,), "a tensor of bytes, torch.uint8")
+    if packed.ndim != 1 or 8 * len(packed) < count * bits:
+        raise ValueError(f"packed has shape {list(packed.shape)}, {count} codes of {bits} bits are {-(-count * bits // 8)} bytes")
     stream = _padded(packed[: -(-count * bits // 8)], bits).view(-1, bits)
     words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64).view(-1)
     for width in (32, 16, 8):
@@ -51,44 +60,6 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
     missing = -len(flat) % multiple
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
-
-
-def check_matrix(matrix: torch.Tensor, name: str = "weight", axes: str = "[out_features, in_features]") -> None:
-    """Raise TypeError for what is not a floating-point tensor, ValueError for a shape other than two axes, neither of them 0."""
-    if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
-        kind = matrix.dtype if isinstance(matrix, torch.Tensor) else type(matrix).__name__
-        raise TypeError(f"{name} is {kind}, wanted a floating-point tensor")
-    if matrix.ndim != 2 or matrix.numel() == 0:
-        raise ValueError(f"{name} has shape {list(matrix.shape)}, wanted {axes}, neither of them 0")
-
-
-def check_square(matrix: torch.Tensor, name: str, in_features: int) -> None:
-    """Raise TypeError for what is not a floating-point tensor, ValueError for a shape other than [in_features, in_features]."""
-    check_matrix(matrix, name, "[in_features, in_features]")
-    if matrix.shape != (in_features, in_features):
-        wanted = f"[{in_features}, {in_features}] for in_features {in_features}"
-        raise ValueError(f"{name} has shape {list(matrix.shape)}, wanted {wanted}")
-
-
-def not_finite(matrix: torch.Tensor, name: str = "weight") -> ValueError:
-    """The error for a matrix that holds NaN or infinity."""
-    kind, count = "NaN" if matrix.isnan().any() else "infinity", int((~matrix.isfinite()).sum())
-    return ValueError(f"{name} holds {kind}: {count} of {matrix.numel()} values are not finite")
-
-
-def check_weight(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
-    """Raise ValueError or TypeError for what cannot be quantized; return the group size, in_features where it is None."""
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}, wanted a whole number from 2 to 8")
-    check_matrix(weight)
-    in_features = weight.shape[1]
-    if group_size is None:
-        return in_features
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size is {group_size!r}, wanted a positive whole number, or None for a whole row")
-    if in_features % group_size:
-        raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
-    return group_size
 
 
 def scale_and_zero_point(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,18 +98,22 @@ def grids(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool) -> 
 
 
 def stored_grids(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype, tiny_is_zero: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grids`, with the scale in the dtype that it is stored in and a zero_point that belongs to the scale so rounded.
 
-    Raises ValueError for a scale that `scale_dtype` cannot hold.
+    Raises ValueError for a scale that `scale_dtype` cannot hold: too large for it, or so small that it would be 0 and with it all
+    weights of the group, unless `tiny_is_zero`.
     """
     scale, zero_point = grids(low, high, bits, symmetric)
     stored = scale.to(scale_dtype)
     if stored.isinf().any():
         raise ValueError(f"a scale of {scale.max().item():.3g} is more than {scale_dtype} holds: pass scale_dtype=torch.float32")
-    # A scale too small for the dtype would become 0 and divide by it; its weights are that small too, and become 0.
-    stored = torch.where(stored == 0, torch.ones_like(stored), stored)
+    if (lost := stored == 0).any():
+        if not tiny_is_zero:
+            least = scale[lost].min().item()
+            raise ValueError(f"a scale of {least:.3g} is less than {scale_dtype} holds: pass scale_dtype=torch.float32")
+        stored = stored.masked_fill(lost, 1)  # not to divide by 0
     if not symmetric:
         zero_point = torch.round(-low.clamp(max=0) / stored.float()).clamp_(0, 2**bits - 1)
     return stored, zero_point

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from labsupport.quant import grid
+from labsupport.quant import checks
 from labsupport.quant.grid import QuantizedTensor
 
 THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own layer has 0.0
@@ -26,6 +26,7 @@ THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own laye
 PER_CODE = 7.874015718698502e-3
 PER_PRODUCT = 6.200124e-05
 CHUNK = 2**18  # values to take at a time
+MOST_PRODUCTS = (2**31 - 1) // 128**2  # of int8 codes whose sum fits int32
 EXACT_IN_FLOAT32 = 1024  # this many products of int8 codes are at most 128**2 * 1024 = 2**24 in sum: float32 holds every such sum
 
 Granularity = Literal["row", "tensor"]
@@ -54,14 +55,13 @@ def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str =
     weight to float16 first: pass weight.half() for its bytes. Raises ValueError for NaN, infinity or a shape that does not fit;
     TypeError for a dtype that is not floating point.
     """
-    grid.check_matrix(matrix, name, "[rows, columns]")
-    if granularity not in ("row", "tensor"):
-        raise ValueError(f"granularity is {granularity!r}, wanted 'row' or 'tensor'")
+    checks.matrix(matrix, name, "[rows, columns]")
+    checks.choice(granularity, "granularity", ("row", "tensor"))
     matrix = matrix.detach()
     high, low = (matrix.amax(1), matrix.amin(1)) if granularity == "row" else (matrix.amax().view(1), matrix.amin().view(1))
     absmax = torch.maximum(high, -low).abs_().float()  # abs turns the -0.0 of a row of zeros into 0.0
     if not absmax.isfinite().all():
-        raise grid.not_finite(matrix, name)
+        raise checks.not_finite(matrix, name)
     factors = (127.0 / absmax)[:, None].expand(len(matrix), 1)
     codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
     step = max(1, CHUNK // matrix.shape[1])
@@ -73,8 +73,7 @@ def quantize(matrix: torch.Tensor, granularity: Granularity = "row", name: str =
 
 def outlier_columns(activations: torch.Tensor, threshold: float = THRESHOLD) -> torch.Tensor:
     """Columns in which any token reaches `threshold` in magnitude, ascending. float [tokens, features] -> int64 [outliers]."""
-    if not threshold >= 0:
-        raise ValueError(f"threshold is {threshold}, wanted a number from 0 up")
+    threshold = checks.number(threshold, "threshold", 0, wanted="a number from 0 up")
     return (activations.abs() >= threshold).any(0).nonzero().view(-1)
 
 
@@ -99,12 +98,16 @@ def quantize_activations(
 def matmul_int32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product a @ b.T of codes, exact: int8 [m, k] and int8 [n, k] -> int32 [m, n].
 
-    A sum of k products is at most 127**2 k in magnitude, so int32 holds it for k up to 133,144. On a CPU the sum is taken in
+    A sum of k products is at most 128**2 k in magnitude, so int32 holds it for k up to 131,071. On a CPU the sum is taken in
     parts of EXACT_IN_FLOAT32 columns, each of them one float32 product: processors without instructions for int8 are some 20
     times slower at integer products than at these.
     """
-    if a.dtype != torch.int8 or b.dtype != torch.int8:
-        raise TypeError(f"codes are {a.dtype} and {b.dtype}, wanted torch.int8 on both sides")
+    for matrix, name in ((a, "a"), (b, "b")):
+        checks.tensor(matrix, name, (torch.int8,), "torch.int8")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and b have shapes {list(a.shape)} and {list(b.shape)}, wanted [m, k] and [n, k]")
+    if a.shape[1] > MOST_PRODUCTS:
+        raise ValueError(f"a has {a.shape[1]} columns, and a sum of more than {MOST_PRODUCTS} products may not fit int32")
     if a.device.type == "cpu":
         parts = zip(a.split(EXACT_IN_FLOAT32, dim=1), b.split(EXACT_IN_FLOAT32, dim=1), strict=True)
         return sum(((x.float() @ y.float().t()).to(torch.int32) for x, y in parts), start=torch.zeros((), dtype=torch.int32))
@@ -126,8 +129,18 @@ def linear(
     outlier columns from it. Without it they are read back from int8, as bitsandbytes does, which keeps no second copy of the
     weight. threshold 0: all columns in int8. Raises ValueError for NaN, a negative threshold or shapes that do not fit.
     """
-    if activations.shape[-1] != weight.shape[1]:
-        raise ValueError(f"activations have {activations.shape[-1]} features, the weight has in_features {weight.shape[1]}")
+    checks.tensor(activations, "activations")
+    if activations.ndim != 2 or activations.shape[-1] != weight.shape[1]:
+        wanted = f"[tokens, {weight.shape[1]}], the weight's in_features"
+        raise ValueError(f"activations has shape {list(activations.shape)}, wanted {wanted}")
+    threshold = checks.number(threshold, "threshold", 0, wanted="a number from 0 up")
+    if bias is not None:
+        checks.tensor(bias, "bias", checks.FLOATS + checks.INTEGERS, "a tensor of numbers")
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias has shape {list(bias.shape)}, wanted [{weight.shape[0]}]")
+        checks.finite(bias, "bias")
+    if outlier_weight is not None and checks.matrix(outlier_weight, "outlier_weight").shape != weight.shape:
+        raise ValueError(f"outlier_weight has shape {list(outlier_weight.shape)}, wanted {list(weight.shape)}")
     quantized, columns = quantize_activations(activations.half(), threshold, granularity)
     scale = quantized.absmax[:, None] * weight.absmax[None]
     output = matmul_int32(quantized.codes, weight.codes) * scale * PER_PRODUCT

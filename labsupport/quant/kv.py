@@ -9,13 +9,14 @@ embedding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -41,16 +42,22 @@ class Part:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bits not in ("fp8", 16) and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):
-            raise ValueError(f"bits is {self.bits!r}, wanted a whole number from 2 to 8, 'fp8', or 16 for unchanged")
-        if self.axis not in AXES:
-            raise ValueError(f"axis is {self.axis!r}, wanted 'channel' or 'token'")
-        for name, least in (("group_size", 1), ("residual", 0), ("block", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}, wanted a whole number from {least} up")
-        if not isinstance(self.scale, int | float) or not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale is {self.scale!r}, wanted a number above 0")
+        checked: dict[str, Any] = {}
+        if not isinstance(self.bits, str) or self.bits != "fp8":
+            wanted = "a whole number from 2 to 8, 'fp8', or 16 for unchanged"
+            checked["bits"] = checks.whole(self.bits, "bits", 2, 16, wanted)
+            if 8 < checked["bits"] < 16:
+                raise ValueError(f"bits is {self.bits!r}, wanted {wanted}")
+        checks.choice(self.axis, "axis", AXES)
+        checked["group_size"] = checks.whole(self.group_size, "group_size")
+        checked["residual"] = checks.whole(self.residual, "residual", 0)
+        if self.block is not None:
+            checked["block"] = checks.whole(self.block, "block")
+        # What is divided by a smaller number is beyond float32.
+        least = torch.finfo(torch.float32).tiny
+        checked["scale"] = checks.number(self.scale, "scale", least, sys.float_info.max, "a number above 0")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.by_channel and self.step % self.group_size:
             raise ValueError(f"block {self.block} is not a multiple of group_size {self.group_size}: a group would stay half full")
 
@@ -224,12 +231,10 @@ def quantize(states: torch.Tensor, part: Part) -> QuantizedStates:
 
 def check_states(states: torch.Tensor, name: str) -> None:
     """Raise TypeError for what is not a floating-point tensor, ValueError for another shape, NaN or infinity."""
-    if not isinstance(states, torch.Tensor) or not states.is_floating_point():
-        raise TypeError(f"{name} is {getattr(states, 'dtype', type(states).__name__)}, wanted a floating-point tensor")
+    checks.tensor(states, name)
     if states.ndim != 4 or states.numel() == 0:
         raise ValueError(f"{name} has shape {list(states.shape)}, wanted [batch, heads, tokens, width], none of them 0")
-    if not states.isfinite().all():
-        raise grid.not_finite(states, name)
+    checks.finite(states, name)
 
 
 def check_width(width: int, part: Part, name: str) -> None:

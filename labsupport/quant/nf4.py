@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch.nn import functional as F
 
-from labsupport.quant import grid
+from labsupport.quant import checks
 from labsupport.quant.grid import QuantizedTensor
 
 BLOCK_SIZE = 64  # `labs quantize` has it from pipeline/methods.py
@@ -183,9 +183,11 @@ def quantize(
     Raises ValueError for NaN, infinity, a shape, block size or codebook that does not fit, a magnitude that `absmax_dtype` cannot
     hold, or `double_quant` with another dtype than float32; TypeError for a dtype that is not floating point.
     """
-    grid.check_matrix(weight)
+    checks.matrix(weight)
     rows, columns = weight.shape
-    levels = _checked_levels(codebook, block_size, double_quant, absmax_dtype)
+    block_size = checks.whole(block_size, "block_size", wanted="a positive whole number")
+    double_quant = checks.flag(double_quant, "double_quant")
+    levels = _checked_levels(codebook, double_quant, absmax_dtype)
     by_size = levels.argsort(stable=True)  # FP4's codes do not ascend
     ascending = levels[by_size]
     bounds = ((ascending[:-1] + ascending[1:]) / 2).tolist()
@@ -196,10 +198,12 @@ def quantize(
         if len(values) % block_size:
             absmax[-1].clamp_(min=SMALLEST_ABSMAX)
         stored = absmax.to(absmax_dtype)
-        if not stored.isfinite().all():
+        if not stored.float().isfinite().all():
             if not weight.isfinite().all():
-                raise grid.not_finite(weight)
+                raise checks.not_finite(weight)
             raise ValueError(f"a block's largest magnitude is {absmax.max().item():.3g}, more than {absmax_dtype} holds")
+        if (lost := (stored.float() == 0) & (absmax > 0)).any():
+            raise ValueError(f"a block's largest magnitude is {absmax[lost].min().item():.3g}, less than {absmax_dtype} holds")
         divided = _divided(values, stored.float(), block_size)
         packed.append(pack_nibbles(_count_below(F.pad(divided, (0, len(divided) % 2)), bounds)))
         largest.append(stored)
@@ -223,6 +227,8 @@ def nest(absmax: torch.Tensor) -> NestedAbsmax:
     The last bit of the mean, a float32 sum, depends on the number of threads, as it does in bitsandbytes.
     """
     offset = absmax.mean()
+    if not offset.isfinite():
+        raise ValueError(f"the magnitudes are too large to be quantized in their turn: their sum is more than {absmax.dtype} holds")
     centered = absmax - offset
     largest = _absmax(centered, NESTED_BLOCK_SIZE)
     table = _dynamic_table().to(absmax.device)
@@ -241,16 +247,17 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([packed >> 4, packed & 15], 1).view(-1)
 
 
-def _checked_levels(codebook: str | torch.Tensor, block_size: int, double_quant: bool, absmax_dtype: torch.dtype) -> torch.Tensor:
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size is {block_size!r}, wanted a positive whole number")
+def _checked_levels(codebook: str | torch.Tensor, double_quant: bool, absmax_dtype: torch.dtype) -> torch.Tensor:
     if double_quant and absmax_dtype != torch.float32:
         raise ValueError(f"absmax_dtype is {absmax_dtype}, wanted torch.float32 with double_quant: it replaces the stored dtype")
-    if not absmax_dtype.is_floating_point:
-        raise ValueError(f"absmax_dtype is {absmax_dtype}, wanted a floating-point dtype")
-    levels = levels_of(codebook) if isinstance(codebook, str) else codebook.detach().float().cpu()
-    if levels.shape != (16,) or not levels.isfinite().all():
-        raise ValueError(f"codebook has shape {list(levels.shape)}, wanted 16 finite levels")
+    if not isinstance(absmax_dtype, torch.dtype) or not absmax_dtype.is_floating_point:
+        raise ValueError(f"absmax_dtype is {absmax_dtype!r}, wanted a floating-point dtype")
+    if isinstance(codebook, str):
+        return levels_of(codebook)
+    levels = checks.tensor(codebook, "codebook", wanted="a name or a floating-point tensor of 16 levels").detach().float().cpu()
+    if levels.shape != (16,) or not levels.isfinite().all() or levels.abs().max() > 1 or len(levels.unique()) == 1:
+        held = levels.tolist() if levels.numel() < 20 else list(levels.shape)
+        raise ValueError(f"codebook is {held}, wanted 16 levels from -1 to 1")
     return levels
 
 

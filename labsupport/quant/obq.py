@@ -8,9 +8,11 @@ square root of its first entry (GPTQ, step 3).
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 from labsupport.quant.grid import UniformTensor
 
 
@@ -32,12 +34,12 @@ def quantize(
     (w - q)^2 / [H^-1]_pp; otherwise columns in order. Grids are chosen from the weight as it came. For layers small enough to
     watch; use gptq for others. Raises ValueError and TypeError as gptq does.
     """
-    size = grid.check_weight(weight, bits, group_size)
+    bits, size = checks.weight_and_grid(weight, bits, group_size)
+    damping = checks.number(damping, "damping", 0, sys.float_info.max, "a share of the mean diagonal, 0 or more")
+    symmetric, scale_dtype = checks.flag(symmetric, "symmetric"), checks.float_dtype(scale_dtype, "scale_dtype")
     rows, columns = weight.shape
-    grid.check_square(hessian, "hessian", columns)
-    for matrix, name in ((weight, "weight"), (hessian, "hessian")):
-        if not matrix.isfinite().all():
-            raise grid.not_finite(matrix, name)
+    checks.finite(weight, "weight")
+    checks.gram(hessian, "hessian", columns)
 
     groups = weight.detach().float().reshape(rows, -1, size)
     stored, zero_points = grid.stored_grids(groups.amin(2), groups.amax(2), bits, symmetric, scale_dtype)

@@ -23,13 +23,12 @@ from collections.abc import Mapping
 
 import torch
 
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 from labsupport.quant.gptq import GPTQTensor
 from labsupport.quant.grid import UniformTensor
 
 WORD = 32
 GPTQ_BITS = (2, 3, 4, 8)
-VERSIONS = (1, 2)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbors each nibble of a word holds
 AWQ_PLACES = tuple(AWQ_ORDER.index(neighbor) for neighbor in range(8))  # in which nibble each of eight neighbors is
 
@@ -40,16 +39,19 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Raises ValueError where n is not a multiple of 32 (of the codes in a word, if a word holds whole codes), and for a code that
     has more bits, which would spill into its neighbors.
     """
-    rows, count = codes.shape
+    bits = checks.bits(bits)
+    rows, count = checks.codes(codes, bits, ndim=2).shape
     if count * bits % WORD:
         raise ValueError(f"{count} codes of {bits} bits do not fill 32-bit words: wanted a multiple of {_whole(bits)}")
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
-        raise ValueError(f"codes reach from {codes.min().item():g} to {codes.max().item():g}, wanted 0 to {2**bits - 1}")
     return grid.pack_bits(codes, bits).view(torch.int32).view(rows, count * bits // WORD)
 
 
 def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `pack_rows`: int32 [rows, words] to uint8 [rows, words * 32 / bits]."""
+    bits = checks.bits(bits)
+    checks.tensor(words, "words", (torch.int32,), "a tensor of 32-bit words, torch.int32")
+    if words.ndim != 2:
+        raise ValueError(f"words has shape {list(words.shape)}, wanted two axes")
     rows, count = words.shape[0], words.shape[1] * WORD // bits
     return grid.unpack_bits(words.contiguous().view(-1).view(torch.uint8), bits, rows * count).view(rows, count)
 
@@ -70,7 +72,8 @@ def pack_gptq_zeros(zero_point: torch.Tensor, bits: int, version: int = 1) -> to
     Version 1 subtracts 1 and keeps `bits` bits, so that a zero-point of 0 becomes 2**bits - 1 and leaves its neighbors alone.
     AutoGPTQ 0.7.1 does not cut it, and the -1 fills the rest of the word with ones.
     """
-    stored = zero_point.to(torch.int16) - _less(version) & 2**bits - 1
+    bits = checks.bits(bits)
+    stored = checks.codes(zero_point, bits, "zero_point", 2).to(torch.int16) - _less(version) & 2**bits - 1
     return pack_rows(stored.t(), bits)
 
 
@@ -84,7 +87,7 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
 
     Its qzeros are the same of zero_point [out_features, groups], int32 [groups, out_features / 8].
     """
-    if codes.shape[0] % 8:
+    if checks.codes(codes, 4, ndim=2).shape[0] % 8:
         raise ValueError(f"out_features {codes.shape[0]} is not a multiple of 8, of which AWQ fills a word")
     eights = codes.t().reshape(-1, 8)[:, list(AWQ_ORDER)]
     return pack_rows(eights, 4).view(codes.shape[1], -1)
@@ -127,18 +130,19 @@ def groups_of(tensor: UniformTensor) -> torch.Tensor:
 def read_gptq(state: Mapping[str, torch.Tensor], bits: int, version: int = 1) -> GPTQTensor:
     """The weight of which a GPTQ checkpoint stores qweight, qzeros, scales and, if columns were reordered, g_idx.
 
-    Where every zero-point is 2**(bits - 1) the grid is taken for symmetric. Raises ValueError naming what is missing, of another
-    dtype, or of a shape that does not fit the others.
+    Where every zero-point is 2**(bits - 1) the grid is taken for symmetric. Raises ValueError naming what is missing or of a shape
+    that does not fit the others, TypeError naming what is of another dtype.
     """
-    if bits not in GPTQ_BITS:
+    if checks.bits(bits) not in GPTQ_BITS:
         raise ValueError(f"bits is {bits}, GPTQ's layout has {', '.join(map(str, GPTQ_BITS))}")
+    bits = int(bits)
     qweight, qzeros, scales = _parts(state)
     columns, rows = qweight.shape[0] * WORD // bits, qweight.shape[1]
     size = _group_size(scales, rows, columns)
     _expect("qzeros", qzeros, (len(scales), rows * bits // WORD))
     g_idx = state.get("g_idx")
     if g_idx is not None:
-        _expect("g_idx", g_idx, (columns,))
+        _expect("g_idx", checks.tensor(g_idx, "g_idx", (torch.int32, torch.int64), "torch.int32"), (columns,))
         if g_idx.min() < 0 or g_idx.max() >= len(scales):
             raise ValueError(f"g_idx names groups {int(g_idx.min())} to {int(g_idx.max())}, scales holds {len(scales)}")
         if torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // size):
@@ -173,7 +177,7 @@ def write_awq(tensor: UniformTensor) -> dict[str, torch.Tensor]:
 
 
 def read_awq(state: Mapping[str, torch.Tensor]) -> UniformTensor:
-    """The weight of which an AWQ checkpoint stores qweight, qzeros and scales. Raises ValueError as `read_gptq` does."""
+    """The weight of which an AWQ checkpoint stores qweight, qzeros and scales. Raises what `read_gptq` raises."""
     qweight, qzeros, scales = _parts(state)
     columns, rows = qweight.shape[0], qweight.shape[1] * 8
     size = _group_size(scales, rows, columns)
@@ -190,9 +194,7 @@ def read_awq(state: Mapping[str, torch.Tensor]) -> UniformTensor:
 
 
 def _less(version: int) -> int:
-    if version not in VERSIONS:
-        raise ValueError(f"version is {version!r}, wanted 1 or 2")
-    return 1 if version == 1 else 0
+    return 1 if checks.whole(version, "version", 1, 2, "1 or 2") == 1 else 0
 
 
 def _whole(bits: int) -> int:
@@ -205,10 +207,8 @@ def _parts(state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
         raise ValueError(f"the layer lacks {', '.join(missing)}")
     qweight, qzeros, scales = (state[name] for name in ("qweight", "qzeros", "scales"))
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} is {tensor.dtype}, wanted torch.int32")
-    if not scales.is_floating_point():
-        raise ValueError(f"scales is {scales.dtype}, wanted floating point")
+        checks.tensor(tensor, name, (torch.int32,), "torch.int32")
+    checks.tensor(scales, "scales", wanted="floating point")
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
         if tensor.ndim != 2 or tensor.numel() == 0:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, wanted two axes, neither of them 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 from labsupport.quant.grid import UniformTensor
 
 # Rows are taken a block at a time, small enough that a block stays in a CPU's last-level cache between the steps.
@@ -27,7 +27,8 @@ def quantize(
     Raises ValueError for NaN, infinity, a shape or group size that does not fit, bits outside 2-8, or a scale
     that `scale_dtype` cannot hold; TypeError for a dtype that is not floating point.
     """
-    size = grid.check_weight(weight, bits, group_size)
+    bits, size = checks.weight_and_grid(weight, bits, group_size)
+    symmetric, scale_dtype = checks.flag(symmetric, "symmetric"), checks.float_dtype(scale_dtype, "scale_dtype")
     rows, columns = weight.shape
     scales, zero_points, codes = [], [], []
     step = max(1, BLOCK_BYTES // (4 * columns))
@@ -37,7 +38,7 @@ def quantize(
         # Two passes, and yet many times faster on a CPU than aminmax, which PyTorch does not vectorize.
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         if not (low.isfinite().all() and high.isfinite().all()):
-            raise grid.not_finite(weight)
+            raise checks.not_finite(weight)
         stored, zero_point = grid.stored_grids(low, high, bits, symmetric, scale_dtype)
         codes.append(grid.pack_bits(grid.quantize(groups, stored.float(), zero_point, bits).to(torch.uint8), bits))
         scales.append(stored.flatten(1))
