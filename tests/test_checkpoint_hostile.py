@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import architectures
@@ -13,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from labsupport import checkpoint
-from labsupport.checkpoint import CheckpointError
+from labsupport.checkpoint import CheckpointError, measure, parts
 from labsupport.cli import app
 from labsupport.cli.messages import printable
+from labsupport.model import names, opened, text
 
 LINEAR = "model.layers.1.mlp.up_proj"
 QUICK = {"windows": 0, "group_size": 32}
@@ -117,3 +120,184 @@ def test_commands_print_through_one_place():
     folder = Path(checkpoint.__file__).parents[1] / "cli"
     assert {path.name for path in folder.glob("*.py") if "typer.echo(" in path.read_text()} == {"__init__.py", "messages.py"}
     assert (folder / "__init__.py").read_text().count("typer.echo(") == 1  # the help
+
+
+def fifo(name):
+    def spoil(directory):
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return spoil
+
+
+def device(name):
+    def spoil(directory):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to("/dev/zero")
+
+    return spoil
+
+
+def many(**settings):
+    def spoil(directory):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | settings))
+
+    return spoil
+
+
+NO_FILE = "is a directory, a pipe or a device|is a pipe, a socket or a device"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices here")
+@pytest.mark.parametrize("kind", ["source", "packed"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (fifo("config.json"), NO_FILE),
+        (fifo("model.safetensors"), NO_FILE),
+        (fifo("tokenizer.json"), NO_FILE),
+        (device("config.json"), NO_FILE),
+        (device("model.safetensors"), NO_FILE),
+        (device("tokenizer_config.json"), NO_FILE),
+        (many(num_hidden_layers=10**6), "asks for 1000000 blocks, the files hold"),
+        (many(num_hidden_layers=10**12), "asks for 1000000000000 blocks, the files hold"),
+    ],
+)
+def test_what_could_take_for_ever_is_refused_at_once(source, packed, tmp_path, kind, spoil, message):
+    """With a signal after 20 s in place of waiting for ever: none of these takes a second."""
+    directory = shutil.copytree(source if kind == "source" else packed / "gptq", tmp_path / "copy")
+    spoil(directory)
+
+    def too_late(*_):
+        raise AssertionError("still at work after 20 s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(directory) if kind == "packed" else checkpoint.quantize(directory, tmp_path / "out", "rtn", **QUICK)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("how", ["shorter", "gone"])
+def test_a_file_that_shrinks_during_a_run(source, tmp_path, monkeypatch, how):
+    """To read past the end of a mapped file kills a process. What is finished is kept; the run goes on when the file is back."""
+    directory = shutil.copytree(source, tmp_path / "copy")
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    real = parts.Parts.save
+
+    def save(self, block, tensors):
+        real(self, block, tensors)
+        if block.index == 0:
+            path.write_bytes(content[: len(content) // 2]) if how == "shorter" else path.unlink()
+
+    with monkeypatch.context() as during:
+        during.setattr(parts.Parts, "save", save)
+        words = f"has {len(content) // 2} bytes, it had {len(content)}" if how == "shorter" else "is gone since it was opened"
+        with pytest.raises(CheckpointError, match=f"model.safetensors of .*copy {words}"):
+            checkpoint.quantize(directory, tmp_path / "out", "rtn", **QUICK)
+    path.write_bytes(content)
+    made = []
+    monkeypatch.setattr(parts.Parts, "save", lambda self, block, tensors: (made.append(block.index), real(self, block, tensors)))
+    checkpoint.load(checkpoint.quantize(directory, tmp_path / "out", "rtn", **QUICK))
+    assert made == [1]
+
+
+WORDS = "def f(x):\n    return x + 1\n" * 400
+
+
+@pytest.fixture
+def text_of_words(tmp_path, monkeypatch):
+    """A file to calibrate on, and the same words to measure perplexity on."""
+    monkeypatch.setattr(text, "documents", lambda domain="code", split="heldout": [text.Document("words", WORDS)])
+    (tmp_path / "words.txt").write_text(WORDS)
+    return str(tmp_path / "words.txt")
+
+
+def warnings_of(source, out, words, method="gptq", **texts):
+    lines = []
+    settings = {"calibration": words, "length": 48, **QUICK, **texts}
+    checkpoint.quantize(source, out, method, warn=lines.append, **settings)
+    return lines
+
+
+def test_what_is_most_often_a_mistake_is_a_line_of_warning(source, tmp_path, text_of_words):
+    """96 is the most inputs that a linear of the model has."""
+    directory = shutil.copytree(source, tmp_path / "copy")
+    assert warnings_of(directory, tmp_path / "enough", text_of_words, samples=2) == []
+    (line,) = warnings_of(directory, tmp_path / "few", text_of_words, samples=1)
+    assert line.startswith("48 tokens of calibration text are fewer than the 96 inputs of a linear")
+    (directory / "adapter_config.json").write_text("{}")
+    (line,) = warnings_of(directory, tmp_path / "adapter", text_of_words, "rtn", samples=1)
+    assert "copy holds an adapter (adapter_config.json), which is not applied" in line
+    arguments = ["quantize", str(directory), "--out", str(tmp_path / "command"), "--method", "rtn", "--group-size", "32"]
+    done = CliRunner().invoke(app, [*arguments, "--windows", "0"])
+    assert done.exit_code == 0, done.output
+    assert len([line for line in done.stderr.splitlines() if "adapter" in line]) == 1
+
+
+def test_the_model_is_compared_with_transformers_own_reading(source, tmp_path, text_of_words, monkeypatch):
+    """Break what it guards: a tensor that is read under another's name, of the same shape and as good as any."""
+    settings = {"calibration": text_of_words, "length": 48, "group_size": 32, "windows": 1}
+    out = checkpoint.quantize(source, tmp_path / "out", "rtn", **settings)
+    measured = json.loads((out / "quantization_report.json").read_text())["perplexity"]
+    assert measured["compared"].startswith("On one window its loss is that of transformers' own reading of the model, ")
+    assert measured["compared"] in (out / "README.md").read_text()
+    real = names.from_file
+
+    def swapped(model):
+        other = {"model.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+        other |= {new: old for old, new in other.items()}
+        return lambda name: other.get(real(model)(name), real(model)(name))
+
+    monkeypatch.setattr(names, "from_file", swapped)
+    with pytest.raises(CheckpointError, match=r"labs reads .* otherwise than transformers does: on one window the loss is"):
+        checkpoint.quantize(source, tmp_path / "swapped", "rtn", **settings)
+    assert not (tmp_path / "swapped.partial").exists()
+    monkeypatch.setattr(measure, "COMPARED", 1000)  # not loaded as a whole, and so not noticed
+    out = checkpoint.quantize(source, tmp_path / "large", "rtn", **settings)
+    assert "Not compared with transformers' own reading of the model, whose " in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "foreign"),
+    [
+        ("gpt-neox", "gpt_neox.layers.0.attention.masked_bias", "gpt_neox.layers.0.attn.masked_bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attention.masked_bias"),
+    ],
+)
+def test_what_transformers_passes_over_is_passed_over(tmp_path, name, old, foreign):
+    """Its own lists, by architecture: what GPT-NeoX's older files hold is foreign to a Llama."""
+    directory = architectures.write(name, tmp_path / name)
+    changed(directory, "", lambda _: {old: torch.full((3,), float("inf"))})
+    out = checkpoint.quantize(directory, tmp_path / "out", "rtn", **QUICK)
+    changed(out, "", lambda _: {old: torch.full((3,), float("inf"))})
+    checkpoint.load(out)
+    assert checkpoint.inspect(out).findings == []
+    changed(directory, "", lambda _: {foreign: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=f"holds {foreign}, which its config does not know"):
+        checkpoint.quantize(directory, tmp_path / "again", "rtn", **QUICK)
+
+
+def test_whole_directories_in_the_names_of_files_and_in_those_of_the_model(tmp_path, monkeypatch):
+    """Mixtral's experts stand in its files one by one, and in transformers 5 in one tensor. Both are read."""
+    from transformers import AutoModelForCausalLM
+
+    directory = architectures.write("mixtral", tmp_path / "mixtral")
+    held = load_file(directory / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in held
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    inside = shutil.copytree(directory, tmp_path / "inside")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, inside / "model.safetensors")
+    loaded = [checkpoint.load(checkpoint.quantize(d, d.with_name(f"{d.name}-out"), "rtn", **QUICK))[0] for d in (directory, inside)]
+    ids = torch.arange(20)[None]
+    assert torch.equal(*(each(ids).logits for each in loaded))
+    # Of a model whose experts cannot be taken apart the cause is named, not tensors that are there after all.
+    monkeypatch.setattr(opened, "_leaves", lambda model: None)
+    words = r"holds model.layers.0.mlp.experts.0.w1.weight, of which transformers makes model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.quantize(directory, tmp_path / "closed", "rtn", **QUICK)

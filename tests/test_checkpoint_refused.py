@@ -439,15 +439,37 @@ def test_after_a_kill_at_the_very_end_nothing_stale_is_taken(source, words, tmp_
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def change_file(path):
+    """Another number in a file, whose name, size, header and time stay what they were: a shard of another model."""
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("method", "kept", "spoil"),
+    [
+        ("gptq", "model/model-00001-of-00004.safetensors", change_file),
+        ("gptq", "run/block-000.safetensors", change_file),
+        ("rtn", "model/model-00001-of-00004.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-5])),
+        ("rtn", "run/block-000.json", lambda path: path.write_text("{")),
+    ],
+)
 @pytest.mark.slow
-def test_a_damaged_block_of_an_unfinished_run(source, words, tmp_path, monkeypatch, method):
+def test_a_damaged_block_of_an_unfinished_run_is_made_again(source, words, tmp_path, monkeypatch, method, kept, spoil):
     unfinished(source, words, tmp_path / "out", monkeypatch, method=method)
-    path = tmp_path / "out.partial" / "model" / "model-00001-of-00004.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"a file in .*out.partial was damaged, and the run is dropped: run again"):
-        run(source, tmp_path / "out", method, words)
-    checkpoint.load(run(source, tmp_path / "out", method, words))
+    path = tmp_path / "out.partial" / kept
+    spoil(path)
+    made = []
+    real = parts.Parts.save
+    monkeypatch.setattr(parts.Parts, "save", lambda self, block, tensors: (made.append(block.index), real(self, block, tensors)))
+    run(source, tmp_path / "out", method, words)
+    assert made == [0, 2]  # the damaged one, and the one at which the run was stopped
+    run(source, tmp_path / "undisturbed", method, words)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "undisturbed" / file.name).read_bytes()
 
 
 def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(source, words, tmp_path, monkeypatch):
@@ -463,10 +485,21 @@ def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(source, words
     assert len(left) == 6  # three blocks, each as it will be stored and as the next ones need it
 
 
+@pytest.mark.slow
+def test_a_time_of_a_file_says_nothing(copy, words, tmp_path, monkeypatch):
+    unfinished(copy, words, tmp_path / "out", monkeypatch)
+    os.utime(shards(copy)[0], (1, 1))
+    made = []
+    real = parts.Parts.save
+    monkeypatch.setattr(parts.Parts, "save", lambda self, block, tensors: (made.append(block.index), real(self, block, tensors)))
+    run(copy, tmp_path / "out", "gptq", words)
+    assert made == [2]
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda model, words: os.utime(shards(model)[0], (1, 1)), "of another model, or of other files of this one"),
+        (lambda model, words: change_file(shards(model)[0]), "in which model.layers.0 was made of other weights than the model's"),
         (lambda model, words: change_config(model, rms_norm_eps=1e-3), "of another config.json"),
         (lambda model, words: words.write_text(WORDS[::-1]), "of another calibration text"),
     ],
@@ -475,10 +508,10 @@ def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(source, words
 def test_an_unfinished_run_of_something_else(copy, words, tmp_path, monkeypatch, change, difference):
     unfinished(copy, words, tmp_path / "out", monkeypatch)
     change(copy, words)
-    with pytest.raises(
-        CheckpointError, match=f"holds an unfinished run {difference}: ask for that again, or start over with --restart"
-    ):
-        run(copy, tmp_path / "out", "gptq", words)
+    for _ in range(2):  # nothing is lost by asking
+        with pytest.raises(CheckpointError, match=f"holds an unfinished run {difference}.* or start over with --restart"):
+            run(copy, tmp_path / "out", "gptq", words)
+    assert (tmp_path / "out.partial" / "run" / "block-001.json").exists()
     run(copy, tmp_path / "out", "gptq", words, restart=True)
 
 

@@ -70,7 +70,8 @@ class Facts:
 
     source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. left_in_float: how many values
     the other matrices of the blocks hold, by name, as they are stored. layers: what became of each linear.
-    texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed".
+    texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed"; "compared":
+    a sentence about transformers' own reading of the model.
     readers: what loads it.
     """
 
@@ -143,9 +144,11 @@ class Facts:
                 "",
                 f"Rounded to nearest, since too few tokens of the calibration text reached them: {', '.join(self.rounded)}.",
             ]
+        if "compared" in self.measured:
+            lines += ["", self.measured["compared"]]
         if "failed" in self.measured:
             lines += ["", f"Perplexity could not be measured: {self.measured['failed']}."]
-        elif self.measured:
+        elif "before" in self.measured:
             before, after = self.measured["before"], self.measured["after"]
             lines += [
                 "", f"Perplexity {after:.4f}, unquantized {before:.4f} ({100 * (after / before - 1):+.2f} %), on "

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from labsupport.checkpoint import card, layouts
-from labsupport.checkpoint.skeleton import IGNORED, empty_model_and_ties
+from labsupport.checkpoint.skeleton import empty_model_and_ties
 from labsupport.checkpoint.statistics import Offset, Order, group_means
 from labsupport.checkpoint.stored import Checkpoint, layout_of
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
-from labsupport.model import models, opened
+from labsupport.model import models, names, opened
 from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 
@@ -39,7 +39,7 @@ class Inspection:
     """What was found.
 
     known: checked and right. unknown: what the bytes cannot tell. nbytes: by what tensors are for. left_in_float: how many values
-    the matrices of the blocks hold that are not quantized, by full name.
+    the matrices of the blocks hold that are not quantized, by full name. ignored: tensors that the model has no use for any more.
     """
 
     directory: Path
@@ -49,6 +49,7 @@ class Inspection:
     weights: int = 0
     nbytes: dict[str, int] = field(default_factory=dict)
     left_in_float: dict[str, int] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -105,7 +106,7 @@ def inspect(directory: str | Path) -> Inspection:
         nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
     result.nbytes = {kind: size for kind, size in nbytes.items() if size}
     result.findings += _shortened(_completeness(checkpoint, result))
-    result.findings += _shortened(_check_floats(checkpoint.weights))
+    result.findings += _shortened(_check_floats(checkpoint.weights, result))
     _check_linears(checkpoint, result)
     return result
 
@@ -139,6 +140,8 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
     result.left_in_float = models.left_in_float(model)
+    ignored = names.ignored(model)
+    result.ignored = {name for name in weights if name not in shapes and ignored(name)}
     whole = {name: piece.parameter for name, piece in pieces.items() if piece.parameter in weights}
     for name in linears.keys() - quantized:
         result.left_in_float[f"{name}.weight"] = linears[name].weight.numel()
@@ -159,7 +162,7 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
             yield Finding(name, f"has shape {weights.shape(name)}, the config asks for {shape}")
     for name in sorted(weights):
         of_a_linear = any(name.startswith(linear + ".") for linear in linears)
-        if not of_a_linear and name not in shapes and name not in whole.values() and not name.endswith(IGNORED):
+        if not of_a_linear and name not in shapes and name not in whole.values() and name not in result.ignored:
             yield Finding(name, "is not known to the architecture")
     for name in sorted(quantized & linears.keys()):
         parts = NEEDED.get(checkpoint.layout, ())
@@ -170,11 +173,11 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
             yield Finding(name, f"holds a weight {got}, the config asks for {wanted}")
 
 
-def _check_floats(weights: Weights) -> Iterator[Finding]:
-    """Of every tensor that is not quantized."""
+def _check_floats(weights: Weights, result: Inspection) -> Iterator[Finding]:
+    """Of every tensor that is not quantized and that a loader reads."""
     for name in sorted(weights):
         kind = weights.kind(name)
-        if card.kind_of(name, kind) != "not quantized" or name.endswith(IGNORED):
+        if card.kind_of(name, kind) != "not quantized" or name in result.ignored:
             continue
         if kind not in FLOATS:
             yield Finding(name, f"is stored as {kind}, wanted one of {', '.join(FLOATS)}")

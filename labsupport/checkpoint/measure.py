@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from labsupport.checkpoint.skeleton import Skeleton
+from labsupport.checkpoint.weights import CheckpointError
 from labsupport.model import evaluate, models
 from labsupport.model.evaluate import Evaluation
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate
 from labsupport.pipeline.block import Block, Resident
+
+# A run holds a block at a time, and a model that is loaded as a whole for one window must not need more: 0.8 GB in float32.
+COMPARED = 200_000_000
+# The same products, summed in another order: each block may add some units in the last place, 2**-24, to what it is fed.
+# A head, a norm or a mask that is read wrongly changes the loss by percent.
+SAME = 1e-3
+
+
+def compare_with_transformers(source: Path, skeleton: Skeleton, stream: TokenStream, length: int) -> str:
+    """A sentence about whether the model, read block by block, is the one that transformers reads: by the loss on one window.
+
+    Raises CheckpointError where it is not, and what reading the files raises.
+    """
+    count = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    if count > COMPARED or 8 * count > psutil.virtual_memory().available:
+        return f"Not compared with transformers' own reading of the model, whose {count:,} parameters it would hold at once."
+    try:
+        ours = evaluate_streamed(skeleton.model, skeleton, stream, length, 1).mean_loss
+        model, _ = models.load_model(str(source), skeleton.device, torch.float32)
+        theirs = evaluate.evaluate(model, stream, length, 1).mean_loss
+    except (CheckpointError, SafetensorError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises: it can be quantized and yet not be run
+        return f"Not compared with transformers' own reading of the model: {type(error).__name__}: {error}".splitlines()[0] + "."
+    if ours != theirs and not abs(ours - theirs) <= SAME * max(1.0, theirs):
+        raise CheckpointError(
+            f"labs reads {source} otherwise than transformers does: on one window the loss is {ours:.4f} nats a token, "
+            f"{theirs:.4f} by from_pretrained. Please report it with the model's name; --windows 0 leaves this check out"
+        )
+    return f"On one window its loss is that of transformers' own reading of the model, {theirs:.4f} nats a token."
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from labsupport.checkpoint import layouts
-from labsupport.checkpoint.weights import INDEX, CheckpointError, read_json
+from labsupport.checkpoint.weights import INDEX, CheckpointError, SourceChanged, read_json
 from labsupport.model import files
 from labsupport.pipeline.block import Block
 from labsupport.pipeline.finished import FinishedBlocks
@@ -35,9 +35,9 @@ class Parts(FinishedBlocks):
     """Finished blocks of one run as they will be stored: packed, everything else rounded to `dtype`.
 
     What is rounded is kept exactly as well, in the run's folder, for the blocks that come after. names: the full name of each
-    block's module. to_file: from a name in the model to the one in the files. Raises CheckpointError where `out` exists, where
-    another run is at work, where OUT.partial is not an unfinished run, and where it holds a run with another identity and not
-    `restart`; files.WriteError where it cannot be written.
+    block's module. to_file: from a name in the model to the one in the files. source_of: a digest of what a block was read from.
+    Raises CheckpointError where `out` exists, where another run is at work, where OUT.partial is not an unfinished run, and where
+    it holds a run with another identity and not `restart`; files.WriteError where it cannot be written.
     """
 
     def __init__(
@@ -50,11 +50,12 @@ class Parts(FinishedBlocks):
         dtype: torch.dtype,
         restart: bool = False,
         to_file: Callable[[str], str] = str,
+        source_of: Callable[[Block], str] = lambda block: "",
     ):
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         super().__init__(self.partial / "run", identity)
         self.layout, self.names, self.bits, self.dtype, self.to_file = layout, names, bits, dtype, to_file
-        self.model = self.partial / "model"
+        self.model, self._source_of = self.partial / "model", source_of
         check_free(out)
         with files.explained(self.partial):
             _check_ours(self.partial)
@@ -96,6 +97,19 @@ class Parts(FinishedBlocks):
     def is_done(self, index: int) -> bool:
         """A report alone, as a run leaves that was killed right after its last step, does not count."""
         return super().is_done(index) and self.shard(index).exists()
+
+    def files(self, index: int) -> list[Path]:
+        return [self.shard(index), self.path(index, "safetensors")]
+
+    def source_of(self, block: Block) -> str:
+        return self._source_of(block)
+
+    def check_source(self, block: Block, source: str) -> None:
+        if self.source_of(block) != source:
+            raise SourceChanged(
+                f"{self.partial} holds an unfinished run in which {self.names[block.index]} was made of other weights than the "
+                "model's files now hold: bring those back, or start over with --restart"
+            )
 
     def any_done(self) -> bool:
         return any(self.is_done(index) for index in range(len(self.names)))

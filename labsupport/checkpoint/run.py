@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from labsupport import __version__
 from labsupport.checkpoint import card
 from labsupport.checkpoint.finish import finish
-from labsupport.checkpoint.measure import evaluate_streamed
+from labsupport.checkpoint.measure import compare_with_transformers, evaluate_streamed
 from labsupport.checkpoint.parts import Parts, check_free, in_one_line
 from labsupport.checkpoint.recipe import DTYPES, Recipe
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.texts import Texts, read_texts
 from labsupport.checkpoint.tokenizers import COPIED
-from labsupport.checkpoint.weights import CheckpointError, find, read_json
+from labsupport.checkpoint.weights import CheckpointError, SourceChanged, find, read_json
 from labsupport.model import models
 from labsupport.model.files import WriteError
 from labsupport.model.text import TextError, TokenStream
@@ -44,13 +44,15 @@ def quantize(
     device: str | torch.device | None = None,
     restart: bool = False,
     progress: bool = False,
+    warn: Callable[[str], object] = lambda line: None,
     **settings: Any,
 ) -> Path:
     """Quantize the model in a directory, or of a hub id, block by block, and write what AutoGPTQ, AutoAWQ or bitsandbytes would.
 
     settings: what Recipe.of takes. The codes are those of quantize_model with the same settings. A run that was stopped continues
     after its last finished block if everything is the same; restart: forget it. Returns `out`.
-    A measurement that fails is said in the card, and the checkpoint is written.
+    A measurement that fails is said in the card, and the checkpoint is written. warn: called before the work begins with a line
+    for each thing that is allowed and most often a mistake.
     Raises CheckpointError or TextError with a message of one line; `out` is then not there.
     """
     recipe, out, model_name = Recipe.of(method, **settings), Path(out), str(source)
@@ -64,23 +66,37 @@ def quantize(
     skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     recipe.check_model(models.linears(skeleton.model))
     texts = Texts(calibration, samples, length, windows)
+    for line in _warnings(source, skeleton, texts if recipe.method.needs_text else None):
+        warn(line)
     ids, held_out = read_texts(skeleton, source, texts, recipe.method.needs_text)
 
     identity = {**recipe.about(), "model": skeleton.weights.digest(), "config": _digest(config), "version": __version__}
     if ids is not None:
         identity |= {"calibration": _digest(ids.tolist())}
     names = [skeleton.name(block) for block in skeleton.blocks]
-    parts = Parts(out, identity, recipe.layout, names, recipe.bits, DTYPES[recipe.dtype], restart, skeleton.to_file)
+    dtype = DTYPES[recipe.dtype]
+    parts = Parts(out, identity, recipe.layout, names, recipe.bits, dtype, restart, skeleton.to_file, skeleton.digest)
     with _tidied(parts):
+        compared = {"compared": compare_with_transformers(source, skeleton, held_out, length)} if held_out is not None else {}
         reports = _quantize_blocks(skeleton, recipe, ids, parts, progress)
         parts.save_outside(skeleton.read(skeleton.outer))
-        measured = _measured_or_why_not(skeleton, parts, texts, held_out, progress)
+        measured = compared | _measured_or_why_not(skeleton, parts, texts, held_out, progress)
         weights = sum(layer.weight.numel() for layer in models.linears(skeleton.model).values())
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
         left = models.left_in_float(skeleton.model)
         facts = card.Facts(name, recipe.about(), weights, left, reports, vars(texts) if ids is not None else {}, measured)
         return finish(parts, skeleton.model, source, config, facts)
+
+
+def _warnings(source: Path, skeleton: Skeleton, texts: Texts | None) -> Iterator[str]:
+    """texts: None where the method looks at none."""
+    if (source / "adapter_config.json").is_file():
+        yield f"{source} holds an adapter (adapter_config.json), which is not applied: merge it into the weights first"
+    widest = max(layer.in_features for layer in models.linears(skeleton.model).values())
+    if texts is not None and texts.samples * texts.length < widest:
+        fewer = f"{texts.samples * texts.length} tokens of calibration text are fewer than the {widest} inputs of a linear"
+        yield f"{fewer}, and leave most of what is measured of them open: take more --samples or a longer --length"
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -128,13 +144,12 @@ def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream
         for name in ("before", "after"):
 
             def at_block(block: Block, name: str = name) -> None:
-                if name == "after":
-                    parts.read(block)
+                if name == "after" and parts.read(block) is None:
+                    raise CheckpointError(f"{parts.shard(block.index)} is not what was written to it")
                 bar.update()
 
             evaluation = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block)
-            # The loss of a broken model can be so large that its exponential is more than a float holds.
-            measured[name] = evaluation.perplexity if evaluation.mean_loss < 700 else float("inf")
+            measured[name] = evaluation.perplexity
     windows = len(stream.windows(texts.length, texts.windows))
     return measured | {"text": stream.source, "sha256": stream.sha256, "windows": windows, "length": texts.length}
 
@@ -149,7 +164,7 @@ def _tidied(parts: Parts) -> Iterator[None]:
         raise CheckpointError(f"a file in {parts.partial} was damaged, and the run is dropped: run again ({error})") from error
     except BaseException as error:
         # What is wrong with the model or the settings will be wrong again. A full disk and Ctrl-C need not happen again.
-        keep = not isinstance(error, ValueError) and parts.any_done()
+        keep = (isinstance(error, SourceChanged) or not isinstance(error, ValueError)) and parts.any_done()
         if keep:
             parts.release()
         else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,10 @@ from torch import nn
 
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
 from labsupport.model import models, names, opened
-from labsupport.pipeline.block import Resident
+from labsupport.pipeline.block import Block, Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Endings of tensors that older libraries saved and newer ones compute.
-IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
 def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
@@ -34,11 +33,11 @@ def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
 
 def empty_model_and_ties(directory: Path, weights: Weights) -> tuple[PreTrainedModel, tuple[str, str] | None]:
     """`empty_model`, and two parameters that config.json ties and whose values in the files differ; None where there are none."""
-    model = _empty_model(directory, {})
+    model = _empty_model(directory, weights, {})
     weights.rename(names.from_file(model))
     differing = _differing_ties(model, weights)
     if differing is not None:
-        model = _empty_model(directory, {"tie_word_embeddings": False})
+        model = _empty_model(directory, weights, {"tie_word_embeddings": False})
         if (tied := _differing_ties(model, weights)) is not None:
             raise CheckpointError(f"{directory} holds different values for {tied[0]} and {tied[1]}, which its architecture ties")
     return model, differing
@@ -69,8 +68,11 @@ def _equal(weights: Weights, one: str, other: str) -> bool:
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 
-def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
-    """With `changes` to what config.json says, and tied as that then asks for."""
+def _empty_model(directory: Path, weights: Weights, changes: dict[str, Any]) -> PreTrainedModel:
+    """With `changes` to what config.json says, and tied as that then asks for.
+
+    Raises CheckpointError as well where the config asks for more blocks than the files hold tensors: to make them would take long.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,8 +89,13 @@ def _empty_model(directory: Path, changes: dict[str, Any]) -> PreTrainedModel:
     settings.pop("auto_map", None)  # code that comes with a checkpoint is never run
     try:
         config = AutoConfig.for_model(kind, **settings)
+        count = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(count, int) and count > len(weights):
+            raise CheckpointError(f"{directory / 'config.json'} asks for {count} blocks, the files hold {len(weights)} tensors")
         with init_empty_weights(include_buffers=False), no_init_weights():  # there is nothing to fill, and it takes long
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -106,6 +113,7 @@ class Skeleton(Resident):
 
     def __init__(self, directory: Path, device: torch.device | str = "cpu"):
         self.weights, self.device = Weights(directory), torch.device(device)
+        self._digests: dict[str, bytes] = {}  # SHA-256 of the tensors that were read so far
         self.model = empty_model(directory, self.weights)
         self.to_file = names.to_file(self.model)
         try:
@@ -126,11 +134,16 @@ class Skeleton(Resident):
         wanted = {name: list(p.shape) for name, p in self.model.state_dict().items()}
         tied = wanted.keys() - {name for name, _ in self.model.named_parameters()} - {n for n, _ in self.model.named_buffers()}
         whole = {name: piece for name, piece in self.pieces.items() if piece.parameter in self.weights}
+        shapes = wanted | {piece.parameter: list(piece.shape) for piece in whole.values()}
+        target_of, ignored = names.made_of(self.model), names.ignored(self.model)
+        for name in sorted(self.weights.keys() - shapes.keys()):
+            if (target := target_of(name)) is not None:
+                reason = f"of which transformers makes {target} when it loads the model, as labs does not"
+                raise CheckpointError(f"{directory} holds {name}, {reason}: save the model in another form")
         if missing := sorted(wanted.keys() - self.weights.keys() - tied - whole.keys()):
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise CheckpointError(f"{directory} lacks {missing[0]}{more}, which its config asks for")
-        shapes = wanted | {piece.parameter: list(piece.shape) for piece in whole.values()}
-        foreign = sorted(name for name in self.weights.keys() - shapes.keys() if not name.endswith(IGNORED))
+        foreign = sorted(name for name in self.weights.keys() - shapes.keys() if not ignored(name))
         if foreign:
             more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
             raise CheckpointError(f"{directory} holds {foreign[0]}{more}, which its config does not know")
@@ -157,7 +170,23 @@ class Skeleton(Resident):
             if piece is None or piece.parameter not in self.weights
             else piece.take(self.weights[piece.parameter])
         )
-        return held.to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+        copied = held.to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if name not in self._digests:  # 1.4 GB a second were measured: ten seconds for 7B parameters in float16
+            self._digests[name] = sha256(held.contiguous().view(-1).view(torch.uint8).numpy()).digest()
+        return copied
+
+    def digest(self, block: Block) -> str:
+        """Of the tensors of a block as they stand in the files, and of those outside the blocks if the blocks are fed by them."""
+        start = self.name(block.module) + "."
+        return self._digest(name for name in self._digests if name.startswith(start)) + self._digest_outside
+
+    @cached_property
+    def _digest_outside(self) -> str:
+        """Settled when the first block is done: by then they have been read, or no block depends on them."""
+        return self._digest(name for name in self.outer if name in self._digests)
+
+    def _digest(self, names: Iterable[str]) -> str:
+        return sha256(b"".join(name.encode() + self._digests[name] for name in sorted(names))).hexdigest()
 
     @contextmanager
     def outside(self) -> Iterator[None]:

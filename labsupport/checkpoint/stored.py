@@ -13,7 +13,7 @@ from torch import nn
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.skeleton import empty_model
 from labsupport.checkpoint.weights import CheckpointError, Weights, read_json
-from labsupport.model import opened
+from labsupport.model import names, opened
 from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor
 
@@ -127,14 +127,14 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
             raise CheckpointError(f"{name}.{part} in {directory} {message}")
         values[f"{name}.weight"] = tensor.dequantize()
         taken |= {f"{name}.{part}" for part in checkpoint.state(name) if part != "bias"}
+    wanted, ignored = model.state_dict().keys(), names.ignored(model)
     for name in checkpoint.weights:
-        if name not in taken:
+        if name not in taken and not (name not in wanted and ignored(name)):
             if not all(part.isfinite().all() for part in checkpoint.weights.in_parts(name)):
                 raise CheckpointError(f"{name} in {directory} holds NaN or infinity")
             values |= taken_apart.parts(name, checkpoint.weights[name].to(torch.float32, copy=True))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = parameters.keys() - dict(model.named_parameters()).keys()
-    wanted = model.state_dict().keys()
     if missing := sorted(wanted - values.keys() - tied):
         raise CheckpointError(f"{directory} lacks {missing[0]}, which its config asks for")
     if foreign := sorted(values.keys() - wanted):

@@ -26,10 +26,25 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, written or quantized."""
 
 
+class SourceChanged(CheckpointError):
+    """The files that are read are not what they were when the run began. What was made of them so far is kept."""
+
+
+def check_regular(directory: Path) -> None:
+    """Raise CheckpointError for a pipe, a socket or a device in a model directory: reading one may never end."""
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a pipe, a socket or a device, wanted a file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError naming the file."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is a directory, a pipe or a device, wanted a file")
         content = json.loads(path.read_text("utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} holds no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -54,6 +69,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __init__(self, directory: Path, any_name: bool = False):
         self.directory = directory
+        self._sizes: dict[str, int] = {}  # of files, in bytes
         self.files = self._list(any_name)
         self._open: dict[str, Any] = {}  # handles of safetensors, which has no types
         self._stack = ExitStack()
@@ -70,6 +86,7 @@ class Weights(Mapping[str, torch.Tensor]):
         """From tensors to files, as the index has it; or the one file."""
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory")
+        check_regular(self.directory)
         if (self.directory / SINGLE).is_file():
             return [SINGLE]
         index = self.directory / INDEX
@@ -100,6 +117,7 @@ class Weights(Mapping[str, torch.Tensor]):
         if not path.is_file():
             raise CheckpointError(f"{file} is missing in {self.directory}, and its index names it")
         try:
+            self._sizes[file] = path.stat().st_size
             self._open[file] = self._stack.enter_context(safe_open(path, "pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or not safetensors: {error}") from error
@@ -117,7 +135,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.places:
             raise KeyError(name)
-        file, stored = self.places[name]
+        file, stored = self._place(name)
         return self._open[file].get_tensor(stored)
 
     def rename(self, rename: Callable[[str], str]) -> None:
@@ -162,8 +180,19 @@ class Weights(Mapping[str, torch.Tensor]):
             yield self._slice(name)[start : start + ROWS]
 
     def _slice(self, name: str) -> Any:
-        file, stored = self.places[name]
+        file, stored = self._place(name)
         return self._open[file].get_slice(stored)
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Where a tensor is. Raises SourceChanged where its file is not as long as it was: to read past its end kills a process."""
+        file, stored = self.places[name]
+        try:
+            size = (self.directory / file).stat().st_size
+        except OSError as error:
+            raise SourceChanged(f"{file} of {self.directory} is gone since it was opened: {error.strerror}") from error
+        if size != self._sizes[file]:
+            raise SourceChanged(f"{file} of {self.directory} has {size} bytes, it had {self._sizes[file]} when it was opened")
+        return file, stored
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under a module's name, by the rest of their names."""
@@ -171,14 +200,13 @@ class Weights(Mapping[str, torch.Tensor]):
         return {name.removeprefix(start): self[name] for name in self.places if name.startswith(start)}
 
     def digest(self) -> str:
-        """Of every file's name, size, time and header: what tells these weights from others without reading them all."""
+        """Of every file's name, size and header: what tells these weights from those of another model without reading them."""
         digest = hashlib.sha256()
         for file in sorted({file for file, _ in self.places.values()}):
-            stat = (self.directory / file).stat()
             with (self.directory / file).open("rb") as stream:
                 header = stream.read(8)
                 header += stream.read(int.from_bytes(header, "little"))
-            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns} ".encode() + header)
+            digest.update(f"{file} {self._sizes[file]} ".encode() + header)
         return digest.hexdigest()
 
     def close(self) -> None:

@@ -100,6 +100,7 @@ def quantize(
             model, out, method, bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order,
             static_groups=static_groups, damping=damping, double_quant=double_quant, calibration=calibration, samples=samples,
             length=length, windows=windows, layout=layout, dtype=dtype, device=device, restart=restart, progress=True,
+            warn=lambda line: echo(f"labs quantize: {line}", err=True),
         )  # fmt: skip
     except (ValueError, OSError) as error:
         fail("quantize", error)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +20,10 @@ from labsupport.quant.grid import QuantizedTensor
 
 class FinishedBlocks:
     """run.json says what the blocks are of. Of each block, block-NNN.safetensors holds its weights as they have become, and
-    block-NNN.json, written last, its reports: a block that has one is whole.
+    block-NNN.json, written last, its reports and the checksums of its files: a block that has one is whole.
 
     folder: made before the first block is worked on. identity: all that the blocks depend on, by name. A class that stores blocks
-    in another form overrides `is_done`, `save` and `restore`.
+    in another form overrides `is_done`, `files`, `save` and `restore`.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object]):
@@ -55,19 +56,46 @@ class FinishedBlocks:
         return self.path(index, "json").exists()
 
     def read(self, block: Block) -> dict[str, LayerReport] | None:
-        """Put back what a block has become and return its reports, by full name; None where it is not finished."""
+        """Put back what a block has become and return its reports, by full name.
+
+        None where it is not finished, or where its files are not as they were written: it is to be made again.
+        """
         self.begin()
-        if not self.is_done(block.index):
+        if not self.is_done(block.index) or (kept := self._intact(block.index)) is None:
             return None
+        self.check_source(block, kept["source"])
         self.restore(block)
-        rows = json.loads(self.path(block.index, "json").read_text())
-        return {name: LayerReport(**row) for name, row in rows.items()}
+        return {name: LayerReport(**row) for name, row in kept["reports"].items()}
+
+    def _intact(self, index: int) -> dict[str, Any] | None:
+        """What block-NNN.json holds, where the block's files have the checksums that stand in it."""
+        try:
+            kept = json.loads(self.path(index, "json").read_text("utf-8"))
+            held = {path.name: file_digest(path) for path in self.files(index)}
+            return kept if kept["sha256"] == held else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def check_source(self, block: Block, source: str) -> None:
+        """Raise ValueError where a block was made of other weights than it now has. source: what source_of gave then."""
+
+    def source_of(self, block: Block) -> str:
+        """What the block's weights were read from, where the run's identity does not say it."""
+        return ""
+
+    def files(self, index: int) -> list[Path]:
+        """Of a block, beside its reports."""
+        return [self.path(index, "safetensors")]
 
     def write(self, block: Block, reports: Mapping[str, LayerReport], tensors: Mapping[str, QuantizedTensor]) -> None:
         """Keep a block. tensors: what is stored for its linears, which hold what it reads back as. Raises files.WriteError."""
         self.save(block, tensors)
-        rows = {name: asdict(report) for name, report in reports.items()}
-        files.write_text(self.path(block.index, "json"), json.dumps(rows), sync=True)
+        kept = {
+            "reports": {name: asdict(report) for name, report in reports.items()},
+            "sha256": {path.name: file_digest(path) for path in self.files(block.index)},
+            "source": self.source_of(block),
+        }
+        files.write_text(self.path(block.index, "json"), json.dumps(kept), sync=True)
 
     def save(self, block: Block, tensors: Mapping[str, QuantizedTensor]) -> None:
         """Write all that a block has become."""
@@ -78,6 +106,12 @@ class FinishedBlocks:
         from safetensors.torch import load_file
 
         block.module.load_state_dict(load_file(self.path(block.index, "safetensors")))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(model: nn.Module, method: str, ids: torch.Tensor | None, settings_of: Callable[[str], Settings | None]) -> str:
