@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from labsupport import PACKAGE
-from labsupport.cli.messages import echo, echo_lines, fail
+from labsupport.cli.messages import echo, echo_lines, fail, stopped
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
@@ -88,7 +88,10 @@ def check(
     timeout: Annotated[int | None, typer.Option(min=1, help="Seconds for each cell, after which it is interrupted.")] = None,
     folder: Folder = None,
 ) -> None:
-    """Run your copy of one notebook from top to bottom and say how its exercises stand. Exit 1 if one is wrong."""
+    """Run your copy of one notebook from top to bottom and say how its exercises stand. Exit 1 if one is wrong.
+
+    Ctrl-C ends it, says in which exercise it stood and shows the verdicts so far.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -103,16 +106,20 @@ def check(
         fail("check", error)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"running {copy.name}", total=len(notebook.cells) + 1)
+        task = progress.add_task(f"running {copy.name}", total=len(notebook.cells))
         try:
             outcome = check_notebook(
                 notebook, int(path.name[:2]), copy.parent, lambda index: progress.update(task, completed=index), timeout
             )
-        except RuntimeError as error:  # nbclient raises it when a kernel dies
-            fail("check", f"the kernel died while running {copy.name}, perhaps for lack of memory ({error})")
+        except RuntimeError as error:  # nbclient raises it when a kernel dies as it starts
+            fail("check", f"the kernel for {copy.name} did not start ({error})")
     for text in (*outcome.checks, *outcome.errors):
         echo_lines(text)
     if outcome.tally:
         echo_lines("\n" + outcome.tally)
+    if outcome.interrupted:
+        stopped("check", f"It stood {outcome.stopped.removeprefix('stopped ')}; what is above is what was found before")
+    if outcome.stopped:
+        fail("check", outcome.stopped)
     if outcome.wrong:
         raise typer.Exit(1)
