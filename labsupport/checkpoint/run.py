@@ -74,8 +74,13 @@ def quantize(
     if ids is not None:
         identity |= {"calibration": _digest(ids.tolist())}
     names = [skeleton.name(block) for block in skeleton.blocks]
+
+    def source_of(block: Block) -> str:
+        """What a block depends on: its own tensors, and where text is looked at those that feed the first block."""
+        return skeleton.digest(block) + (skeleton.digest_outside() if recipe.method.needs_text else "")
+
     dtype = DTYPES[recipe.dtype]
-    parts = Parts(out, identity, recipe.layout, names, recipe.bits, dtype, restart, skeleton.to_file, skeleton.digest)
+    parts = Parts(out, identity, recipe.layout, names, recipe.bits, dtype, restart, skeleton.to_file, source_of)
     with _tidied(parts):
         compared = {"compared": compare_with_transformers(source, skeleton, held_out, length)} if held_out is not None else {}
         reports = _quantize_blocks(skeleton, recipe, ids, parts, progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,14 +175,13 @@ class Skeleton(Resident):
         return copied
 
     def digest(self, block: Block) -> str:
-        """Of the tensors of a block as they stand in the files, and of those outside the blocks if the blocks are fed by them."""
+        """Of the tensors of a block as they stood in the files when they were first read."""
         start = self.name(block.module) + "."
-        return self._digest(name for name in self._digests if name.startswith(start)) + self._digest_outside
+        return self._digest(name for name in self._digests if name.startswith(start))
 
-    @cached_property
-    def _digest_outside(self) -> str:
-        """Settled when the first block is done: by then they have been read, or no block depends on them."""
-        return self._digest(name for name in self.outer if name in self._digests)
+    def digest_outside(self) -> str:
+        """Of the tensors outside the blocks, which have been read where text went through the embedding."""
+        return self._digest(self.outer)
 
     def _digest(self, names: Iterable[str]) -> str:
         return sha256(b"".join(name.encode() + self._digests[name] for name in sorted(names))).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -108,6 +109,8 @@ def _run(
         reason = INTERRUPTED
         stopping.append(asyncio.ensure_future(client.km.shutdown_kernel(now=True)))
 
+    quiet = logging.Logger("labs check")  # a kernel that died is said in our own words
+    quiet.addHandler(logging.NullHandler())
     stopping: list[asyncio.Future] = []  # held, or it might be collected before it is done
     client = NotebookClient(
         copy,
@@ -120,6 +123,7 @@ def _run(
         extra_arguments=["--log-level=ERROR"],
         coalesce_streams=False,  # nbclient's patterns take minutes on a long line; `_text` joins the pieces
         on_cell_start=started,
+        log=quiet,
     )
     env = {k: v for k, v in os.environ.items() if k != "LABS_STRICT"}  # a wrong answer is to be counted, not raised
     path = [str(PACKAGE.parent), env.get("PYTHONPATH", "")]
