@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn.utils import prune
 
 from labsupport import checkpoint
 from labsupport.evidence import claims, sweep
@@ -96,7 +97,7 @@ def normed(model):
 
 
 def pruned(model):
-    torch.nn.utils.prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
+    prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
     return model
 
 

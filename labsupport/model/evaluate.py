@@ -70,10 +70,14 @@ class Interval:
         return f"{100 * self.change:+.2f} % [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
 
 
-def _batches(stream: TokenStream, length: int, count: int | None, progress: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows and the document of each token, both [batch, length]."""
+def _check_stream(stream: TokenStream) -> None:
     if not isinstance(stream, TokenStream):
         raise TypeError(f"stream is {checks.kind(stream)}, wanted a TokenStream, as load_text gives it")
+
+
+def _batches(stream: TokenStream, length: int, count: int | None, progress: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows and the document of each token, both [batch, length]."""
+    _check_stream(stream)
     length = checks.whole(length, "length", 2, wanted="at least 2 tokens: one to read and one to predict")
     batches = stream.positions(length, quick.windows(count)).split(BATCH)
     for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
@@ -90,6 +94,7 @@ def evaluate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {checks.kind(model)}, wanted a causal language model")
+    _check_stream(stream)
     device = next(model.parameters()).device
     if device.type == "meta":
         raise models.ModelError("the model is on the meta device, which holds shapes and no values: load its weights first")
