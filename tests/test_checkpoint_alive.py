@@ -60,7 +60,7 @@ def test_what_is_kept_does_not_grow_with_the_blocks(source, tmp_path, monkeypatc
 
     monkeypatch.setattr(Skeleton, "block", counted)
     run(source, tmp_path / "out", method, words, windows=2)
-    # Four passes: the comparison, quantizing, perplexity before, perplexity after. What the first block leaves may stay until the next.
+    # Passes: the comparison, quantizing, perplexity before and after. What the first block leaves may stay until the next.
     assert [index for index, _ in seen] == [*range(BLOCKS)] * 4
     for (before, first), (index, then) in pairwise(seen):
         assert index == 0 or before == 0 or then <= first + SLACK, seen
