@@ -171,7 +171,7 @@ class Skeleton(Resident):
         )
         copied = held.to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
         if name not in self._digests:  # 1.4 GB a second were measured: ten seconds for 7B parameters in float16
-            self._digests[name] = sha256(held.contiguous().view(-1).view(torch.uint8).numpy()).digest()
+            self._digests[name] = sha256(held.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
         return copied
 
     def digest(self, block: Block) -> str:

@@ -114,10 +114,10 @@ def search(
     for i in range(n_grid):
         scale = scale_at(i / n_grid, mean_abs, magnitude)
         values = rounded(stacked * scale).div_(scale)  # Q(W s) / s
-        found = loss(list(values.split(rows)))
+        found: object = loss(list(values.split(rows)))
         if not isinstance(found, Real):
             raise TypeError(f"loss returns {checks.kind(found)}, wanted a number")
-        losses[i] = found
+        losses[i] = float(found)
         if losses[i] < (math.inf if best is None else losses[best]):
             best, best_scale = i, scale
     if best is None:

@@ -29,6 +29,7 @@ from labsupport.quant.grid import UniformTensor
 
 WORD = 32
 GPTQ_BITS = (2, 3, 4, 8)
+VERSIONS = (1, 2)  # of how GPTQ stores zero-points
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbors each nibble of a word holds
 AWQ_PLACES = tuple(AWQ_ORDER.index(neighbor) for neighbor in range(8))  # in which nibble each of eight neighbors is
 
@@ -194,7 +195,7 @@ def read_awq(state: Mapping[str, torch.Tensor]) -> UniformTensor:
 
 
 def _less(version: int) -> int:
-    return 1 if checks.whole(version, "version", 1, 2, "1 or 2") == 1 else 0
+    return 1 if checks.whole(version, "version", VERSIONS[0], VERSIONS[1], "1 or 2") == 1 else 0
 
 
 def _whole(bits: int) -> int:
