@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labsupport import quant
@@ -116,6 +116,9 @@ def test_numbers_of_numpy_are_numbers(call):
     assert repr(one) == repr(other)  # no NumPy number is kept in it either
 
 
+@example(2.5, 4, (0, 0))
+@example(float("nan"), 4, (31, 31))
+@example(16, 4, (7, 3))
 @settings(max_examples=60)
 @given(st.integers(-300, 300) | st.floats(width=32), st.integers(2, 8), st.tuples(st.integers(0, 31), st.integers(0, 31)))
 def test_a_code_that_is_none_is_refused_wherever_it_stands(value, bits, place):
