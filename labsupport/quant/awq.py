@@ -261,6 +261,6 @@ def _checked_mean(mean_abs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return mean_abs
 
 
-def _checked_gram(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    checks.square(gram, "gram", weight.shape[1])
-    return checks.gram(gram.to(weight), "gram", weight.shape[1])
+def _checked_gram(gram: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    given = checks.square(gram, "gram", weight.shape[1])
+    return checks.gram(given.to(weight), "gram", weight.shape[1])
