@@ -35,7 +35,7 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
         "(extra < left)": "the budget need not be used up",
         "(saved > -1)": "what gains nothing is bought last", "(saved >= 0)": "what gains nothing is bought last",
     },
-    "4.3": {"if not threshold": "this refuses thresholds below 0, which nobody asks for"},
+    "4.3": {'checks.number(threshold, "threshold"': "this refuses thresholds below 0, which nobody asks for"},
     "4.5": {"_two_columns(": "any column far above all thresholds, and any between two of them"},
     "4.6": {
         "torch.randn(2": "any noise of size 1 does",
@@ -43,6 +43,7 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
         "apart, together = ": "one of two that are compared",
         "together, apart = (layer(a) +": "the same",
     },
+    "8.1": {"if inputs.ndim == 0": "this refuses inputs without a channel or without a value, which nobody passes"},
     "11.4": dict.fromkeys(("other=1", "other=-1"), "rows that do not exist are not stored"),
     "11.5": {"max(0, ": "the ceiling of a positive number is 1 at least"},
     "10.7": {
