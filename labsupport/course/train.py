@@ -139,7 +139,7 @@ def _load_state(path: Path, model, optimizer) -> int:
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(f"model.{name}"))
             optimizer.state[parameter] = {
-                key: file.get_tensor(f"optimizer.{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                key: file.get_tensor(f"optimizer.{key}.{name}").to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.{key}.{name}" in keys
             }
