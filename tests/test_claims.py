@@ -42,7 +42,6 @@ def test_no_clock_changes_the_verdicts_of_notebook_11(monkeypatch, capsys, slowe
         "batches": BATCHES,
         "operations": 2 * 4096**2,
         "bandwidth": 1e10,
-        "wide": SimpleNamespace(nbytes=2 * 4096**2),
         "ready": SimpleNamespace(nbytes=8912896),
         "live": products(slowest, factor),
     }
