@@ -84,6 +84,25 @@ def test_numbers_that_no_quantizer_stores(packed, tmp_path, kind, name, value, m
     assert f"{name}: {message}" in map(str, checkpoint.inspect(directory).findings)
 
 
+def test_a_norm_that_is_not_stored_as_floats(packed, tmp_path):
+    directory = shutil.copytree(packed / "gptq", tmp_path / "copy")
+    changed(directory, "model.norm.weight", lambda tensor: {"model.norm.weight": tensor > 0})
+    with pytest.raises(CheckpointError, match=r"model.norm.weight in .* is stored as BOOL, wanted one of F64, F32, F16, BF16"):
+        checkpoint.load(directory)
+
+
+def test_an_index_with_a_name_that_no_file_can_have(packed, tmp_path):
+    directory = shutil.copytree(packed / "gptq", tmp_path / "copy")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text()) if index.is_file() else {"weight_map": {"model.norm.weight": ""}}
+    content["weight_map"]["model.norm.weight"] = f"{'x' * 300}.safetensors"
+    index.write_text(json.dumps(content))
+    for path in directory.glob("model.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"is missing in .*, and its index names it"):
+        checkpoint.load(directory)
+
+
 def test_magnitudes_that_were_quantized_in_their_turn_may_read_back_below_0(packed):
     checkpoint.load(packed / "nf4-double")
     assert checkpoint.inspect(packed / "nf4-double").findings == []

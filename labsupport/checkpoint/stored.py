@@ -12,7 +12,7 @@ from torch import nn
 
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.skeleton import empty_model
-from labsupport.checkpoint.weights import CheckpointError, Weights, read_json
+from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
 from labsupport.model import names, opened
 from labsupport.quant import packing
 from labsupport.quant.grid import QuantizedTensor
@@ -130,6 +130,8 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     wanted, ignored = model.state_dict().keys(), names.ignored(model)
     for name in checkpoint.weights:
         if name not in taken and not (name not in wanted and ignored(name)):
+            if name in wanted and (kind := checkpoint.weights.kind(name)) not in FLOATS:
+                raise CheckpointError(f"{name} in {directory} is stored as {kind}, wanted one of {', '.join(FLOATS)}")
             if not all(part.isfinite().all() for part in checkpoint.weights.in_parts(name)):
                 raise CheckpointError(f"{name} in {directory} holds NaN or infinity")
             values |= taken_apart.parts(name, checkpoint.weights[name].to(torch.float32, copy=True))

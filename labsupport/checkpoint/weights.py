@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -114,7 +115,7 @@ class Weights(Mapping[str, torch.Tensor]):
         path = self.directory / file
         if path.suffix != ".safetensors":
             raise CheckpointError(f"the index of {self.directory} names {file}, wanted .safetensors files only")
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name that no file can have, where Path.is_file raises
             raise CheckpointError(f"{file} is missing in {self.directory}, and its index names it")
         try:
             self._sizes[file] = path.stat().st_size
