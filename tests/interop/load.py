@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, str, dict]] = {
 }
 # The formats' own libraries: AutoGPTQ is older than version 2.
 OLD = [name for name in CASES if not name.startswith("gptq_v2")]
+NO_KERNEL = "has no attribute 'cpu_gemm_wna16'"  # how vLLM says that its library for AVX2 lacks the 4-bit kernel
 # A case, a dtype, and whether vLLM takes it on a CPU: what it refuses is a result as well.
 SERVED = [
     ("gptq-4b-sym", "float16", True), ("gptq-4b-static", "float16", True), ("gptq_v2-4b-sym", "float16", True),
@@ -89,6 +90,8 @@ def verdict(what: str, found: Path, ours: Callable[[str], Ours], case: str, take
     refused = found.with_name(f"{found.name}.refused")
     if refused.exists():
         words = " ".join(refused.read_text().split()).split(" [type=")[0]  # pydantic adds the whole input to them
+        if words.endswith(NO_KERNEL) and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+            return f"{what}: not tried, vLLM's wheel has its 4-bit kernel for processors with AVX-512", True
         return f"{what}: refused, {words}", not taken
     path = found.with_name(f"{found.name}.safetensors")
     with safe_open(path, "pt") as file:
