@@ -283,4 +283,4 @@ def test_a_figure_of_what_is_on_the_device(draw):
                 return type(value)(moved(entry) for entry in value)
         return value
 
-    draw(*moved(SAMPLES[draw])).draw_without_rendering()
+    draw(*moved(SAMPLES[draw]))

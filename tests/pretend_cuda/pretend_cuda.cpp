@@ -90,7 +90,7 @@ const Names WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique
 const Names STRICT = {"cat",           "take",          "put_",         "gather",       "index_select", "embedding",
                       "scatter",       "scatter_",      "scatter_add",  "scatter_add_", "index_copy_",  "index_add",
                       "index_add_",    "searchsorted",  "bucketize",    "bincount",     "equal",        "nll_loss_forward",
-                      "convolution",   "repeat_interleave", "native_layer_norm", "dot", "mv",           "addmv"};
+                      "convolution",   "_fused_adamw_", "repeat_interleave", "native_layer_norm", "dot", "mv",           "addmv"};
 
 bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;

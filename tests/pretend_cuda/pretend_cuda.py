@@ -30,6 +30,7 @@ from types import SimpleNamespace
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NAME, MEMORY, CACHE = "Pretend GPU", 16 * 2**30, 4 * 2**20
+PROGRAMS = 8  # of a Triton kernel that are run, along each axis: the interpreter takes tenths of a second for a long one
 
 
 def missing() -> str | None:
@@ -198,6 +199,7 @@ def _serve_libraries() -> None:
 
 
 def _interpret(kernel, *arguments, grid, warmup: bool = False, **settings) -> None:
+    """Run a kernel in the interpreter; of a product as large as those that are timed, only a part."""
     from labsupport.kernels import language
 
     if any(isinstance(value, torch.Tensor) and not value.is_cuda for value in arguments):
@@ -206,7 +208,7 @@ def _interpret(kernel, *arguments, grid, warmup: bool = False, **settings) -> No
     # On copies, which a kernel on a GPU does not need: the interpreter wants the CPU's memory, and has no bfloat16.
     copies = [value.cpu() if isinstance(value, torch.Tensor) else value for value in arguments]
     copies = [v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 else v for v in copies]
-    language.interpret(kernel.fn, grid, *copies, **settings)
+    language.interpret(kernel.fn, tuple(min(count, PROGRAMS) for count in grid), *copies, **settings)
     for value, computed in zip(arguments, copies, strict=True):
         if isinstance(value, torch.Tensor):
             value.copy_(computed)
