@@ -2,8 +2,8 @@
 
     python tests/pretend_cuda [NN ...]
 
-The device is the pretend one of this folder, or a GPU where PyTorch knows one. All notebooks take about a quarter of an hour on one core.
-Exit code 1 if a cell fails.
+The device is the pretend one of this folder, or a GPU where PyTorch knows one. All notebooks take about a quarter of an hour on one
+core. Exit code 1 if a cell fails.
 """
 
 from __future__ import annotations
