@@ -64,6 +64,12 @@ def in_short(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
+def bits_of_blocks(bits: float, weights: int, left_in_float: Mapping[str, int]) -> float:
+    """For each weight of all matrices of the blocks: those of quantized linears with `bits`, those left in float with 16."""
+    floats = sum(left_in_float.values())
+    return (bits * weights + 16 * floats) / (weights + floats)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a checkpoint when it is complete.
@@ -89,9 +95,7 @@ class Facts:
         return 8 * sum(size for kind, size in sizes.items() if kind != "not quantized") / self.weights
 
     def bits_of_blocks(self, sizes: Mapping[str, int]) -> float:
-        """For each weight of all matrices of the blocks, those that are left in float with 16."""
-        floats = sum(self.left_in_float.values())
-        return (self.bits_per_weight(sizes) * self.weights + 16 * floats) / (self.weights + floats)
+        return bits_of_blocks(self.bits_per_weight(sizes), self.weights, self.left_in_float)
 
     @property
     def rounded(self) -> list[str]:

@@ -67,7 +67,7 @@ class Inspection:
             yield f"{self.linears} quantized linears, {self.weights:,} weights at {self.bits_per_weight:.3f} bits"
             if self.left_in_float:
                 floats = sum(self.left_in_float.values())
-                bits = (self.bits_per_weight * self.weights + 16 * floats) / (self.weights + floats)
+                bits = card.bits_of_blocks(self.bits_per_weight, self.weights, self.left_in_float)
                 yield f"left in float: {card.in_short(self.left_in_float)}, {floats:,} weights; with them {bits:.3f} bits"
             width = max((len(f"{size:,}") for size in self.nbytes.values()), default=0)
             yield from (f"  {size:>{width},} bytes  {kind}" for kind, size in self.nbytes.items())

@@ -24,6 +24,14 @@ COMPARED = 200_000_000
 # A head, a norm or a mask that is read wrongly changes the loss by percent.
 SAME = 1e-3
 
+# What is wrong with files and the machine. Whatever else is raised while a model runs is its own code's.
+OURS = (CheckpointError, SafetensorError, OSError, MemoryError)
+
+
+def in_short(error: Exception) -> str:
+    """The first line of an error from a model's own code, and its kind."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
 
 def compare_with_transformers(source: Path, skeleton: Skeleton, stream: TokenStream, length: int) -> str:
     """A sentence about whether the model, read block by block, is the one that transformers reads: by the loss on one window.
@@ -37,10 +45,10 @@ def compare_with_transformers(source: Path, skeleton: Skeleton, stream: TokenStr
         ours = evaluate_streamed(skeleton.model, skeleton, stream, length, 1).mean_loss
         model, _ = models.load_model(str(source), skeleton.device, torch.float32)
         theirs = evaluate.evaluate(model, stream, length, 1).mean_loss
-    except (CheckpointError, SafetensorError, OSError, MemoryError):
+    except OURS:
         raise
-    except Exception as error:  # whatever the model's own code raises: it can be quantized and yet not be run
-        return f"Not compared with transformers' own reading of the model: {type(error).__name__}: {error}".splitlines()[0] + "."
+    except Exception as error:  # it can be quantized and yet not be run
+        return f"Not compared with transformers' own reading of the model: {in_short(error)}."
     if ours != theirs and not abs(ours - theirs) <= SAME * max(1.0, theirs):
         raise CheckpointError(
             f"labs reads {source} otherwise than transformers does: on one window the loss is {ours:.4f} nats a token, "

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from labsupport import __version__
 from labsupport.checkpoint import card
 from labsupport.checkpoint.finish import finish
-from labsupport.checkpoint.measure import compare_with_transformers, evaluate_streamed
+from labsupport.checkpoint.measure import OURS, compare_with_transformers, evaluate_streamed, in_short
 from labsupport.checkpoint.parts import Parts, check_free, in_one_line
 from labsupport.checkpoint.recipe import DTYPES, Recipe
 from labsupport.checkpoint.skeleton import Skeleton
@@ -134,10 +134,10 @@ def _measured_or_why_not(
     """
     try:
         return _measure(skeleton, parts, texts, stream, progress)
-    except (CheckpointError, SafetensorError, OSError, MemoryError):
+    except OURS:
         raise
-    except Exception as error:  # whatever the model's own code raises
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    except Exception as error:
+        return {"failed": in_short(error)}
 
 
 def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream | None, progress: bool) -> dict[str, Any]:

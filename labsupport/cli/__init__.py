@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from labsupport.cli import build, checkpoint, env, lab, messages, model
+from labsupport.model import quick
 
 NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
 UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.29 from its own copy of click
@@ -41,4 +42,4 @@ def labs(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
     if context.invoked_subcommand not in NOTEBOOKS:
-        os.environ.pop("LABS_QUICK", None)  # what is measured for others is measured in full
+        os.environ.pop(quick.VARIABLE, None)  # what is measured for others is measured in full

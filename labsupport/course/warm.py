@@ -73,9 +73,8 @@ class ForkedKernel:
         self._process = context.Process(target=_kernel, args=(connection, env, cwd), daemon=True)  # it ends with its parent
         self._process.start()
         self.pid = self._process.pid
-        with suppress(
-            PermissionError, ProcessLookupError
-        ):  # jupyter_client signals a whole group; the kernel may have made its own
+        # jupyter_client signals the whole group of a kernel. The kernel makes one as well: whoever comes first.
+        with suppress(PermissionError, ProcessLookupError):
             os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:

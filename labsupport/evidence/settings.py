@@ -28,13 +28,12 @@ CHOICES = ((2, "row"), (2, 32), (3, "row"), (3, 128), (3, 64), (3, 32), (3, 16),
 
 def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
     """One linear at a time, the others as they are."""
-    from labsupport.model import models, opened
+    from labsupport.model import opened
 
-    with opened.opened(model):
-        columns = {name: layer.in_features for name, layer in models.linears(model).items()}
+    linears = opened.linears(model)
     for bits, group_size in CHOICES:
-        for layer, in_features in columns.items():
-            if group_size == "row" or in_features % group_size == 0:
+        for layer, module in linears.items():
+            if group_size == "row" or module.in_features % group_size == 0:
                 yield {"layer": layer, "bits": bits, "group_size": group_size, "symmetric": False}
 
 

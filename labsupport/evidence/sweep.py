@@ -81,10 +81,8 @@ def load(name: str) -> Measurements:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 of the weights of all linears of the blocks, as float32."""
     digest = hashlib.sha256()
-    with opened.opened(model):
-        weights = [layer.weight for layer in models.linears(model).values()]
-    for weight in weights:
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    for layer in opened.linears(model).values():
+        digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -171,8 +169,7 @@ def _arguments(name: str, model: nn.Module, setting: dict[str, Any], calibration
 def _measure_layer(model, stream, length, windows, setting) -> dict[str, Any]:
     """A divergence and not a loss: one linear moves the loss by less than the choice of text does."""
     group_size = None if setting["group_size"] == "row" else setting["group_size"]
-    with opened.opened(model):
-        others = {name: None for name in models.linears(model) if name != setting["layer"]}
+    others = {name: None for name in opened.linears(model) if name != setting["layer"]}
     quantized, report = quantize_model(model, "rtn", bits=setting["bits"], group_size=group_size, overrides=others)
     kl, agreement = divergence(model, quantized, stream, length, windows)
     return {**setting, "nbytes": report.layers[setting["layer"]].nbytes, "kl": kl, "agreement": agreement}

@@ -196,6 +196,12 @@ def open_up(model: nn.Module) -> Opened:
     return opened
 
 
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of the blocks by their names in the opened model, which they outlive. Their weights are the model's."""
+    with opened(model):
+        return models.linears(model)
+
+
 @contextmanager
 def opened(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model is taken apart; afterwards it is what it was, with the weights that its linears then hold."""

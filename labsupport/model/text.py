@@ -4,7 +4,7 @@ The default text is what every Python installation carries: the standard library
 reference in `pydoc_data.topics` ("prose"). A hash of its name decides whether a document is held out, so the split is the
 same on every machine. The library's own tests and the character-set tables are never used. `LABS_TEXT` names another text:
 a directory of files or a Hugging Face dataset. Tokens of long texts are kept in the user's cache folder, or in LABS_CACHE: cutting
-the default text to train on takes fourteen seconds of a processor, reading its tokens none.
+the default text to train on takes ten seconds of a processor or more, reading its tokens a moment.
 """
 
 from __future__ import annotations
