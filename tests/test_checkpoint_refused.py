@@ -156,7 +156,7 @@ def test_a_tied_head_is_stored_once(source, tmp_path):
 
 def test_an_architecture_without_linears_is_refused():
     with pytest.raises(CheckpointError, match="the blocks of the model hold no linear layers"):
-        Recipe.of("rtn").check_model({})
+        Recipe.of("rtn").for_model({})
 
 
 def test_a_config_that_says_not_quantized(copy, tmp_path):

@@ -131,7 +131,7 @@ def test_a_recipe_follows_the_record(toy, tiny):
     recipe = Recipe.of("toy", shift=0.5)
     assert (recipe.layout, recipe.group_size, recipe.bits) == ("awq", 32, 4)
     assert recipe.settings() == {"bits": 4, "group_size": 32, "shift": 0.5}
-    recipe.check_model(models.linears(tiny))
+    recipe.for_model(models.linears(tiny))
     for arguments, message in (
         ({"layout": "gptq_v2"}, "format is 'gptq_v2', toy is stored as awq, gptq"),
         ({"bits": 8}, "bits is 8, toy has 3, 4"),
@@ -148,7 +148,7 @@ def test_a_recipe_follows_the_record(toy, tiny):
     with pytest.raises(CheckpointError, match="method is 'int8', wanted one of rtn, nf4, gptq, awq, toy"):
         Recipe.of("int8")
     with pytest.raises(CheckpointError, match="group_size 64 does not divide in_features 32"):
-        Recipe.of("toy", group_size=64).check_model(models.linears(tiny))
+        Recipe.of("toy", group_size=64).for_model(models.linears(tiny))
 
 
 def test_a_linear_that_two_blocks_share_is_quantized_once(tiny, monkeypatch):

@@ -78,7 +78,7 @@ class Facts:
     the other matrices of the blocks hold, by name, as they are stored. layers: what became of each linear.
     texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed"; "compared":
     a sentence about transformers' own reading of the model.
-    readers: what loads it.
+    readers: what loads it. group_size_why: a few words on a group size that nobody named.
     """
 
     source: str
@@ -89,6 +89,7 @@ class Facts:
     texts: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     readers: str = ""
+    group_size_why: str = ""
 
     def bits_per_weight(self, sizes: Mapping[str, int]) -> float:
         """Of the quantized linears."""
@@ -106,6 +107,7 @@ class Facts:
         return {
             "source": self.source,
             "settings": dict(self.settings),
+            "group_size_why": self.group_size_why,
             "calibration": dict(self.texts),
             "perplexity": dict(self.measured),
             "bytes": dict(sizes),
@@ -122,7 +124,8 @@ class Facts:
     def text(self, sizes: Mapping[str, int]) -> str:
         shown = {key.replace("_", " "): value for key, value in self.settings.items() if key not in ("method", "layout", "dtype")}
         layout, size = self.settings["layout"], shown.pop("group size") or "the whole row"
-        shown["block size" if layout == "bitsandbytes" else "group size"] = size
+        why = f" ({self.group_size_why})" if self.group_size_why else ""
+        shown["block size" if layout == "bitsandbytes" else "group size"] = f"{size}{why}"
         tags = dict.fromkeys((self.settings["method"], layout, "4-bit" if shown["bits"] == 4 else "quantized"))
         lines = [
             "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]",

@@ -74,7 +74,7 @@ def evaluate_streamed(
     modules = models.blocks(model)
     last: list[torch.Tensor] = []
     returned = 0
-    for block in calibrate.blocks(model, ids, evaluate.BATCH, weights):
+    for block in calibrate.blocks(model, ids, evaluate.batch_size(model, length), weights):
         at_block(block)
         if block.index + 1 == len(modules):
             last = list(block.outputs())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import CheckpointError
 from labsupport.pipeline.methods import METHODS, Method, Storage, stored_methods, stored_settings
+from labsupport.quant import checks, grid
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -20,7 +21,8 @@ class Recipe:
     """A method, which of its layouts, and every setting that it takes when it is stored.
 
     group_size: None for a grid for each whole row; for nf4 the size of a block. dtype: of everything that is not quantized.
-    choices: the settings beside bits and the group size.
+    choices: the settings beside bits and the group size. named: whether the group size was asked for. why: a few words on a group
+    size that was chosen for a model; "" otherwise.
     """
 
     method: Method
@@ -29,6 +31,8 @@ class Recipe:
     bits: int
     group_size: int | None
     choices: Mapping[str, Any]
+    named: bool = True
+    why: str = ""
 
     @classmethod
     def of(
@@ -40,7 +44,8 @@ class Recipe:
         dtype: str = "float16",
         **choices: Any,
     ) -> Recipe:
-        """group_size: None for the method's own, -1 for a grid for each whole row. layout: None for the method's own.
+        """group_size: None for one that is chosen for the model, by nf4 for 64; -1 for a grid for each whole row. layout: None for
+        the method's own.
 
         Raises CheckpointError for what does not go together. A choice that another method has is refused where it is not the
         default, so that the command line can hand on all that it knows.
@@ -62,21 +67,35 @@ class Recipe:
         chosen = {name: choices.get(name, default) for name, default in storage.settings.items()}
         if not 0 <= chosen.get("damping", 0) < float("inf"):
             raise CheckpointError(f"damping is {chosen['damping']}, wanted 0 or more")
-        return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen)
+        return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen, group_size is not None)
 
     @property
     def storage(self) -> Storage:
         return stored_methods()[self.method.name]
 
-    def check_model(self, linears: Mapping[str, torch.nn.Linear]) -> None:
-        """Raise CheckpointError where there are no linears, and for one that the settings or the layout do not fit."""
+    def for_model(self, linears: Mapping[str, torch.nn.Linear]) -> Recipe:
+        """The recipe with a group size for this model, if none was named: the largest that divides the inputs of every linear.
+
+        Raises CheckpointError where there are no linears, for one that the settings or the layout do not fit, and where a group
+        size must be named.
+        """
         if not linears:
             raise CheckpointError("the blocks of the model hold no linear layers (torch.nn.Linear): there is nothing to quantize")
-        in_rows = self.storage.group_setting == "group_size"
         for name, layer in linears.items():
-            if in_rows and self.group_size is not None and layer.in_features % self.group_size:
-                raise CheckpointError(f"group_size {self.group_size} does not divide in_features {layer.in_features} of {name}")
             layouts.check(self.layout, name, (layer.out_features, layer.in_features), self.bits)
+        if self.storage.group_setting != "group_size" or self.group_size is None:
+            return self
+        widths = {name: layer.in_features for name, layer in linears.items()}
+        try:
+            if not self.named:
+                size = grid.largest_group_size(widths.values(), self.group_size)
+                return replace(self, group_size=size, why=f"{_why(self.group_size)} {_listed(widths.values())}")
+            for name, width in widths.items():
+                if width % self.group_size:
+                    raise checks.undivided(self.group_size, name, widths, "-1")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What goes to the method."""
@@ -87,6 +106,16 @@ class Recipe:
         """For the config and the card: all of it."""
         about = {"method": self.method.name, "layout": self.layout, "dtype": self.dtype}
         return about | {"bits": self.bits, "group_size": self.group_size, **self.choices}
+
+
+def _why(wanted: int) -> str:
+    return f"the largest of {', '.join(map(str, grid.group_sizes(wanted)))} that divides the inputs of every linear,"
+
+
+def _listed(widths: Iterable[int]) -> str:
+    """ "576", "576 and 1536", "576, 768 and 1536"."""
+    *others, last = map(str, sorted(set(widths)))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _check_grid(method: str, storage: Storage, bits: int, size: int) -> None:

@@ -52,7 +52,7 @@ def quantize(
     settings: what Recipe.of takes. The codes are those of quantize_model with the same settings. A run that was stopped continues
     after its last finished block if everything is the same; restart: forget it. Returns `out`.
     A measurement that fails is said in the card, and the checkpoint is written. warn: called before the work begins with a line
-    for each thing that is allowed and most often a mistake.
+    on the group size, where none was named, and one for each thing that is allowed and most often a mistake.
     Raises CheckpointError or TextError with a message of one line; `out` is then not there.
     """
     recipe, out, model_name = Recipe.of(method, **settings), Path(out), str(source)
@@ -64,8 +64,10 @@ def quantize(
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{source} is quantized already: config.json has a quantization_config")
     skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    recipe.check_model(models.linears(skeleton.model))
+    recipe = recipe.for_model(models.linears(skeleton.model))
     texts = Texts(calibration, samples, length, windows)
+    if recipe.why:
+        warn(f"groups of {recipe.group_size} weights: {recipe.why}")
     for line in _warnings(source, skeleton, texts if recipe.method.needs_text else None):
         warn(line)
     ids, held_out = read_texts(skeleton, source, texts, recipe.method.needs_text)
@@ -90,7 +92,8 @@ def quantize(
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
         left = models.left_in_float(skeleton.model)
-        facts = card.Facts(name, recipe.about(), weights, left, reports, vars(texts) if ids is not None else {}, measured)
+        looked_at = vars(texts) if ids is not None else {}
+        facts = card.Facts(name, recipe.about(), weights, left, reports, looked_at, measured, group_size_why=recipe.why)
         return finish(parts, skeleton.model, source, config, facts)
 
 

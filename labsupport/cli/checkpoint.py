@@ -35,8 +35,9 @@ def _taking(setting: str) -> str:
 
 
 def _sizes() -> str:
-    """Each method with its own default of --group-size."""
-    return ", ".join(f"{name} {storage.group_size}" for name, storage in stored_methods().items())
+    """What --group-size is by default: for most methods a rule, for those that have blocks a number."""
+    blocks = [f"{name} {storage.group_size}" for name, storage in stored_methods().items() if storage.group_setting != "group_size"]
+    return f"the largest of 128, 64, 32 that divides the inputs of every linear layer; {', '.join(blocks)}"
 
 
 TEXT_METHODS = ", ".join(name for name in stored_methods() if METHODS[name].needs_text)
@@ -51,7 +52,7 @@ def quantize(
     bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; the formats awq and bitsandbytes have 4 alone.")] = 4,
     group_size: Annotated[
         int | None,
-        typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Defaults: {_sizes()}."),
+        typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Default: {_sizes()}."),
     ] = None,
     symmetric: Annotated[
         bool,

@@ -5,7 +5,7 @@ The command line lists the sweeps, so nothing heavy is imported here before a sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +14,24 @@ if TYPE_CHECKING:
 GROUP_SIZES = (16, 32, 64, 128, "row", "tensor")
 
 
+def _fitting(model: nn.Module, sizes: Iterable[int | str]) -> list[int | str]:
+    """Those of the group sizes that divide the inputs of every linear; "row" and "tensor" fit any."""
+    from labsupport.model import opened
+
+    widths = {layer.in_features for layer in opened.linears(model).values()}
+    return [size for size in sizes if isinstance(size, str) or not any(width % size for width in widths)]
+
+
+def _usual(model: nn.Module) -> int:
+    """The group size that is taken where none is named: 128 for the course model."""
+    from labsupport.model import opened
+    from labsupport.quant import grid
+
+    return grid.largest_group_size(layer.in_features for layer in opened.linears(model).values())
+
+
 def _rtn(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for group_size in GROUP_SIZES:
+    for group_size in _fitting(model, GROUP_SIZES):
         for bits in range(8, 1, -1):
             yield {"bits": bits, "group_size": group_size, "symmetric": False}
         for bits in (4, 3, 2):
@@ -59,20 +75,21 @@ def _nf4(model: nn.Module) -> Iterator[dict[str, Any]]:
                 for absmax in ("float32", "float16", "double"):
                     yield {"planted": planted, "method": "nf4", "codebook": codebook, "block_size": block_size, "absmax": absmax}
         for symmetric in (False, True):
-            for group_size in (64, 128):
+            for group_size in _fitting(model, (64, 128)):
                 yield {"planted": planted, "method": "rtn", "bits": 4, "group_size": group_size, "symmetric": symmetric}
 
 
 def _gptq(model: nn.Module) -> Iterator[dict[str, Any]]:
+    usual = _usual(model)
     for planted in PLANTED[:2]:
         for bits in (4, 3, 2):
-            setting = {"planted": planted, "bits": bits, "group_size": 128}
+            setting = {"planted": planted, "bits": bits, "group_size": usual}
             yield setting | {"method": "rtn"}
             yield setting | {"method": "gptq", "samples": 64}
             yield setting | {"method": "gptq", "samples": 64, "act_order": True, "static_groups": True}
         for bits in (4, 3):
             yield {"planted": planted, "bits": bits, "group_size": 32, "method": "gptq", "samples": 64}
-    trained = {"planted": None, "bits": 3, "group_size": 128, "method": "gptq"}
+    trained = {"planted": None, "bits": 3, "group_size": usual, "method": "gptq"}
     for samples in (2, 8, 32):
         yield trained | {"samples": samples}
     yield trained | {"samples": 64, "text": "prose"}
@@ -83,7 +100,7 @@ def _gptq(model: nn.Module) -> Iterator[dict[str, Any]]:
 def _awq(model: nn.Module) -> Iterator[dict[str, Any]]:
     for planted in PLANTED[:2]:
         for bits in (4, 3):
-            setting = {"planted": planted, "bits": bits, "group_size": 128}
+            setting = {"planted": planted, "bits": bits, "group_size": _usual(model)}
             yield setting | {"method": "rtn"}
             yield setting | {"method": "gptq", "samples": 64}
             for change in ({}, {"clip": False}, {"base": "gptq"}, {"rule": "autoawq"}):

@@ -70,12 +70,19 @@ def path_of(name: str) -> Path:
 
 
 def load(name: str) -> Measurements:
-    """The rows in data/measurements/NAME.json, as `labs sweep` left them."""
+    """The rows in data/measurements/NAME.json, as `labs sweep` left them.
+
+    Where LABS_MODEL names another model, a line is printed that says so: a notebook shows these rows beside what it measures live.
+    """
     path = path_of(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
         raise FileNotFoundError(f"no measurements {name!r}; there are {known}")
-    return Measurements(*measurements.read(path))
+    measured = Measurements(*measurements.read(path))
+    if (title := models.title()) != "the course model":
+        about = measured.about
+        print(f"The stored rows of {name!r} are of the {about['model']} on {about['text']}; what is measured live is of {title}.")
+    return measured
 
 
 def model_digest(model: nn.Module) -> str:
@@ -191,7 +198,7 @@ def _measure_cache(model, stream, length, windows, baseline, setting, calibratio
     if weights := setting["weights"]:
         method, bits = weights[:-1], int(weights[-1])
         given = {"calibration": calibration("code", 64)} if METHODS[method].needs_text else {}
-        model = quantize_model(model, method, bits=bits, group_size=128, **given)[0]
+        model = quantize_model(model, method, bits=bits, **given)[0]
     if setting["planted"]:
         model = models.plant_key_outliers(model)
     shape, scheme = Shape.of(model.config), scheme_of(setting)

@@ -26,6 +26,7 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 
 LENGTH = 512
 BATCH = 4
+LOGITS = 2**25  # numbers that a batch may have as logits: 128 MiB in float32, of which a loss takes three copies
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,18 @@ def _check_stream(stream: TokenStream) -> None:
         raise TypeError(f"stream is {checks.kind(stream)}, wanted a TokenStream, as load_text gives it")
 
 
-def _batches(stream: TokenStream, length: int, count: int | None, progress: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batch_size(model: nn.Module, length: int) -> int:
+    """How many windows to run at a time: BATCH, fewer where the vocabulary is so large that their logits fill the memory."""
+    return max(1, min(BATCH, LOGITS // (length * models.vocabulary(model))))
+
+
+def _batches(
+    model: nn.Module, stream: TokenStream, length: int, count: int | None, progress: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Windows and the document of each token, both [batch, length]."""
     _check_stream(stream)
     length = checks.whole(length, "length", 2, wanted="at least 2 tokens: one to read and one to predict")
-    batches = stream.positions(length, quick.windows(count)).split(BATCH)
+    batches = stream.positions(length, quick.windows(count)).split(batch_size(model, length))
     for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
         yield stream.ids[positions], stream.document[positions]
 
@@ -101,7 +109,7 @@ def evaluate(
     loss = torch.zeros(len(stream.names), dtype=torch.float64)
     tokens = torch.zeros(len(stream.names), dtype=torch.int64)
     seen = 0
-    for ids, document in _batches(stream, length, windows, progress):
+    for ids, document in _batches(model, stream, length, windows, progress):
         checks.tokens(ids, "stream", models.vocabulary(model))
         logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none").double().cpu()
@@ -123,7 +131,7 @@ def divergence(
 ) -> tuple[float, float]:
     """Mean KL(reference || model) in nats a token, and the share of tokens on which both rank the same token first."""
     total = agreed = count = 0.0
-    for ids, _ in _batches(stream, length, windows, False):
+    for ids, _ in _batches(model, stream, length, windows, False):
         p, q = (_log_probabilities(each, ids) for each in (reference, model))
         q = q.to(p.device)  # the models may be on two devices
         total += F.kl_div(q, p, log_target=True, reduction="sum").item()

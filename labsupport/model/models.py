@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from labsupport import PACKAGE
+from labsupport.quant import grid
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 SMALL = 2**29  # parameters: in float32 they take 2 GiB, which every GPU has
@@ -37,6 +38,12 @@ def course_model_dir() -> Path:
 def model_name(name: str | None = None) -> str:
     """`name`, or else LABS_MODEL, or else the directory of the course model."""
     return name or os.environ.get("LABS_MODEL") or str(course_model_dir())
+
+
+def title(name: str | None = None) -> str:
+    """What to call the model of `model_name` in a sentence: the course model, or the last part of its directory or hub id."""
+    path = Path(model_name(name))
+    return "the course model" if path == course_model_dir() else path.name
 
 
 def _check_directory(path: Path) -> None:
@@ -123,6 +130,14 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """
     inside = {id(m) for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)}
     return {name: m for name, m in model.named_modules() if id(m) in inside and name.rpartition(".")[2] not in ROUTERS}
+
+
+def group_size(model: nn.Module, wanted: int = 128) -> int:
+    """The group size for this model: `wanted` or the largest of 64 and 32 below it that divides the inputs of all linears.
+
+    Raises ValueError where none of them does.
+    """
+    return grid.largest_group_size((layer.in_features for layer in linears(model).values()), wanted)
 
 
 def left_in_float(model: nn.Module) -> dict[str, int]:

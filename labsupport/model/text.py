@@ -65,6 +65,12 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def domain(self) -> str:
+        """What to call the text: "code" of code/heldout, of a directory the last part of its name that names no split."""
+        parts = [part for part in Path(self.source).parts if part not in SPLITS]
+        return parts[-1] if parts else self.source
+
     def windows(self, length: int, count: int | None = None) -> torch.Tensor:
         """Start of every window of `length` tokens, or of `count` of them spread evenly. int64 [windows].
 

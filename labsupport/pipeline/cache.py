@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from labsupport.model import models
-from labsupport.model.evaluate import BATCH, LENGTH, Evaluation, Interval, evaluate
+from labsupport.model.evaluate import LENGTH, Evaluation, Interval, batch_size, evaluate
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.attention import check_rotation, frequencies_of, reading_back
 from labsupport.quant import checks, kv
@@ -134,7 +134,9 @@ def losses_by_place(
         raise ValueError(f"bins is {bins}, wanted a divisor of length {length}")
     losses = []
     with reading_back(model, scheme):
-        for ids in stream.ids[stream.positions(length, windows)].to(next(model.parameters()).device).split(BATCH):
+        for ids in (
+            stream.ids[stream.positions(length, windows)].to(next(model.parameters()).device).split(batch_size(model, length))
+        ):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nll = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu()
             losses.append(nn.functional.pad(nll, (1, 0)).unflatten(1, (bins, -1)).sum(2))

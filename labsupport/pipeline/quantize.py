@@ -6,7 +6,7 @@ so it puts another layer in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate
 from labsupport.pipeline.driver import quantize_blocks
 from labsupport.pipeline.finished import FinishedBlocks, digest
-from labsupport.pipeline.linear import LayerReport
-from labsupport.pipeline.methods import method_named
-from labsupport.quant import checks
+from labsupport.pipeline.linear import LayerReport, Settings
+from labsupport.pipeline.methods import Method, method_named
+from labsupport.quant import checks, grid
 from labsupport.quant.grid import QuantizedTensor
 
 
@@ -31,12 +31,14 @@ class Report:
     """What was stored.
 
     weights: how many the model's linears hold. layers: what became of each linear, by full name. left_in_float: other matrices
-    of the blocks, as routers are, and how many values they hold, by full name; they count with 16 bits each.
+    of the blocks, as routers are, and how many values they hold, by full name; they count with 16 bits each. group_size: the one
+    that was chosen; None where it was named, and where the method has none.
     """
 
     weights: int
     layers: dict[str, LayerReport]
     left_in_float: dict[str, int] = field(default_factory=dict)
+    group_size: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +77,7 @@ def quantize_model(
     are, at 16 bits a weight. A copy is made unless `in_place`. keep: a folder for the finished blocks of a method that needs text;
     a run that was stopped goes on from it. progress: show a bar. stored: a dict that gets each linear's QuantizedTensor by full
     name, for labsupport.checkpoint. An expert is named as in the model's files; int8 leaves each of them a layer of its own.
+    Where no group_size is named it is the largest of 128, 64, 32 that divides the inputs of every linear (grid.largest_group_size).
     The same arguments give the same codes.
     Raises ValueError for an unknown method or setting, an override that matches nothing, calibration missing or in vain, a folder
     of another run, and what the method raises.
@@ -110,10 +113,28 @@ def quantize_model(
         for key in overrides or {}:
             if not any(name.endswith(key) for name in linears):
                 raise ValueError(f"overrides names {key!r}, with which no linear's name ends")
+        chosen_size = _choose_group_size(record, linears, settings, settings_of)
         weights, left = sum(layer.weight.numel() for layer in linears.values()), models.left_in_float(model)
         finished = None
         if keep is not None:
             finished = FinishedBlocks(Path(keep), {"identity": digest(model, method, ids, settings_of)})
         with tqdm(total=len(linears), desc=method, unit="layer", disable=not progress) as bar:
             layers = quantize_blocks(model, record, settings_of, ids, finished, lambda name: bar.update(), stored=stored)
-    return model, Report(weights, layers, left)
+    return model, Report(weights, layers, left, chosen_size)
+
+
+def _choose_group_size(
+    record: Method, linears: Mapping[str, nn.Linear], settings: dict[str, Any], settings_of: Callable[[str], Settings | None]
+) -> int | None:
+    """Put a group size into the settings where none is named, and return it. Raises ValueError where one does not fit a linear."""
+    given = {name: chosen for name in linears if (chosen := settings_of(name)) is not None}
+    widths = {name: linears[name].in_features for name in given}
+    wanted, size = record.settings.get("group_size"), None
+    if wanted is not None and "group_size" not in settings:
+        size = grid.largest_group_size([widths[name] for name in given if "group_size" not in given[name]], wanted)
+        settings["group_size"] = size
+    for name in given:
+        named = given[name].get("group_size")
+        if isinstance(named, int) and named > 0 and widths[name] % named:
+            raise checks.undivided(named, name, widths)
+    return size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+USUAL_GROUP_SIZES = (256, 128, 64, 32, 16)
 LARGEST = 2**31 - 1  # of a size: what no tensor's axis exceeds
 TILE = 256  # rows and columns of a matrix that are compared with their mirror image at a time
 # X^T X summed in float32 is symmetric, and keeps to |g_ij|^2 <= g_ii g_jj, to some 1e-6 of its largest entry; in float16 to 1e-3.
@@ -104,13 +106,29 @@ def bits(value: Any) -> int:
 
 
 def group_size(value: Any, in_features: int) -> int:
-    """A divisor of in_features, which it is where the value is None."""
+    """A divisor of in_features, which it is where the value is None. The error names the usual sizes that divide it."""
     if value is None:
         return in_features
     size = whole(value, "group_size", wanted="a positive whole number, or None for a whole row")
     if in_features % size:
-        raise ValueError(f"group_size {size} does not divide in_features {in_features}")
+        raise ValueError(f"group_size {size} does not divide in_features {in_features}: {dividing([in_features])}")
     return size
+
+
+def dividing(widths: Collection[int], row: str = "None") -> str:
+    """Which of the usual group sizes divide all widths, for a message. row: how the caller names a group of a whole row."""
+    fitting = [str(size) for size in USUAL_GROUP_SIZES if not any(width % size for width in widths)]
+    sizes = ", ".join(fitting) or f"none of {', '.join(map(str, USUAL_GROUP_SIZES))}"
+    return f"{sizes} {'do' if len(fitting) > 1 else 'does'}, and {row} takes the whole row"
+
+
+def undivided(size: int, name: str, widths: Mapping[str, int], row: str = "None") -> ValueError:
+    """The error for a linear whose inputs are not whole groups; it names the usual sizes that divide those of all linears.
+
+    widths: in_features of every linear that is quantized, by name.
+    """
+    wanted = dividing(widths.values(), row)
+    return ValueError(f"group_size {size} does not divide in_features {widths[name]} of {name}: in all linears {wanted}")
 
 
 def codes(value: Any, bits: int, name: str = "codes", ndim: int | None = None) -> torch.Tensor:

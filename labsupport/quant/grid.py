@@ -6,6 +6,8 @@ A grid has 2**bits levels, `scale` apart. A code q stands for the value (q - zer
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ import torch
 
 from labsupport.quant import checks
 
+GROUP_SIZES = (128, 64, 32)  # of which the largest that fits is taken where none is named: kernels know them
 CHUNK = 2**18  # values to take at a time, few enough that they stay in a CPU's cache between the steps
 
 
@@ -130,6 +133,27 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """The values that codes stand for: (codes - zero_point) * scale."""
     return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def group_sizes(wanted: int = GROUP_SIZES[0]) -> tuple[int, ...]:
+    """What `largest_group_size` chooses from: `wanted`, then those of 128, 64, 32 that are smaller."""
+    return (wanted, *(size for size in GROUP_SIZES if size < wanted))
+
+
+def largest_group_size(in_features: Iterable[int], wanted: int = GROUP_SIZES[0]) -> int:
+    """The group size to take where none is named: the largest of `group_sizes(wanted)` that divides all of in_features.
+
+    in_features: of every linear that is quantized. Raises ValueError where none of them does: a larger group, such as the row,
+    loses more, and a smaller one stores more, so that is for the user to say.
+    """
+    widths, sizes = sorted(set(in_features)), group_sizes(wanted)
+    for size in sizes:
+        if not any(width % size for width in widths):
+            return size
+    raise ValueError(
+        f"group_size is not given, and none of {', '.join(map(str, sizes))} divides in_features {', '.join(map(str, widths))}: "
+        f"name another, the largest that does is {math.gcd(*widths)}, or take whole rows"
+    )
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,8 @@ def check_width(width: int, part: Part, name: str) -> None:
     if part.bits in ("fp8", 16):
         return
     if not part.by_channel and width % part.group_size:
-        raise ValueError(f"group_size {part.group_size} does not divide the width {width} of {name}")
+        fitting = checks.dividing([width], str(width))
+        raise ValueError(f"group_size {part.group_size} does not divide the width {width} of {name}: {fitting}")
     if width * part.bits % 8:
         raise ValueError(f"a token of {name} takes {width} times {part.bits} bits, which is not a whole number of bytes")
 
