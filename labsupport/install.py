@@ -1,8 +1,12 @@
 """Make the environment that the course runs in: `python3 labsupport/install.py`. Standard library only.
 
 Creates `.venv` beside this repository's pyproject.toml and installs requirements.lock and the package into it. With `--here`
-everything goes into the Python that runs this file (Binder, conda, Colab). A second run finds its own stamp and does nothing.
+everything goes into the Python that runs this file (Binder, conda). A second run finds its own stamp and does nothing.
 A virtual environment that is already there is used as it is and never removed.
+
+Of what the lock names, pip takes only files whose hashes stand there. Two things stand in no lock that serves every machine: the
+build of torch for CPUs, which comes from an index of PyTorch's own, and the few packages that other systems and Pythons need in
+addition. Both are installed without hashes, in the lock's versions where it has one.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that requirements.lock can be installed on
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+EXTRAS = "lab,dev,hub"  # of pyproject.toml, all of which the lock holds
 STAMP = "labs-installed"
 LOG = "labs-install.log"
 NO_NETWORK = re.compile(
@@ -47,6 +52,12 @@ def pinned(lock: str, name: str) -> str:
     if not found:
         raise InstallError(f"requirements.lock does not pin {name}: `labs lock` writes it anew")
     return found.group(1)
+
+
+def without_hashes(lock: str) -> str:
+    """The pins of a lock file's text alone: what pip takes for constraints on packages that are found by its resolver."""
+    lines = (line.partition(" \\")[0] for line in lock.splitlines() if line and not line.startswith(("#", " ")))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:2], what: str = "this", first: str = "") -> None:
@@ -154,17 +165,19 @@ def install(python: Path, prefix: Path) -> bool:
     log = prefix / LOG
     log.write_text("", encoding="utf-8")
     lock = ROOT / "requirements.lock"
-    count = sum(1 for line in lock.read_text().splitlines() if line and not line.startswith(("#", " ")))
+    pins = without_hashes(lock.read_text())
     if wants_cpu_build():
-        version = pinned(lock.read_text(), "torch")
+        version = pinned(pins, "torch")
         say(f"1/3 torch {version}, CPU build (no NVIDIA driver here)")
         install_torch(python, log, version)
     else:
         say("1/3 torch comes with the rest")
-    say(f"2/3 {count} packages of requirements.lock: a few minutes the first time")
-    pip(python, log, "-r", str(lock))
-    say("3/3 the course's own package")
-    pip(python, log, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    say(f"2/3 {len(pins.splitlines())} packages of requirements.lock: a few minutes the first time")
+    pip(python, log, "--no-deps", "--require-hashes", "-r", str(lock))
+    say("3/3 the course's own package, and what it needs on this system alone")
+    constraints = prefix / "labs-constraints.txt"
+    constraints.write_text(pins, encoding="utf-8")
+    pip(python, log, "--no-build-isolation", "--constraint", str(constraints), "-e", f"{ROOT}[{EXTRAS}]")
     waiting = stamp.with_suffix(".new")
     waiting.write_text(wanted + "\n")
     os.replace(waiting, stamp)

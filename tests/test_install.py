@@ -25,7 +25,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with only what install.py reads, and no driver."""
     root = tmp_path / "clone"
     root.mkdir()
-    (root / "requirements.lock").write_text("# header\nnumpy==2.0\ntorch==2.13.0\n")
+    (root / "requirements.lock").write_text(
+        "# header\nnumpy==2.0 \\\n    --hash=sha256:0 \\\n    --hash=sha256:1\n"
+        "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:2\n"
+    )
     (root / "pyproject.toml").write_text("[project]\n")
     monkeypatch.setattr(install, "ROOT", root)
     monkeypatch.setattr(install, "fingerprint", lambda real=install.fingerprint: real(root))
@@ -63,8 +66,10 @@ def test_torch_comes_first_from_the_cpu_index_then_the_lock_then_the_package(clo
     assert "torch==2.13.0" in torch
     assert torch[torch.index("--extra-index-url") + 1] == "https://download.pytorch.org/whl/cpu"
     assert int(torch[torch.index("--retries") + 1]) <= 1
-    assert lock == ("-r", str(clone / "requirements.lock"))
-    assert package == ("--no-deps", "--no-build-isolation", "-e", str(clone))
+    assert lock == ("--no-deps", "--require-hashes", "-r", str(clone / "requirements.lock"))
+    constraints = package[package.index("--constraint") + 1]
+    assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[lab,dev,hub]")
+    assert Path(constraints).read_text() == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\n"
 
 
 def test_where_there_is_a_driver_no_cpu_build_is_asked_for(clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:

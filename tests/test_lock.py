@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from labsupport.course import lock
+from labsupport import install
+from labsupport.course import build, lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = lock.lists_of(ROOT / "pyproject.toml")
-RECORDED, PINS = lock.read(ROOT / "requirements.lock")
+RECORDED, PINS, HASHES = lock.read(ROOT / "requirements.lock")
+HASH = f"--hash=sha256:{'a' * 64}"
 
 
 def test_the_lock_is_what_pyproject_and_this_environment_give() -> None:
@@ -53,13 +56,81 @@ def test_a_stray_package_is_noticed() -> None:
 def test_the_lock_names_no_build_of_torch_no_cuda_and_no_place() -> None:
     assert not [name for name in PINS if re.match(r"nvidia|cuda|labsupport", name)]
     assert not [version for version in PINS.values() if "+" in version]
-    body = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    pins = install.without_hashes((ROOT / "requirements.lock").read_text())
+    body = pins.splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][A-Za-z0-9.]*( ; sys_platform == 'linux')?", line) for line in body)
+    assert [line.split("==")[0] for line in body] == list(PINS)
     assert [line.split("==")[0] for line in body if ";" in line] == ["triton"]  # it has no wheels for other systems
     assert list(PINS) == sorted(PINS)
 
 
-@pytest.mark.parametrize("line", ["-e .", "numpy>=1", "Numpy==1.0", "torch @ file:///x.whl", "--index-url x", "a==1 ; x"])
+def test_every_version_has_the_hashes_of_its_files_for_all_systems() -> None:
+    assert HASHES.keys() == PINS.keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for values in HASHES.values() for value in values)
+    assert all(len(set(values)) == len(values) > 0 for values in HASHES.values())
+    # torch has files for three Pythons and more, on Linux (two processors), macOS and Windows; tqdm has a wheel and a source.
+    assert len(HASHES["torch"]) >= 12
+    assert len(HASHES["tqdm"]) <= 2
+
+
+def fake_uv(monkeypatch: pytest.MonkeyPatch, printed: str, code: int = 0, errors: str = "", pip: str = "") -> list[list[str]]:
+    """In place of pip's configuration and of uv. Returns the commands that were run."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return (
+            subprocess.CompletedProcess(command, 0, pip)
+            if "config" in command
+            else subprocess.CompletedProcess(command, code, printed, errors)
+        )
+
+    monkeypatch.setattr(lock.subprocess, "run", run)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("pip", "asked"),
+    [
+        ("", None),
+        ("global.extra-index-url='https://more'", None),
+        ("global.index-url='https://one/simple'", "https://one/simple"),
+        ("global.index-url='https://one'\n:env:.index-url='https://two'\ninstall.index-url='https://three'", "https://two"),
+    ],
+)
+def test_hashes_come_from_the_index_that_pip_is_configured_for(
+    pip: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [character * 64 for character in "ba"]
+    printed = "".join(f"{name}==1.0 \\\n    --hash=sha256:{two[0]} \\\n    --hash=sha256:{two[1]}\n" for name in ("one", "two"))
+    ran = fake_uv(monkeypatch, printed, pip=pip)
+    assert lock.hashes_of({"one": "1.0", "two": "1.0"}) == {"one": two[::-1], "two": two[::-1]}
+    given = ran[-1]
+    assert (given[given.index("--default-index") + 1] if "--default-index" in given else None) == asked
+
+
+def test_an_index_without_hashes_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_uv(monkeypatch, "one==1.0\n")
+    with pytest.raises(lock.LockError, match=r"the package index has no hashes for one==1.0"):
+        lock.hashes_of({"one": "1.0"})
+    fake_uv(monkeypatch, "", 1, "error: no such\n  version\n")
+    with pytest.raises(lock.LockError, match="the package index does not give the hashes: error: no such version"):
+        lock.hashes_of({"one": "1.0"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-e .",
+        f"numpy>=1 {HASH}",
+        f"Numpy==1.0 {HASH}",
+        "torch @ file:///x.whl",
+        "--index-url x",
+        f"a==1 ; x {HASH}",
+        "a==1",
+        f"a==1 {HASH}0",
+    ],
+)
 def test_a_line_that_is_not_a_pin_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "x.lock").write_text(f"{line}\n")
     with pytest.raises(lock.LockError, match="wanted only lines like"):
@@ -74,16 +145,22 @@ def test_locking_what_is_not_installed_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_writing_the_lock_again_changes_nothing(tmp_path: Path) -> None:
+def test_writing_the_lock_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        lock, "hashes_of", lambda pins: HASHES
+    )  # of a version an index may get more files, and a test has no network
     lock.write(ROOT / "pyproject.toml", tmp_path / "requirements.lock")
-    assert lock.read(tmp_path / "requirements.lock") == (RECORDED, PINS)
+    written, kept = ((folder / "requirements.lock").read_text().splitlines() for folder in (tmp_path, ROOT))
+    differing = [line for line in {*written} ^ {*kept} if not line.startswith("# frozen with Python")]
+    assert differing == []
 
 
 def test_conda_lists_nothing_itself() -> None:
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     named = [item for item in listed if isinstance(item, str)]
     assert {re.split(r"[=<>]", item)[0] for item in named} == {"python", "pip"}
-    assert [item for item in listed if not isinstance(item, str)] == [{"pip": ["-r requirements.lock", "-e ."]}]
+    assert named == listed  # what pip installs, install.py decides
+    assert "python labsupport/install.py --here" in (ROOT / "environment.yml").read_text()
     (python,) = (item for item in named if item.startswith("python"))
     assert python.split("=")[-1] in lock.PYTHONS
 
@@ -95,3 +172,13 @@ def test_binder_lists_nothing_itself() -> None:
     commands = [line for line in (folder / "postBuild").read_text().splitlines() if line and not line.startswith("#")]
     assert commands == ["set -e", "python labsupport/install.py --here"]
     assert os.access(folder / "postBuild", os.X_OK)
+
+
+def test_colab_keeps_its_own_torch_and_lists_nothing_itself() -> None:
+    """The set-up cell asks pip for the package, and that asks for ranges; the lock is for machines that have nothing yet."""
+    setup = build.setup("https://example.org/course")
+    assert re.findall(r'"pip", "([^"]*)"', setup) == ["install -q git+https://example.org/course"]
+
+
+def test_the_installer_names_every_list_of_pyproject() -> None:
+    assert set(install.EXTRAS.split(",")) == LISTS.keys() - {"core"}

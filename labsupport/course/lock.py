@@ -1,7 +1,8 @@
 """requirements.lock: what the running environment holds of all that pyproject.toml asks for, exactly.
 
 Frozen from a CPU environment, so that no CUDA library is named: where there is a GPU, torch brings its own. Only what the
-project's requirements lead to is written; whatever else happens to be installed stays out.
+project's requirements lead to is written; whatever else happens to be installed stays out. Each version comes with the SHA-256 of
+all its files in the package index, those for other systems and Pythons too, and pip installs no other file from the lock.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import subprocess
+import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,11 +29,20 @@ from labsupport.model import files
 
 PYTHONS = tuple(f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1))
 LINUX = "sys_platform == 'linux'"  # the one marker that the lock knows: on what has no wheels for other systems
-PIN = re.compile(rf"([^=\s]+)==([^\s;]+)(?: ; {re.escape(LINUX)})?")
+PIN = re.compile(rf"([^=\s]+)==([^\s;]+)(?: ; {re.escape(LINUX)})?((?: --hash=sha256:[0-9a-f]{{64}})+)")
+NEXT_LINE = " \\\n    "  # how pip writes that a requirement goes on
 
 
 class LockError(ValueError):
     """The environment does not hold what pyproject.toml asks for, so it cannot be frozen."""
+
+
+class Lock(NamedTuple):
+    """digest: of the lists it was written for. pins: name to version. hashes: name to the SHA-256 of the version's files."""
+
+    digest: str
+    pins: dict[str, str]
+    hashes: dict[str, list[str]]
 
 
 def lists_of(pyproject: Path) -> dict[str, list[str]]:
@@ -85,38 +99,70 @@ def _only_linux(requirement: Requirement) -> bool:
     return requirement.marker is not None and not requirement.marker.evaluate({"sys_platform": "other"})
 
 
+def _index() -> list[str]:
+    """What tells uv of the package index that pip is configured for; nothing where that is pip's own."""
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    lines = (line.partition("=") for line in done.stdout.splitlines())
+    configured = {name: value.strip("'\"") for name, _, value in lines if name.endswith(".index-url")}
+    order = (":env:.index-url", "install.index-url", "global.index-url")  # pip's own, the strongest first
+    return next((["--default-index", configured[name]] for name in order if name in configured), [])
+
+
+def hashes_of(pins: Mapping[str, str]) -> dict[str, list[str]]:
+    """The SHA-256 of every file that the configured package index has of each version. Raises LockError where it has none.
+
+    No file is downloaded: an index says the hashes.
+    """
+    asked = "".join(f"{name}=={version}\n" for name, version in pins.items())
+    options = ["--no-config", "--no-deps", "--universal", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--python-version", PYTHONS[-1], *_index(), "-"]
+    done = subprocess.run(command, input=asked, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise LockError(f"the package index does not give the hashes: {' '.join(done.stderr.split())[:300]}")
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.replace(NEXT_LINE, " ").splitlines():
+        requirement, *hashes = line.split(" --hash=sha256:")
+        found[requirement.partition("==")[0]] = sorted(hashes)
+    if lacking := [f"{name}=={version}" for name, version in pins.items() if not found.get(name)]:
+        raise LockError(f"the package index has no hashes for {', '.join(lacking)}")
+    return found
+
+
 def write(pyproject: Path, lock: Path) -> int:
     """Freeze the running environment into `lock` and return the number of packages. Raises LockError."""
     lists = lists_of(pyproject)
     roots = [Requirement(line) for each in lists.values() for line in each]
     packages = closure(roots)
     only_linux = packages.keys() - closure(r for r in roots if not _only_linux(r)).keys()
-    header = [
+    lines = [
         "# Written by `labs lock` from an environment that passes the tests; not edited by hand.",
         f"# pyproject.toml: sha256 {digest(lists)}",
         f"# frozen with Python {platform.python_version()}",
     ]
-    pins = (f"{name}=={version}" + f" ; {LINUX}" * (name in only_linux) for name, version in sorted(packages.items()))
-    files.write_text(lock, "\n".join([*header, *pins]) + "\n")
+    hashes = hashes_of(packages)
+    for name, version in sorted(packages.items()):
+        pin = f"{name}=={version}" + f" ; {LINUX}" * (name in only_linux)
+        lines.append(NEXT_LINE.join([pin, *(f"--hash=sha256:{value}" for value in hashes[name])]))
+    files.write_text(lock, "\n".join(lines) + "\n")
     return len(packages)
 
 
-def read(lock: Path) -> tuple[str, dict[str, str]]:
-    """The digest in the lock's header and its pins, name to version. Raises LockError for a line that is not a pin."""
-    recorded, pins = "", {}
-    for line in lock.read_text("utf-8").splitlines():
+def read(lock: Path) -> Lock:
+    """What `write` wrote. Raises LockError for a line that is not a pin with its hashes."""
+    recorded, pins, hashes = "", {}, {}
+    for line in lock.read_text("utf-8").replace(NEXT_LINE, " ").splitlines():
         if line.startswith("# pyproject.toml: sha256 "):
             recorded = line.rsplit(" ", 1)[1]
         elif line and not line.startswith("#"):
             pin = PIN.fullmatch(line)
             if pin is None or pin[1] != canonicalize_name(pin[1]):
-                raise LockError(f"{lock.name} holds {line!r}, wanted only lines like name==1.2.3")
-            pins[pin[1]] = pin[2]
-    return recorded, pins
+                raise LockError(f"{lock.name} holds {line[:200]!r}, wanted only lines like name==1.2.3 --hash=sha256:...")
+            pins[pin[1]], hashes[pin[1]] = pin[2], pin[3].replace("--hash=sha256:", "").split()
+    return Lock(recorded, pins, hashes)
 
 
 def faults(lists: dict[str, list[str]], recorded: str, pins: dict[str, str]) -> list[str]:
-    """Where a lock, as `read` gives it, is not what pyproject.toml and this environment would give. Empty when all is well."""
+    """Where a lock's digest and pins are not what pyproject.toml and this environment would give. Empty when all is well."""
     found = [] if recorded == digest(lists) else ["pyproject.toml's dependencies have changed since: `labs lock` freezes them anew"]
     roots = [Requirement(line) for each in lists.values() for line in each]
     for root in roots:
