@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -77,6 +78,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", LLAMA),
     "smollm3": ("smollm3", LLAMA | {"pad_token_id": 0}),
 }  # fmt: skip
+
+# For tests of one thing in every architecture: what `labs test --quick` tries too. Plain blocks, sliding windows, experts, caps,
+# fused and transposed linears, one head of keys for all.
+QUICK = ("llama3", "qwen2-sliding", "mixtral", "gemma2", "gpt2", "falcon")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 
 
 def make(name: str) -> nn.Module:

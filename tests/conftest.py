@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# nbformat's checker of JSON makes 38 grammars of addresses when it is imported: three seconds a worker, and no notebook needs one.
+sys.modules.setdefault("rfc3987_syntax", None)
 # nbgrader calls `alembic` by name: the environment need not be activated for the tests to find its commands.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported

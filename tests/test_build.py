@@ -23,6 +23,8 @@ from labsupport.course.badges import write_badges
 from labsupport.course.execute import WIDGET_TEXT
 from labsupport.course.kernels import LooksAgain
 
+pytestmark = pytest.mark.slow  # kernels are started
+
 TOOLS = """\
 import os
 from IPython.display import display
@@ -110,7 +112,6 @@ def source(built_once, tmp_path) -> Path:
     return tmp_path / "course" / "notebooks" / "solutions" / "02_small.ipynb"
 
 
-@pytest.mark.slow
 def test_built_notebooks_pass_the_check(source):
     assert forms.check(source) == []
     assert forms.orphans(source.parents[2]) == []
@@ -150,14 +151,12 @@ def test_nothing_that_differs_between_runs_is_kept(source):
         assert not any("execution" in c.metadata for c in notebook.cells)
 
 
-@pytest.mark.slow
 def test_building_again_changes_no_byte(source):
     before = {path: path.read_bytes() for path in (source, forms.student_path(source))}
     forms.build(source)
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.slow
 def test_the_environment_of_the_builder_does_not_reach_the_kernel(source, monkeypatch):
     monkeypatch.setenv("LABS_STRICT", "1")  # would make the blank form fail
     monkeypatch.setenv("LABS_MODEL", "another")
@@ -251,7 +250,6 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-@pytest.mark.slow
 def test_a_failure_is_one_clear_line_and_writes_nothing(source, name):
     change, says = FAILURES[name]
     edit(source, change)
@@ -380,7 +378,6 @@ async def reply_while_sending(kind: type[AsyncZMQSocketChannel]) -> dict | None:
         context.term()
 
 
-@pytest.mark.slow
 def test_a_reply_that_wakes_nobody_is_found():
     assert asyncio.run(reply_while_sending(AsyncZMQSocketChannel)) is None  # the fault that LooksAgain is there for
     assert asyncio.run(reply_while_sending(LooksAgain))["header"]["msg_type"] == "execute_reply"

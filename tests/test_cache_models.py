@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import CONFIGS, VOCABULARY, make
+from architectures import EVERY, VOCABULARY, make
 
 from labsupport.model.models import ModelError
 from labsupport.pipeline import attention, cache
@@ -24,7 +24,7 @@ def off(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_nothing_quantized_is_the_model_itself(name):
     model = make(name)
@@ -44,7 +44,7 @@ def test_nothing_quantized_is_the_model_itself(name):
     assert torch.equal(model(IDS, use_cache=False).logits, want)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_keys_before_the_rotary_embedding_or_a_refusal(name):
     model = make(name)

@@ -42,6 +42,7 @@ def test_mutants_are_rejected_each_with_its_message(exercise, monkeypatch):
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
 def test_has_enough_mutants_and_sane_facts(exercise):
     assert len(exercise.mutants) >= 3
+    assert all(fault.answers for fault in exercise.faults)  # no sentence that nothing is known to lead to
     assert 1 <= exercise.difficulty <= 5
     assert exercise.points >= 1
     assert 1 <= exercise.minutes <= 30

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,11 +274,14 @@ def test_forms_belong_together_and_outputs_are_fresh(source):
     assert forms.check(source) == []
 
 
+read_once = cache(forms.read)  # no rule changes a notebook
+
+
 @pytest.mark.parametrize("student", [False, True], ids=["solutions", "student"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule(rule, source, student):
-    notebook = forms.read(forms.student_path(source) if student else source)
+    notebook = read_once(forms.student_path(source) if student else source)
     exercises = registry.exercises_of(int(source.name[:2]))
     lab = Lab(notebook, student, exercises, forms.setup(repository(ROOT)), {path.name for path in SOURCES})
     assert list(rule(lab)) == []

@@ -76,8 +76,9 @@ def imports(source: str) -> Iterator[tuple[str, str]]:
 def through_the_package(source: str) -> list[str]:
     """What a module imports from labsupport itself although it lies elsewhere. The contract does not see such an import."""
     top = {path.stem for path in PACKAGE.iterdir()} | {"PACKAGE", "__version__"}
-    found = [name for module, name in imports(source) if module == "labsupport" and name not in top]
-    return [*found, *(module for module, _ in imports(source) if module.startswith("."))]
+    found = list(imports(source))
+    names = [name for module, name in found if module == "labsupport" and name not in top]
+    return [*names, *(module for module, _ in found if module.startswith("."))]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -41,7 +41,8 @@ def test_it_ends_with_one_closing_line_over_all_parts(monkeypatch: pytest.Monkey
     code, lines = run_parts(monkeypatch, part("a", "....\n4 passed, 1 warning in 1.0s"), notebook)
     assert code == 0
     assert re.fullmatch(r"=+ 6 passed, 1 warnings in [\d.]+s =+", lines[-1])
-    assert any(re.fullmatch(r"\[ [12]/2\] b: ok, 2 passed after \d+ s", line) for line in lines)
+    assert any(re.fullmatch(r"\[ 1/1\] b: ok, 2 passed after \d+ s", line) for line in lines)
+    assert any(re.fullmatch(r"--- types: ok after \d+ s", line) for line in lines)
 
 
 @pytest.mark.parametrize("place", ["tests", "notebook"])

@@ -140,6 +140,7 @@ def test_labs_text_names_a_directory(tokenizer, tmp_path, monkeypatch):
     assert stream.names == ("a.txt", "sub/b.md")
 
 
+@pytest.mark.slow
 def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
     """A directory laid out like a dataset on the hub goes through the same loader as an id would."""
     datasets = pytest.importorskip("datasets")
@@ -161,11 +162,37 @@ def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
         (lambda _: text.documents("poetry"), "domain is 'poetry', wanted one of code, prose"),
         (lambda _: text.documents("code", "dev"), "split is 'dev', wanted one of train, heldout"),
         (lambda t: text.tokenize(t, [], "nothing"), "the text 'nothing' is empty"),
+        (lambda t: text.tokenize(t, [text.Document("a", "x\ud800")], "x"), r"the document 'a' holds '\\ud800', which has no form"),
+        (lambda t: text.load_text(t, "/no/such/folder"), "source is '/no/such/folder', which is not there: wanted a directory"),
+        (lambda t: text.load_text(t, "a/b/c"), "source is 'a/b/c', which is not there: wanted a directory"),
+        (lambda t: text.load_text(t, __file__), r"source is '.*test_text\.py', a file: wanted a directory"),
     ],
 )
 def test_bad_input(tokenizer, call, message):
     with pytest.raises(text.TextError, match=message):
         call(tokenizer)
+
+
+def test_what_is_no_text_and_no_tokenizer(tokenizer):
+    for wrong in (["code"], 3):
+        with pytest.raises(TypeError, match=r"^source is (list|int), wanted 'code' or 'prose', a directory or a dataset id"):
+            text.load_text(tokenizer, wrong)
+    with pytest.raises(TypeError, match=r"^the document 'a' is NoneType, wanted text"):
+        text.tokenize(tokenizer, [text.Document("a", None)], "x")
+    with pytest.raises(TypeError, match=r"^tokenizer is NoneType, wanted a tokenizer"):
+        text.load_text(None, "prose")
+
+
+@pytest.mark.slow
+def test_a_dataset_that_cannot_be_read_is_named_in_one_line(tokenizer, tmp_path, monkeypatch):
+    """Whatever the hub's library raises: without a network it does for any id."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(
+        text.TextError, match=r"^no text 'nobody/nothing': neither a directory nor a dataset that can be read \("
+    ) as caught:
+        text.load_text(tokenizer, "nobody/nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_directory_without_text(tokenizer, tmp_path):

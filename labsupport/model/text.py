@@ -101,11 +101,14 @@ def is_held_out(name: str, domain: str) -> bool:
 
 def _standard_library() -> list[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
+    paths = []
+    for folder, below, found in os.walk(root):
+        below[:] = set(below) - SKIPPED_PARTS  # not walked through: there may be many installed packages
+        paths += [Path(folder, name) for name in found if name.endswith(".py")]
     documents = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        name = relative.as_posix()
-        if SKIPPED_PARTS.intersection(relative.parts) or SKIPPED_PATHS.match(name):
+    for path in sorted(paths):
+        name = path.relative_to(root).as_posix()
+        if SKIPPED_PATHS.match(name):
             continue
         text = path.read_text("utf-8", errors="replace")
         if text.strip():
@@ -133,7 +136,11 @@ def _hub(name: str) -> list[Document]:
     except ImportError as error:
         raise TextError(f"the text {name!r} comes from the Hugging Face hub: pip install 'labsupport[hub]'") from error
     path, config, split = HUB_DATASETS.get(name, (name, None, "test"))
-    rows = load_dataset(path, config, split=split)
+    try:
+        rows = load_dataset(path, config, split=split)
+    except Exception as error:  # of a network, a missing name, a script: each has its own
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise TextError(f"no text {name!r}: neither a directory nor a dataset that can be read ({reason})") from error
     if "text" not in rows.column_names:
         raise TextError(f"the dataset {name!r} has no column 'text', it has {rows.column_names}")
     # Benchmarks such as WikiText hold one line a row; joined, they are the text that published perplexities are measured on.
@@ -152,12 +159,19 @@ def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
 
 def tokenize(tokenizer, texts: Iterable[Document], source: str) -> TokenStream:
     """Join documents into one TokenStream with the tokenizer's end-of-text token after each."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"tokenizer is {checks.kind(tokenizer)}, wanted a tokenizer of transformers")
     texts = list(texts)
     if not texts:
         raise TextError(f"the text {source!r} is empty")
     digest = hashlib.sha256()
     for d in texts:
-        digest.update(f"{d.name}\0{d.text}\0".encode())
+        if not isinstance(d.text, str):
+            raise TypeError(f"the document {d.name!r} is {checks.kind(d.text)}, wanted text")
+        try:
+            digest.update(f"{d.name}\0{d.text}\0".encode())
+        except UnicodeEncodeError as error:  # half of a pair of UTF-16
+            raise TextError(f"the document {d.name!r} holds {error.object[error.start]!r}, which has no form in UTF-8") from error
     sha256, size = digest.hexdigest(), sum(len(d.text.encode()) for d in texts)
     cached = _cache_file(tokenizer, sha256) if size >= CACHED_BYTES else None
     kept = _read_cache(cached, len(texts)) if cached else None
@@ -218,8 +232,13 @@ def load_text(tokenizer, source: str | None = None, split: str = "heldout") -> T
     default text only. Nothing is downloaded unless a hub id is given.
     """
     source = source or os.environ.get("LABS_TEXT") or "code"
+    if not isinstance(source, str):
+        raise TypeError(f"source is {checks.kind(source)}, wanted {' or '.join(map(repr, DOMAINS))}, a directory or a dataset id")
     if source in DOMAINS:
         return tokenize(tokenizer, documents(source, split), f"{source}/{split}")
-    if Path(source).is_dir():
-        return tokenize(tokenizer, _directory(Path(source)), source)
+    path, is_there = Path(source), os.path.exists(source)  # False for a name that no file can have, where Path.exists raises
+    if os.path.isdir(source):
+        return tokenize(tokenizer, _directory(path), source)
+    if is_there or path.is_absolute() or len(path.parts) > 2:  # an id on the hub is a name, or an owner and a name
+        raise TextError(f"source is {source!r}, {'a file' if is_there else 'which is not there'}: wanted a directory of text")
     return tokenize(tokenizer, _hub(source), source)
