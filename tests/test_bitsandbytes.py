@@ -310,6 +310,21 @@ def test_foreign_state_dicts_in_4_bits(changes, message):
         bnb_format.read_4bit(state)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_magnitudes_that_are_none(bad):
+    def spoiled(state, name):
+        return state | {name: state[name].float().index_fill(0, torch.tensor([1]), bad)}
+
+    states = good_state(double_quant=False), bnb_format.write_4bit(nf4.quantize(torch.randn(64, 512), double_quant=True))
+    for state, name in zip(states, ("weight.absmax", "weight.nested_absmax"), strict=True):
+        with pytest.raises(ValueError, match=f"^{name} holds 1 values that are not finite numbers from 0 up"):
+            bnb_format.read_4bit(spoiled(state, name))
+    with pytest.raises(FormatError, match=r"^weight.quant_map is not the codebook nf4"):
+        bnb_format.read_4bit(spoiled(states[0], "weight.quant_map"))
+    with pytest.raises(ValueError, match=r"^SCB holds 1 values that are not finite numbers from 0 up"):
+        bnb_format.read_8bit(spoiled(bnb_format.write_8bit(int8.quantize(torch.randn(4, 8))), "SCB"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

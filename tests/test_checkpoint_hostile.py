@@ -59,14 +59,14 @@ def changed(directory: Path, name: str, change) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value", "message"),
     [
-        ("gptq", f"{LINEAR}.scales", float("nan"), "holds 1 scales that are not finite"),
-        ("gptq", f"{LINEAR}.scales", float("inf"), "holds 1 scales that are not finite"),
-        ("gptq", f"{LINEAR}.scales", 0.0, "holds 1 scales that are not above 0"),
-        ("gptq", f"{LINEAR}.scales", -1.0, "holds 1 scales that are not above 0"),
-        ("gptq", "model.norm.weight", float("nan"), "holds NaN or infinity"),
-        ("nf4", f"{LINEAR}.weight.absmax", float("nan"), "holds 1 magnitudes that are not finite"),
-        ("nf4", f"{LINEAR}.weight.absmax", -1.0, "holds 1 magnitudes below 0"),
-        ("nf4", f"{LINEAR}.weight.quant_map", float("nan"), "is not the codebook nf4"),
+        ("gptq", "scales", float("nan"), "scales holds 1 values that are not finite numbers above 0"),
+        ("gptq", "scales", float("inf"), "scales holds 1 values that are not finite numbers above 0"),
+        ("gptq", "scales", 0.0, "scales holds 1 values that are not finite numbers above 0"),
+        ("gptq", "scales", -1.0, "scales holds 1 values that are not finite numbers above 0"),
+        ("nf4", "weight.absmax", float("nan"), "weight.absmax holds 1 values that are not finite numbers from 0 up"),
+        ("nf4", "weight.absmax", -1.0, "weight.absmax holds 1 values that are not finite numbers from 0 up"),
+        ("nf4", "weight.quant_map", float("nan"), "weight.quant_map is not the codebook nf4"),
+        ("nf4-double", "weight.nested_absmax", -1.0, "weight.nested_absmax holds 1 values that are not finite numbers from 0 up"),
     ],
 )
 def test_numbers_that_no_quantizer_stores(packed, tmp_path, kind, name, value, message):
@@ -75,13 +75,21 @@ def test_numbers_that_no_quantizer_stores(packed, tmp_path, kind, name, value, m
     assert checkpoint.inspect(directory).findings == []
 
     def put(tensor):
-        tensor.view(-1)[1] = value
-        return {name: tensor}
+        tensor.view(-1)[-1] = value
+        return {f"{LINEAR}.{name}": tensor}
 
-    changed(directory, name, put)
-    with pytest.raises(CheckpointError, match=f"{name} in .* {message}"):
+    changed(directory, f"{LINEAR}.{name}", put)
+    with pytest.raises(CheckpointError, match=f"^{LINEAR}: {message}"):
         checkpoint.load(directory)
-    assert f"{name}: {message}" in map(str, checkpoint.inspect(directory).findings)
+    assert f"{LINEAR}: {message}" in map(str, checkpoint.inspect(directory).findings)
+
+
+def test_a_norm_that_is_not_finite(packed, tmp_path):
+    directory = shutil.copytree(packed / "gptq", tmp_path / "copy")
+    changed(directory, "model.norm.weight", lambda tensor: {"model.norm.weight": tensor.fill_(float("nan"))})
+    with pytest.raises(CheckpointError, match=r"model.norm.weight in .* holds NaN or infinity"):
+        checkpoint.load(directory)
+    assert "model.norm.weight: holds NaN or infinity" in map(str, checkpoint.inspect(directory).findings)
 
 
 def test_a_norm_that_is_not_stored_as_floats(packed, tmp_path):
@@ -259,6 +267,7 @@ def test_what_is_most_often_a_mistake_is_a_line_of_warning(source, tmp_path, tex
     assert len([line for line in done.stderr.splitlines() if "adapter" in line]) == 1
 
 
+@pytest.mark.slow
 def test_the_model_is_compared_with_transformers_own_reading(source, tmp_path, text_of_words, monkeypatch):
     """Break what it guards: a tensor that is read under another's name, of the same shape and as good as any."""
     settings = {"calibration": text_of_words, "length": 48, "group_size": 32, "windows": 1}
@@ -282,6 +291,7 @@ def test_the_model_is_compared_with_transformers_own_reading(source, tmp_path, t
     assert "Not compared with transformers' own reading of the model, whose " in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "old", "foreign"),
     [
@@ -302,6 +312,40 @@ def test_what_transformers_passes_over_is_passed_over(tmp_path, name, old, forei
         checkpoint.quantize(directory, tmp_path / "again", "rtn", **QUICK)
 
 
+@pytest.mark.slow
+def test_what_transformers_lets_a_file_lack_is_what_the_constructor_makes(tmp_path, monkeypatch):
+    """A.X-K1's published files have no correction of the router's scores, and the model has: zeros. Nothing else may be missing."""
+    shape = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    settings = architectures.LLAMA | shape | heads | {"num_key_value_heads": 4, "moe_intermediate_size": 32}
+    monkeypatch.setitem(architectures.CONFIGS, "axk1", ("axk1", settings))
+    directory = architectures.write("axk1", tmp_path / "axk1")
+    held = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert held.pop(name).count_nonzero() == 0
+    whole = checkpoint.quantize(directory, tmp_path / "whole", "rtn", **QUICK)
+    save_file(held, directory / "model.safetensors", {"format": "pt"})
+    out = checkpoint.quantize(directory, tmp_path / "out", "rtn", **QUICK)
+    assert torch.equal(checkpoint.read(out).weights[name], checkpoint.read(whole).weights[name])
+    written = {path: load_file(path) for path in out.glob("*.safetensors")}
+    for path, tensors in written.items():
+        tensors.pop(name, None)
+        save_file(tensors, path, {"format": "pt"})
+    for index in out.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"].pop(name, None)
+        index.write_text(json.dumps(content))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(out)[0](ids).logits, checkpoint.load(whole)[0](ids).logits)
+    assert checkpoint.inspect(out).findings == []
+    held.pop("model.layers.1.mlp.gate.weight")
+    save_file(held, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.gate.weight, which its config asks for"):
+        checkpoint.quantize(directory, tmp_path / "again", "rtn", **QUICK)
+
+
+@pytest.mark.slow
 def test_whole_directories_in_the_names_of_files_and_in_those_of_the_model(tmp_path, monkeypatch):
     """Mixtral's experts stand in its files one by one, and in transformers 5 in one tensor. Both are read."""
     from transformers import AutoModelForCausalLM

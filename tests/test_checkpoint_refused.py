@@ -245,8 +245,8 @@ def test_a_calibration_file_that_is_no_text_or_too_short(source, tmp_path, conte
     [
         ("missing.txt", "the calibration text 'missing.txt' does not exist: wanted a file, a directory, code, prose or a dataset"),
         ("", "the calibration text '' does not exist"),
-        ("someone/dataset", "the calibration text 'someone/dataset' cannot be read: wanted a file, a directory, code, prose or a"),
-        ("x" * 5000, "cannot be read: wanted a file, a directory, code, prose or a dataset"),
+        ("someone/dataset", "no text 'someone/dataset': neither a directory nor a dataset that can be read"),
+        ("x" * 5000, "neither a directory nor a dataset that can be read"),
     ],
 )
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def spoiled(change):
         (spoiled(lambda g: g[3, 3].neg_()), "has .* on its diagonal, wanted sums of squares"),
         (spoiled(lambda g: (g[3, 5].add_(500), g[5, 3].add_(500))), "is no X.T X: an entry is .* more than the squares"),
         (X, "has shape"),
+        (torch.zeros_like(GRAM), "is zero: the layer never saw an input"),
     ],
 )
 def test_a_gram_matrix_that_is_none(gram, message):

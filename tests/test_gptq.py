@@ -318,6 +318,6 @@ def test_bad_input_to_obq():
     with pytest.raises(ValueError, match=r"hessian has shape \[16, 16\], wanted \[32, 32\]"):
         obq.quantize(WEIGHT, HESSIAN[:16, :16], group_size=None)
     with pytest.raises(ValueError, match="hessian is not positive definite with damping 0"):
-        obq.quantize(WEIGHT, torch.zeros(32, 32), group_size=None, damping=0)
+        obq.quantize(WEIGHT, torch.ones(32, 32), group_size=None, damping=0)
     with pytest.raises(ValueError, match="hessian holds NaN"):
         obq.quantize(WEIGHT, changed(1, 1, float("nan")), group_size=None)

@@ -201,8 +201,8 @@ def bad_scale(value):
             NAME,
             "scales has shape [6, 248], wanted groups that divide 768 inputs, and 256 outputs",
         ),
-        ("gptq", put("scales", bad_scale(float("nan"))), f"{NAME}.scales", "holds 1 scales that are not finite"),
-        ("awq", put("scales", bad_scale(0.0)), f"{NAME}.scales", "holds 1 scales that are not above 0"),
+        ("gptq", put("scales", bad_scale(float("nan"))), NAME, "scales holds 1 values that are not finite numbers above 0"),
+        ("awq", put("scales", bad_scale(0.0)), NAME, "scales holds 1 values that are not finite numbers above 0"),
         ("gptq", put("qweight", lambda t: t.float()), NAME, "qweight is torch.float32, wanted torch.int32"),
         (
             "gptq",

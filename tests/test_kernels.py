@@ -265,6 +265,32 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(dtype):
     assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32" in ptx("small_batch", dtype)
 
 
+def add_up(values, total, count, BLOCK: tl.constexpr):
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        sums += tl.load(values + place, mask=place < count, other=0)
+    tl.store(total, tl.sum(sums, 0))
+
+
+@needs_triton
+def test_a_loop_up_to_an_argument_is_interpreted_whatever_triton_does_with_its_end(monkeypatch):
+    """As Triton before 3.7 has it: an array of one number is handed to int(), which NumPy refuses from 2.4 on."""
+    from triton.runtime import interpreter
+
+    real = interpreter._patch_lang_tensor
+
+    def older(tensor, *scope):
+        real(tensor, *scope)
+        tensor.__index__ = lambda self: [].__getitem__(self.handle.data)  # refused by every NumPy
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", older)
+    total = torch.zeros(1)
+    language.interpret(add_up, (1,), torch.arange(100.0), total, 100, BLOCK=16)
+    assert total.item() == 4950
+    assert interpreter._patch_lang_tensor is older
+
+
 @needs_triton
 def test_after_interpreting_triton_is_as_before():
     """One process interprets and compiles in turn: the interpreter's changes to triton.language must not stay."""

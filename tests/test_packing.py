@@ -185,6 +185,13 @@ def test_what_awq_cannot_store():
         ({"qweight": torch.zeros(8, dtype=torch.int32)}, r"qweight has shape \[8\], wanted two axes"),
         ({"g_idx": torch.zeros(63, dtype=torch.int32)}, r"g_idx has shape \[63\], wanted \[64\]"),
         ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "g_idx names groups 2 to 2, scales holds 2"),
+        *(
+            (
+                {"scales": torch.ones(2, 32).index_fill(1, torch.tensor([31]), bad)},
+                "^scales holds 2 values that are not finite numbers above 0",
+            )
+            for bad in (float("nan"), float("inf"), 0.0, -1.0)
+        ),
     ],
 )
 def test_what_cannot_be_read(change, message):

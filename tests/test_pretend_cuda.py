@@ -25,7 +25,8 @@ def test_the_package_runs_on_a_cuda_device():
     real = torch.cuda.is_available()
     if not real and (reason := re.search("ImportError: (the pretend GPU .*)", python("-c", "import pretend_cuda").stderr)):
         pytest.skip(reason[1])
-    done = python("-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / "on_cuda.py"), PRETEND_CUDA="0" if real else "1")
+    files = [str(FOLDER / name) for name in ("on_cuda.py", "gpu_against_cpu.py")]
+    done = python("-m", "pytest", "-p", "no:cacheprovider", *files, PRETEND_CUDA="0" if real else "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
     assert real or "skipped" not in done.stdout

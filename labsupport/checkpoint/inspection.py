@@ -140,7 +140,7 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     tied = shapes.keys() - {name for name, _ in model.named_parameters()} - {name for name, _ in model.named_buffers()}
     result.left_in_float = models.left_in_float(model)
-    ignored = names.ignored(model)
+    ignored, may_lack = names.ignored(model), names.may_lack(model)
     result.ignored = {name for name in weights if name not in shapes and ignored(name)}
     whole = {name: piece.parameter for name, piece in pieces.items() if piece.parameter in weights}
     for name in linears.keys() - quantized:
@@ -156,7 +156,7 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
         if name.endswith(".weight") and owner in linears:
             continue
         if name not in weights:
-            if name not in tied:
+            if name not in tied and not may_lack(name):
                 yield Finding(name, "is missing")
         elif weights.shape(name) != shape:
             yield Finding(name, f"has shape {weights.shape(name)}, the config asks for {shape}")
@@ -230,8 +230,6 @@ def _check_linears(checkpoint: Checkpoint, result: Inspection) -> None:
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, tensor: QuantizedTensor) -> Iterator[Finding]:
-    for part, message in layouts.bad_numbers(tensor):
-        yield Finding(f"{name}.{part}", message)
     if isinstance(tensor, UniformTensor):
         wanted = checkpoint.group_size or tensor.shape[1]
         if tensor.group_size != wanted:

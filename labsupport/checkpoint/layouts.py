@@ -5,16 +5,16 @@ A layout reads back exactly the values that were written; codes may differ, see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.quant import bnb_format, grid, nf4, packing
+from labsupport.quant import bnb_format, grid, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
-from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
+from labsupport.quant.nf4 import BlockTensor
 
 LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -94,27 +94,6 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -
         return packing.read_awq(state) if layout == "awq" else packing.read_gptq(state, bits, VERSION[layout])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from error
-
-
-def bad_numbers(tensor: QuantizedTensor) -> Iterator[tuple[str, str]]:
-    """What no quantizer stores: scales that are not finite or not above 0, another codebook than the one that is named.
-
-    Of each fault the tensor, by what follows the linear's name, and a sentence without subject.
-    """
-    if isinstance(tensor, UniformTensor):
-        if count := int((~tensor.scale.isfinite()).sum()):
-            yield "scales", f"holds {count} scales that are not finite"
-        if count := int((tensor.scale <= 0).sum()):
-            yield "scales", f"holds {count} scales that are not above 0"
-    elif isinstance(tensor, BlockTensor):
-        absmax = tensor.block_absmax
-        if count := int((~absmax.isfinite()).sum()):
-            yield "weight.absmax", f"holds {count} magnitudes that are not finite"
-        # One that was quantized in its turn may read back a little below 0.
-        if not isinstance(tensor.absmax, NestedAbsmax) and (count := int((absmax < 0).sum())):
-            yield "weight.absmax", f"holds {count} magnitudes below 0"
-        if not torch.allclose(torch.tensor(tensor.levels), nf4.levels_of(tensor.kind), rtol=0, atol=1e-6):
-            yield "weight.quant_map", f"is not the codebook {tensor.kind}"
 
 
 def config(

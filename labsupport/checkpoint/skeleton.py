@@ -74,11 +74,7 @@ def _empty_model(directory: Path, weights: Weights, changes: dict[str, Any]) -> 
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # before transformers 5
-        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
+    from transformers.initialization import no_init_weights
 
     settings = read_json(directory / "config.json") | changes
     settings.pop("quantization_config", None)
@@ -107,6 +103,7 @@ def _empty_model(directory: Path, weights: Weights, changes: dict[str, Any]) -> 
 class Skeleton(Resident):
     """A model without weights, taken apart (model.opened), and the files that they are read from. In memory they are float32.
 
+    filled: buffers that transformers lets a file lack and this one lacks, as the model's constructor fills them.
     Raises CheckpointError for tensors that are missing, that do not belong to the model, of another shape, or not floats.
     """
 
@@ -119,6 +116,8 @@ class Skeleton(Resident):
             self.pieces = opened.open_up(self.model).pieces
         except models.ModelError as error:
             raise CheckpointError(f"{directory}: {error}") from error
+        may_lack = names.may_lack(self.model)
+        self.filled = {name: b for name, b in self.model.named_buffers() if name not in self.weights and may_lack(name)}
         self.names = {id(module): name for name, module in self.model.named_modules()}
         self.blocks = list(models.blocks(self.model))
         inside = {f"{self.name(block)}.{name}" for block in self.blocks for name in block.state_dict()}
@@ -139,7 +138,7 @@ class Skeleton(Resident):
             if (target := target_of(name)) is not None:
                 reason = f"of which transformers makes {target} when it loads the model, as labs does not"
                 raise CheckpointError(f"{directory} holds {name}, {reason}: save the model in another form")
-        if missing := sorted(wanted.keys() - self.weights.keys() - tied - whole.keys()):
+        if missing := sorted(wanted.keys() - self.weights.keys() - tied - whole.keys() - self.filled.keys()):
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise CheckpointError(f"{directory} lacks {missing[0]}{more}, which its config asks for")
         foreign = sorted(name for name in self.weights.keys() - shapes.keys() if not ignored(name))
@@ -164,11 +163,12 @@ class Skeleton(Resident):
 
     def _tensor(self, name: str) -> torch.Tensor:
         piece = self.pieces.get(name)
-        held = (
-            self.weights[name]
-            if piece is None or piece.parameter not in self.weights
-            else piece.take(self.weights[piece.parameter])
-        )
+        if name in self.filled:
+            held = self.filled[name]
+        elif piece is None or piece.parameter not in self.weights:
+            held = self.weights[name]
+        else:
+            held = piece.take(self.weights[piece.parameter])
         copied = held.to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
         if name not in self._digests:  # 1.4 GB a second were measured: ten seconds for 7B parameters in float16
             self._digests[name] = sha256(held.contiguous().view(-1).view(torch.uint8).numpy().data).digest()

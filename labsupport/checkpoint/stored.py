@@ -113,7 +113,7 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
 
     No library's kernel takes part: the model multiplies by the values that the file stands for. Raises CheckpointError for a
     checkpoint that lacks a tensor or holds one that its config does not know, and by its name for one with NaN or infinity, or
-    with scales that are not above 0.
+    with scales that are not above 0. A buffer that transformers lets a file lack is what the model's constructor makes.
     """
     from labsupport.checkpoint.tokenizers import read_tokenizer
 
@@ -123,11 +123,9 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     values: dict[str, torch.Tensor] = {}
     taken: set[str] = set()
     for name, tensor in checkpoint.tensors():
-        for part, message in layouts.bad_numbers(tensor):
-            raise CheckpointError(f"{name}.{part} in {directory} {message}")
         values[f"{name}.weight"] = tensor.dequantize()
         taken |= {f"{name}.{part}" for part in checkpoint.state(name) if part != "bias"}
-    wanted, ignored = model.state_dict().keys(), names.ignored(model)
+    wanted, ignored, may_lack = model.state_dict().keys(), names.ignored(model), names.may_lack(model)
     for name in checkpoint.weights:
         if name not in taken and not (name not in wanted and ignored(name)):
             if name in wanted and (kind := checkpoint.weights.kind(name)) not in FLOATS:
@@ -137,7 +135,7 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
             values |= taken_apart.parts(name, checkpoint.weights[name].to(torch.float32, copy=True))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = parameters.keys() - dict(model.named_parameters()).keys()
-    if missing := sorted(wanted - values.keys() - tied):
+    if missing := sorted(name for name in wanted - values.keys() - tied if not may_lack(name)):
         raise CheckpointError(f"{directory} lacks {missing[0]}, which its config asks for")
     if foreign := sorted(values.keys() - wanted):
         raise CheckpointError(f"{directory} holds {foreign[0]}, which its config does not know")

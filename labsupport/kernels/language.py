@@ -80,9 +80,15 @@ def _interpreted_helpers() -> Iterator[None]:
     Triton has an environment variable for it, TRITON_INTERPRET, but that has to be set before Triton is imported and then holds
     for the whole process, in which a GPU could no longer be used.
     """
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, interpreter_semantic
     from triton.runtime.jit import JITFunction
 
+    def as_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()  # before Triton 3.7 it is int() of an array: an error in NumPy 2.4
+
+    patch_tensor, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, as_index
     options = interpreter_semantic.builder.options
     places = [JITFunction, tl, tl.core, tl.math, tl.tensor, tl.dtype]
     places += [getattr(tl.core, name) for name in ("tensor_descriptor_base",) if hasattr(tl.core, name)]
@@ -104,6 +110,7 @@ def _interpreted_helpers() -> Iterator[None]:
         yield
     finally:
         interpreter_semantic.builder.options = options
+        interpreter._patch_lang_tensor = patch_tensor
         for place, names in zip(places, before, strict=True):
             now = dict(vars(place))
             for name in now.keys() - names.keys():

@@ -10,14 +10,12 @@ from torch import nn
 
 
 def conversions(model: nn.Module) -> list[Any]:
-    """transformers' rules from the tensors of a file to those of the model, in order. None before transformers 5.
+    """transformers' rules from the tensors of a file to those of the model, in order.
 
     They are of two kinds: a WeightRenaming, and a WeightConverter, which makes one tensor of several.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     return get_model_conversion_mapping(model, add_legacy=False)
 
 
@@ -49,6 +47,13 @@ def ignored(model: nn.Module) -> Callable[[str], bool]:
     if any(name.endswith("position_ids") for name in buffers):
         patterns.add(r"(^|\.)position_ids$")
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def may_lack(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers lets a file lack a tensor of the model without a word, and its constructor fills it: a buffer."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    filled = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
+    return lambda name: name in filled and any(re.search(pattern, name) for pattern in patterns)
 
 
 def from_file(model: nn.Module) -> Callable[[str], str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from labsupport.model import models
 from labsupport.model.models import ModelError
+from labsupport.quant import checks
 
 # Both llm-awq and AutoAWQ search no clips for these: what counts is the product of their outputs.
 NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
@@ -159,8 +160,7 @@ def fold(model: nn.Module, group: Group, scale: torch.Tensor) -> None:
         raise ValueError(
             f"scale has shape {list(scale.shape)}, wanted one value for each of the {channels} inputs of {group.linears[0]}"
         )
-    if not scale.isfinite().all() or not (scale > 0).all():
-        raise ValueError(f"scale holds {int((~(scale > 0) | scale.isinf()).sum())} values that are not finite numbers above 0")
+    checks.scales(scale, "scale")
     if len(before.weight) != group.parts * channels:
         raise ValueError(f"{group.before} gives {len(before.weight)} channels, {group.linears[0]} reads {channels}")
     _check_not_shared(model, [group])

@@ -97,7 +97,7 @@ def search(
 
     rule: how scales are made, see `scale_at`. The grid is that of rtn.quantize, or with autoawq_grid that of `quantize_as_autoawq`
     in float32. For AutoAWQ's scales to the bit: rule "autoawq", autoawq_grid and fold.module_loss.
-    Raises ValueError for shapes that do not fit, for NaN and infinity, and where no ratio has a finite loss.
+    Raises ValueError for shapes that do not fit, for NaN and infinity, for a zero gram, and where no ratio has a finite loss.
     """
     stacked = _stacked(weights)
     bits, size = checks.bits(bits), checks.group_size(group_size, stacked.shape[1])
@@ -161,7 +161,7 @@ def search_clip(
     libraries do. The loss is the squared error of the group's part of the output on the inputs: E_g G_gg E_g^T, for which a
     diagonal block of the Gram matrix is enough. weight: as it will be rounded, that is, after scaling; gram: X^T X of the inputs
     that it then reads, see `scaled_gram`. AutoAWQ takes X from `clip_tokens`, and does not clip q and k, since their product
-    counts. Raises ValueError for shapes that do not fit, and for NaN and infinity.
+    counts. Raises ValueError for shapes that do not fit, for NaN and infinity, and for a gram that is zero.
     """
     bits, size = checks.weight_and_grid(weight, bits, group_size)
     checks.finite(weight, "weight")

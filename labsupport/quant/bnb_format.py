@@ -64,7 +64,8 @@ def write_4bit(tensor: BlockTensor, name: str = "weight", dtype: torch.dtype = t
 def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockTensor:
     """The weight `name` of a state dict that Linear4bit wrote, which may also hold other layers' entries.
 
-    Raises FormatError for what is missing, what does not belong there, and what contradicts something else.
+    Raises FormatError for what is missing, what does not belong there, and what contradicts something else, ValueError for
+    magnitudes that are not finite or below 0.
     """
     prefix = f"{name}.quant_state.bitsandbytes__"
     kinds = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
@@ -94,9 +95,15 @@ def read_4bit(state: Mapping[str, torch.Tensor], name: str = "weight") -> BlockT
         if not torch.equal(state[f"{name}.nested_quant_map"].cpu(), nf4.dynamic_map()):
             raise FormatError(f"{name}.nested_quant_map is not the signed dynamic map")
         offset = torch.tensor(about["nested_offset"], dtype=torch.float32)
-        absmax = NestedAbsmax(stored, state[f"{name}.nested_absmax"].view(-1), offset.to(stored.device))
-    levels = tuple(state[f"{name}.quant_map"].view(-1).tolist())
-    return BlockTensor(state[name].reshape(-1), absmax, levels, kinds[0], block_size, shape)
+        nested_absmax = checks.scales(state[f"{name}.nested_absmax"].view(-1), f"{name}.nested_absmax", zero=True)
+        absmax = NestedAbsmax(stored, nested_absmax, offset.to(stored.device))
+        checks.finite(absmax.dequantize(), f"{name}.absmax")  # one that was quantized in its turn may read back a little below 0
+    else:
+        checks.scales(stored, f"{name}.absmax", zero=True)
+    levels = state[f"{name}.quant_map"].view(-1)
+    if not torch.allclose(levels.cpu(), nf4.levels_of(kinds[0]), rtol=0, atol=1e-6):
+        raise FormatError(f"{name}.quant_map is not the codebook {kinds[0]}")
+    return BlockTensor(state[name].reshape(-1), absmax, tuple(levels.tolist()), kinds[0], block_size, shape)
 
 
 def write_8bit(tensor: Int8Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -111,7 +118,10 @@ def write_8bit(tensor: Int8Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def read_8bit(state: Mapping[str, torch.Tensor], prefix: str = "") -> Int8Tensor:
-    """The weight that Linear8bitLt wrote under `prefix`. Raises FormatError for what is missing or of another form."""
+    """The weight that Linear8bitLt wrote under `prefix`.
+
+    Raises FormatError for what is missing or of another form, ValueError for magnitudes that are not finite or below 0.
+    """
     names = [f"{prefix}{part}" for part in ("weight", "SCB")]
     if missing := [name for name in names if name not in state]:
         raise FormatError(f"the state dict lacks {', '.join(missing)}")
@@ -122,7 +132,7 @@ def read_8bit(state: Mapping[str, torch.Tensor], prefix: str = "") -> Int8Tensor
     if codes.dtype != torch.int8 or codes.ndim != 2:
         raise FormatError(f"{names[0]} is {codes.dtype} {list(codes.shape)}, wanted torch.int8 [out_features, in_features]")
     _expect(state, names[1], torch.float32, len(codes))
-    return Int8Tensor(codes, absmax)
+    return Int8Tensor(codes, checks.scales(absmax, names[1], zero=True))
 
 
 def _about(packed: torch.Tensor, name: str) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def not_finite(value: torch.Tensor, name: str = "weight") -> ValueError:
     return ValueError(f"{name} holds {found}: {count} of {value.numel()} values are not finite")
 
 
+def scales(value: torch.Tensor, name: str, zero: bool = False) -> torch.Tensor:
+    """Raises ValueError for what no step of a grid can be: NaN, infinity, less than 0, and 0 unless `zero`."""
+    good = (value >= 0 if zero else value > 0) & (value < math.inf)
+    if not good.all():
+        wanted = "from 0 up" if zero else "above 0"
+        raise ValueError(f"{name} holds {int((~good).sum())} values that are not finite numbers {wanted}")
+    return value
+
+
 def whole(value: Any, name: str, least: int = 1, most: int = LARGEST, wanted: str = "") -> int:
     """A whole number from `least` to `most`. True and False are none. wanted: in place of these words."""
     wanted = wanted or (f"a whole number from {least} up" if most == LARGEST else f"a whole number from {least} to {most}")
@@ -168,7 +177,8 @@ def square(value: Any, name: str, in_features: int) -> torch.Tensor:
 
 
 def gram(value: Any, name: str, in_features: int) -> torch.Tensor:
-    """A matrix that can be a multiple of X^T X: symmetric, nothing below 0 on its diagonal, no entry larger than that allows.
+    """A matrix that can be a multiple of X^T X: symmetric, nothing below 0 on its diagonal, no entry larger than that allows,
+    and not all zero: of inputs that were never anything but 0 no method learns what matters.
 
     Whether it is positive definite, a Cholesky factorization tells. Compared some rows and columns at a time.
     """
@@ -192,6 +202,8 @@ def gram(value: Any, name: str, in_features: int) -> torch.Tensor:
         raise ValueError(f"{name} has {diagonal.min().item():.3g} on its diagonal, wanted sums of squares")
     if beyond > SLACK * largest:
         raise ValueError(f"{name} is no X^T X: an entry is {beyond:.3g} more than the squares on its diagonal allow")
+    if largest == 0:
+        raise ValueError(f"{name} is zero: the layer never saw an input")
     return value
 
 

@@ -18,6 +18,7 @@ from labsupport.quant import checks
 
 GROUP_SIZES = (128, 64, 32)  # of which the largest that fits is taken where none is named: kernels know them
 CHUNK = 2**18  # values to take at a time, few enough that they stay in a CPU's cache between the steps
+MOST_AT_ONCE = 2**26  # on a GPU, where each step waits for its start and takes some bytes of memory for a value
 
 
 def _lanes(width: int, start: int, bits: int) -> int:
@@ -52,8 +53,10 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     checks.tensor(packed, "packed", (torch.uint8,), "a tensor of bytes, torch.uint8")
     if packed.ndim != 1 or 8 * len(packed) < count * bits:
         raise ValueError(f"packed has shape {list(packed.shape)}, {count} codes of {bits} bits are {-(-count * bits // 8)} bytes")
-    stream = _padded(packed[: -(-count * bits // 8)], bits).view(-1, bits)
-    words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64).view(-1)
+    stream = packed[: -(-count * bits // 8)]
+    if 8 % bits == 0:  # a byte holds whole codes
+        return torch.stack([stream >> start & 2**bits - 1 for start in range(0, 8, bits)], 1).view(-1)[:count]
+    words = torch.nn.functional.pad(_padded(stream, bits).view(-1, bits), (0, 8 - bits)).view(torch.int64).view(-1)
     for width in (32, 16, 8):
         used = width // 8 * bits
         words = words & _lanes(2 * width, 0, used) | words << (width - used) & _lanes(2 * width, width, used)
@@ -215,7 +218,8 @@ class UniformTensor(QuantizedTensor):
         rows, columns = self.shape
         scale, zero_point = self.scale.float()[..., None], self.zero_point[..., None]
         values = torch.empty(rows, columns // self.group_size, self.group_size, device=scale.device)
-        step = -(-max(1, CHUNK // columns) // 8) * 8  # whole bytes of codes in every step but the last
+        chunk = CHUNK if scale.device.type == "cpu" else MOST_AT_ONCE
+        step = -(-max(1, chunk // columns) // 8) * 8  # whole bytes of codes in every step but the last
         for start in range(0, rows, step):
             part = values[start : start + step]
             first = start * columns * self.bits // 8

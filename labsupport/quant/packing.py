@@ -131,8 +131,8 @@ def groups_of(tensor: UniformTensor) -> torch.Tensor:
 def read_gptq(state: Mapping[str, torch.Tensor], bits: int, version: int = 1) -> GPTQTensor:
     """The weight of which a GPTQ checkpoint stores qweight, qzeros, scales and, if columns were reordered, g_idx.
 
-    Where every zero-point is 2**(bits - 1) the grid is taken for symmetric. Raises ValueError naming what is missing or of a shape
-    that does not fit the others, TypeError naming what is of another dtype.
+    Where every zero-point is 2**(bits - 1) the grid is taken for symmetric. Raises ValueError naming what is missing, of a shape
+    that does not fit the others, or no scale (not finite or not above 0), TypeError naming what is of another dtype.
     """
     if checks.bits(bits) not in GPTQ_BITS:
         raise ValueError(f"bits is {bits}, GPTQ's layout has {', '.join(map(str, GPTQ_BITS))}")
@@ -209,7 +209,7 @@ def _parts(state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
     qweight, qzeros, scales = (state[name] for name in ("qweight", "qzeros", "scales"))
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
         checks.tensor(tensor, name, (torch.int32,), "torch.int32")
-    checks.tensor(scales, "scales", wanted="floating point")
+    checks.scales(checks.tensor(scales, "scales", wanted="floating point"), "scales")
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
         if tensor.ndim != 2 or tensor.numel() == 0:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, wanted two axes, neither of them 0")
