@@ -55,12 +55,13 @@ def test_whatever_an_answer_does_it_is_judged_by_its_id_and_the_others_are_kept(
         *exercise(5, "def five(*arguments):\n    raise KeyboardInterrupt", "five"),
         new_code_cell("1 / 0"),
         *exercise(6),
+        *exercise(8, "def eight(*arguments):\n    return input('value? ')", "eight"),
         *exercise(7, "import os\nos._exit(3)", "seven"),
-        *exercise(8),
+        *exercise(1),
     ]
     seen = []
     outcome = check_notebook(new_notebook(cells=cells), 2, tmp_path, seen.append)
-    assert outcome.outcomes == {"2.1": "pass", "2.6": "pass"} | {f"2.{number}": "not yet" for number in (2, 3, 4, 5, 7)}
+    assert outcome.outcomes == {"2.1": "pass", "2.6": "pass"} | {f"2.{number}": "not yet" for number in (2, 3, 4, 5, 7, 8)}
     assert outcome.stopped == "the kernel died, perhaps for lack of memory, at 2.7"
     assert not outcome.interrupted
     assert outcome.wrong
@@ -70,8 +71,9 @@ def test_whatever_an_answer_does_it_is_judged_by_its_id_and_the_others_are_kept(
     assert "2.5: not yet. Its cell raised KeyboardInterrupt" in said["2.5"]
     assert said["cell 13 raised ZeroDivisionError"] == "cell 13 raised ZeroDivisionError: division by zero"
     assert any(check.startswith("2.3 ") and "not yet" in check for check in outcome.checks)
+    assert any(check.startswith("2.8 ") and "not yet" in check for check in outcome.checks)  # nobody is there to type
     assert outcome.tally.endswith(f"2 of {len(exercises_of(2))} pass")
-    assert seen == list(range(16))  # to the cell at which it died
+    assert seen == list(range(18))  # to the cell at which it died
 
 
 def test_ctrl_c_says_where_it_stood_and_keeps_the_verdicts(tmp_path):
