@@ -159,7 +159,7 @@ def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda _: text.documents("poetry"), "domain is 'poetry', wanted one of code, prose"),
+        (lambda _: text.documents("poetry"), "domain is 'poetry', wanted one of code, prose, wiki, or a directory with train and heldout"),
         (lambda _: text.documents("code", "dev"), "split is 'dev', wanted one of train, heldout"),
         (lambda t: text.tokenize(t, [], "nothing"), "the text 'nothing' is empty"),
         (lambda t: text.tokenize(t, [text.Document("a", "x\ud800")], "x"), r"the document 'a' holds '\\ud800', which has no form"),
@@ -175,7 +175,7 @@ def test_bad_input(tokenizer, call, message):
 
 def test_what_is_no_text_and_no_tokenizer(tokenizer):
     for wrong in (["code"], 3):
-        with pytest.raises(TypeError, match=r"^source is (list|int), wanted 'code' or 'prose', a directory or a dataset id"):
+        with pytest.raises(TypeError, match=r"^source is (list|int), wanted one of code, prose, wiki, a directory or a dataset id"):
             text.load_text(tokenizer, wrong)
     with pytest.raises(TypeError, match=r"^the document 'a' is NoneType, wanted text"):
         text.tokenize(tokenizer, [text.Document("a", None)], "x")

@@ -16,14 +16,14 @@ from labsupport.model import models, text
 from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline import calibrate
 
-WANTED = f"wanted a file, a directory, {', '.join(text.DOMAINS)} or a dataset"
+WANTED = f"wanted a file, a directory, {', '.join(text.NAMES)} or a dataset"
 
 
 @dataclass(frozen=True)
 class Texts:
     """Which texts, and how much of them.
 
-    calibration: a domain of the default text, a directory, a file of text, or a dataset on the hub; `samples` windows of `length`
+    calibration: one of text.NAMES, a directory, a file of text, or a dataset on the hub; `samples` windows of `length`
     tokens are taken from it. windows: on how many windows of that length perplexity is measured; 0 to leave it out.
     """
 
@@ -64,7 +64,7 @@ def read_texts(skeleton: Skeleton, source: Path, texts: Texts, calibrating: bool
 
 def _stream(tokenizer: Any, name: str, split: str) -> TokenStream:
     """The tokens of the named text. Raises TextError where there is no such text."""
-    if name in text.DOMAINS:
+    if name in text.NAMES:
         return text.load_text(tokenizer, name, split)
     path = Path(name)
     if os.path.isfile(name):  # False for a name that no file can have, where Path.is_file raises

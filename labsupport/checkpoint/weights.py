@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from labsupport.model import models
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -217,12 +219,15 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def find(name: str, others: Iterable[str] = ()) -> Path:
-    """The directory of a model: `name` itself, or a snapshot of a model on the hub.
+    """The directory of a model: `name` itself, one that `labs fetch` made, or a snapshot of a model on the hub.
 
     From the hub only safetensors, JSON and the files named in `others` are fetched. What was downloaded before is found without a
     network, and with HF_HUB_OFFLINE=1 no network is used. Raises CheckpointError where there is neither.
     """
-    path = Path(name)
+    try:
+        path = Path(models.located(name))
+    except models.ModelError as error:
+        raise CheckpointError(str(error)) from error
     try:
         if path.is_dir():
             return path

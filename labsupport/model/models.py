@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from labsupport import PACKAGE
+from labsupport.model import fetched
 from labsupport.quant import grid
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -46,6 +47,17 @@ def title(name: str | None = None) -> str:
     return "the course model" if path == course_model_dir() else path.name
 
 
+def located(name: str) -> str:
+    """The directory of a model that `labs fetch` made, where `name` is that of one; every other name as it is.
+
+    A directory of the same name is `./NAME`. Raises ModelError for one that has not been fetched.
+    """
+    try:
+        return str(fetched.find(name, "model") or name)
+    except fetched.NotFetched as error:
+        raise ModelError(str(error)) from error
+
+
 def _check_directory(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"the directory {str(path)!r} holds no model: config.json is missing")
@@ -56,8 +68,8 @@ def _check_directory(path: Path) -> None:
 def load_model(name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
     """A causal language model ready to evaluate, and its tokenizer.
 
-    name: a directory or a hub id; without it LABS_MODEL decides, and without that it is the course model. Only a hub id may
-    download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every device for a model of
+    name: a directory, a model that `labs fetch` made or a hub id; without it LABS_MODEL decides, and without that it is the course
+    model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every device for a model of
     at most SMALL parameters, as the course model is: what a lesson shows is then the same everywhere. A larger model on a GPU keeps
     the dtype that is stored, and so does one that is stored quantized.
     Weights are read from safetensors only. Raises ModelError with what is wrong.
@@ -68,7 +80,7 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    name = model_name(name)
+    name = located(model_name(name))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = dtype or (torch.float32 if device.type == "cpu" else "auto")
     # The argument was renamed in transformers 4.56; the old name still works there, with a warning.

@@ -47,7 +47,7 @@ def load_with_bitsandbytes(
         settings = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype
         )
-    name = models.model_name(name)
+    name = models.located(models.model_name(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         name, quantization_config=settings, dtype=dtype, device_map=device, trust_remote_code=False

@@ -2,8 +2,9 @@
 
 The default text is what every Python installation carries: the standard library's source ("code") and the language
 reference in `pydoc_data.topics` ("prose"). A hash of its name decides whether a document is held out, so the split is the
-same on every machine. The library's own tests and the character-set tables are never used. `LABS_TEXT` names another text:
-a directory of files or a Hugging Face dataset. Tokens of long texts are kept in the user's cache folder, or in LABS_CACHE: cutting
+same on every machine. The library's own tests and the character-set tables are never used. `LABS_TEXT` names another text: one that
+`labs fetch` made, a directory of files, which has the two splits where it holds the folders train and heldout, or a Hugging Face
+dataset. Tokens of long texts are kept in the user's cache folder, or in LABS_CACHE: cutting
 the default text to train on takes ten seconds of a processor or more, reading its tokens a moment.
 """
 
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from labsupport.model import files
+from labsupport.model import fetched, files
 from labsupport.quant import checks
 
 # Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty.
 HELD_OUT = {"code": 26, "prose": 64}
 DOMAINS = tuple(HELD_OUT)
+NAMES = (*DOMAINS, *fetched.TEXTS)
 SPLITS = ("train", "heldout")
 HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
 CACHED_BYTES = 200_000  # of text; what is shorter is cut in less than half a second
@@ -148,13 +150,31 @@ def _hub(name: str) -> list[Document]:
 
 
 def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
-    """The documents of one domain ("code", "prose") and split ("train", "heldout") of the default text."""
-    if domain not in DOMAINS:
-        raise TextError(f"domain is {domain!r}, wanted one of {', '.join(DOMAINS)}")
+    """The documents of a text that has two splits, "train" and "heldout".
+
+    domain: "code" or "prose", of the default text; the name of a text that `labs fetch` made; or a directory that holds a folder for
+    each split. Raises TextError for another one.
+    """
     if split not in SPLITS:
         raise TextError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
-    everything = _standard_library() if domain == "code" else _language_reference()
-    return [d for d in everything if is_held_out(d.name, domain) == (split == "heldout")]
+    if domain in DOMAINS:
+        everything = _standard_library() if domain == "code" else _language_reference()
+        return [d for d in everything if is_held_out(d.name, domain) == (split == "heldout")]
+    folder = _split_folder(domain, split)
+    if folder is None:
+        raise TextError(f"domain is {domain!r}, wanted one of {', '.join(NAMES)}, or a directory with {' and '.join(SPLITS)}")
+    return _directory(folder)
+
+
+def _split_folder(name: str, split: str) -> Path | None:
+    """The folder of one split of a fetched text, or of a directory that holds both. Raises TextError for a text not fetched."""
+    try:
+        path = fetched.find(name, "text")
+    except fetched.NotFetched as error:
+        raise TextError(str(error)) from error
+    if path is None and not all(os.path.isdir(os.path.join(name, each)) for each in SPLITS):
+        return None
+    return (path or Path(name)) / split
 
 
 def tokenize(tokenizer, texts: Iterable[Document], source: str) -> TokenStream:
@@ -226,15 +246,15 @@ def _write_cache(path: Path, ids: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def load_text(tokenizer, source: str | None = None, split: str = "heldout") -> TokenStream:
-    """The tokens to evaluate on. `source`: "code", "prose", a directory of files, or a dataset id on the hub.
+    """The tokens to evaluate on. `source`: one of NAMES, a directory of files, or a dataset id on the hub.
 
-    Without `source`, the environment variable LABS_TEXT decides, and without that it is "code". `split` matters for the
-    default text only. Nothing is downloaded unless a hub id is given.
+    Without `source`, the environment variable LABS_TEXT decides, and without that it is "code". `split` matters for NAMES and for a
+    directory that holds the folders train and heldout. Nothing is downloaded unless a hub id is given.
     """
     source = source or os.environ.get("LABS_TEXT") or "code"
     if not isinstance(source, str):
-        raise TypeError(f"source is {checks.kind(source)}, wanted {' or '.join(map(repr, DOMAINS))}, a directory or a dataset id")
-    if source in DOMAINS:
+        raise TypeError(f"source is {checks.kind(source)}, wanted one of {', '.join(NAMES)}, a directory or a dataset id")
+    if source in NAMES or _split_folder(source, split):
         return tokenize(tokenizer, documents(source, split), f"{source}/{split}")
     path, is_there = Path(source), os.path.exists(source)  # False for a name that no file can have, where Path.exists raises
     if os.path.isdir(source):
