@@ -77,8 +77,8 @@ class Facts:
     source: name of the model. settings: Recipe.about. weights: how many the quantized linears hold. left_in_float: how many values
     the other matrices of the blocks hold, by name, as they are stored. layers: what became of each linear.
     texts: what it was calibrated on. measured: perplexity "before" and "after", and on what text; or why it "failed"; "compared":
-    a sentence about transformers' own reading of the model.
-    readers: what loads it. group_size_why: a few words on a group size that nobody named.
+    a sentence about transformers' own reading of the model. on_lattice: rounded_before.remark. readers: what loads it.
+    group_size_why: a few words on a group size that nobody named.
     """
 
     source: str
@@ -88,6 +88,7 @@ class Facts:
     layers: Mapping[str, LayerReport] = field(default_factory=dict)
     texts: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    on_lattice: str = ""
     readers: str = ""
     group_size_why: str = ""
 
@@ -115,6 +116,7 @@ class Facts:
             "bits_per_weight_of_blocks": self.bits_of_blocks(sizes),
             "left_in_float": dict(self.left_in_float),
             "rounded_for_want_of_tokens": self.rounded,
+            "on_a_lattice_before": self.on_lattice,
             "read_by": self.readers,
             "versions": versions(),
             "date": date.today().isoformat(),
@@ -151,6 +153,8 @@ class Facts:
                 "",
                 f"Rounded to nearest, since too few tokens of the calibration text reached them: {', '.join(self.rounded)}.",
             ]
+        if self.on_lattice:
+            lines += ["", f"Of the unquantized model, {self.on_lattice}."]
         if "compared" in self.measured:
             lines += ["", self.measured["compared"]]
         if "failed" in self.measured:

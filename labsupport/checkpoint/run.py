@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from labsupport import __version__
-from labsupport.checkpoint import card
+from labsupport.checkpoint import card, rounded_before
 from labsupport.checkpoint.finish import finish
 from labsupport.checkpoint.measure import OURS, compare_with_transformers, evaluate_streamed, in_short
 from labsupport.checkpoint.parts import Parts, check_free, in_one_line
@@ -68,8 +68,10 @@ def quantize(
     texts = Texts(calibration, samples, length, windows)
     if recipe.why:
         warn(f"groups of {recipe.group_size} weights: {recipe.why}")
-    for line in _warnings(source, skeleton, texts if recipe.method.needs_text else None):
-        warn(line)
+    on_lattice = rounded_before.remark(skeleton)
+    for line in (*_warnings(source, skeleton, texts if recipe.method.needs_text else None), on_lattice):
+        if line:
+            warn(line)
     ids, held_out = read_texts(skeleton, source, texts, recipe.method.needs_text)
 
     identity = {**recipe.about(), "model": skeleton.weights.digest(), "config": _digest(config), "version": __version__}
@@ -92,8 +94,10 @@ def quantize(
         # A hub id is a name; the directory of its snapshot is called by a digest.
         name = source.resolve().name if Path(model_name).is_dir() else model_name
         left = models.left_in_float(skeleton.model)
-        looked_at = vars(texts) if ids is not None else {}
-        facts = card.Facts(name, recipe.about(), weights, left, reports, looked_at, measured, group_size_why=recipe.why)
+        about_texts = vars(texts) if ids is not None else {}
+        facts = card.Facts(
+            name, recipe.about(), weights, left, reports, about_texts, measured, on_lattice, group_size_why=recipe.why
+        )
         return finish(parts, skeleton.model, source, config, facts)
 
 

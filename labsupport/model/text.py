@@ -152,8 +152,8 @@ def _hub(name: str) -> list[Document]:
 def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
     """The documents of a text that has two splits, "train" and "heldout".
 
-    domain: "code" or "prose", of the default text; the name of a text that `labs fetch` made; or a directory that holds a folder for
-    each split. Raises TextError for another one.
+    domain: "code" or "prose", of the default text; the name of a text that `labs fetch` made; or a directory that holds a folder
+    for each split. Raises TextError for another one.
     """
     if split not in SPLITS:
         raise TextError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")

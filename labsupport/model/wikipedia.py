@@ -42,7 +42,7 @@ def articles(dump: bytes) -> Iterator[tuple[str, str]]:
     for page in re.findall(rb"<page>.*?</page>", bz2.decompress(dump), flags=re.DOTALL):
         tree = ElementTree.fromstring(page)
         title, source = tree.findtext("title", ""), tree.findtext("revision/text") or ""
-        if tree.findtext("ns", "0") == "0" and not source[:9].upper() == "#REDIRECT":
+        if tree.findtext("ns", "0") == "0" and source[:9].upper() != "#REDIRECT":
             prose = plain(source)
             if len(prose) >= SHORTEST:
                 yield title, prose
