@@ -20,7 +20,15 @@ from labsupport.model.fetched import Wheel
 
 PIECE = 2**20  # bytes that are read at a time
 # What pip writes where it reached no index, or lost it while a file was coming.
-NO_NETWORK = ("connection broken", "Connection to", "ConnectionError", "Read timed out", "ReadTimeoutError", "IncompleteRead")
+NO_NETWORK = (
+    "connection broken",
+    "Connection to",
+    "ConnectionError",
+    "Read timed out",
+    "ReadTimeoutError",
+    "IncompleteRead",
+    "not enough bytes",
+)
 
 
 class FetchError(ValueError):
@@ -78,7 +86,7 @@ def _why(wheel: Wheel, errors: str) -> str:
     if any(sign in errors for sign in NO_NETWORK):
         return f"{wheel.requirement} could not be downloaded: the package index did not answer, or not to the end"
     if "No matching distribution" in errors:
-        return f"the package index that pip asks does not have {wheel.requirement} as {wheel.file}"
+        return f"the package index that pip asks does not have {wheel.requirement} as {wheel.file}, or did not answer"
     lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
     return f"pip could not download {wheel.requirement}: {lines[-1] if lines else 'it does not say why'}"
 

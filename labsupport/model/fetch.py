@@ -77,9 +77,9 @@ def _off_lattice(place: Path, progress: bool) -> None:
                 OFF_LATTICE,
                 f"This is `{SMOLLM2}` with the channels of every block rescaled: a factor exp({off_lattice.SIGMA:g} N(0, 1)) for "
                 f"each channel (seed {off_lattice.SEED}) was multiplied into norms, up_proj and v_proj and divided out of the "
-                "linears that read them. In exact arithmetic the function is the same, and the weights are no longer on the lattice "
-                f"of a 4-bit file. In float32 the logits of {ids.shape[1]} tokens moved by at most {moved:.1e}; the largest is "
-                f"{before.abs().max().item():.1f}.",
+                "linears that read them. In exact arithmetic the function is the same, and the weights are no longer on the "
+                f"lattice of a 4-bit file. In float32 the logits of {ids.shape[1]} tokens moved by at most {moved:.1e}; the "
+                f"largest is {before.abs().max().item():.1f}.",
             ),
             "utf-8",
         )
