@@ -82,8 +82,9 @@ OTHERS = {
     "random": lambda weight: weight,
     "uniform": lambda weight: torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) - 0.5,
     "heavy tails": lambda weight: weight**3,
-    "near 1": lambda weight: 1 + weight,  # in bfloat16 few values, evenly spaced: its own grid
-    "just above 1": lambda weight: 1 + 0.2 * weight.abs(),
+    "near 1": lambda weight: 1 + weight,
+    "just above 1": lambda weight: 1 + 0.1 * torch.rand(weight.shape),  # 14 values in bfloat16, evenly spaced: its own grid
+    "near a lattice": lambda weight: with_float_minimum(weight, 32) * (1 + 0.004 * torch.sign(weight.roll(1))),
     "one large value": lambda weight: torch.cat([100 + weight[:, ::32, None], weight.view(24, -1, 32)[:, :, 1:]], 2).view(24, -1),
     "constant": lambda weight: torch.full_like(weight, 0.3),
     "zero": torch.zeros_like,
