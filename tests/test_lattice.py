@@ -78,12 +78,20 @@ def spread(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return rtn.quantize(weight, bits=bits, group_size=32).dequantize()
 
 
+def uneven_levels(weight: torch.Tensor) -> torch.Tensor:
+    """16 values in each row, anywhere from 0.3 to 1: fewer of bfloat16's units apart than would show whether they are even."""
+    generator = torch.Generator().manual_seed(2)
+    levels = 0.3 + 0.7 * torch.rand(len(weight), 16, generator=generator)
+    return levels.gather(1, torch.randint(16, weight.shape, generator=generator))
+
+
 OTHERS = {
     "random": lambda weight: weight,
     "uniform": lambda weight: torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) - 0.5,
     "heavy tails": lambda weight: weight**3,
     "near 1": lambda weight: 1 + weight,
     "just above 1": lambda weight: 1 + 0.1 * torch.rand(weight.shape),  # 14 values in bfloat16, evenly spaced: its own grid
+    "uneven levels": uneven_levels,
     "near a lattice": lambda weight: with_float_minimum(weight, 32) * (1 + 0.004 * torch.sign(weight.roll(1))),
     "one large value": lambda weight: torch.cat([100 + weight[:, ::32, None], weight.view(24, -1, 32)[:, :, 1:]], 2).view(24, -1),
     "constant": lambda weight: torch.full_like(weight, 0.3),
