@@ -317,7 +317,9 @@ def test_a_text_that_was_not_fetched_is_refused_in_one_line(use, course, tmp_pat
         with pytest.raises(text.TextError) as error:
             call()
         assert str(error.value) == message
-    done = labs("quantize", str(models.course_model_dir()), "--out", str(tmp_path / "out"), "--calibration", "wiki")
+    done = labs(
+        "quantize", str(models.course_model_dir()), "--group-size", "128", "--out", str(tmp_path / "out"), "--calibration", "wiki"
+    )
     assert (done.exit_code, done.stderr) == (1, f"labs quantize: {message}\n")
     with pytest.raises(text.TextError, match="'smollm2' is a model, wanted a text"):
         text.load_text(course[1], "smollm2")

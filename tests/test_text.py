@@ -159,7 +159,10 @@ def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda _: text.documents("poetry"), "domain is 'poetry', wanted one of code, prose, wiki, or a directory with train and heldout"),
+        (
+            lambda _: text.documents("poetry"),
+            "domain is 'poetry', wanted one of code, prose, wiki, or a directory with train and heldout",
+        ),
         (lambda _: text.documents("code", "dev"), "split is 'dev', wanted one of train, heldout"),
         (lambda t: text.tokenize(t, [], "nothing"), "the text 'nothing' is empty"),
         (lambda t: text.tokenize(t, [text.Document("a", "x\ud800")], "x"), r"the document 'a' holds '\\ud800', which has no form"),

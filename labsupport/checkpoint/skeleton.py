@@ -162,7 +162,7 @@ class Skeleton(Resident):
         return tensors
 
     def _stored(self, name: str) -> torch.Tensor:
-        """A tensor as it lies in its file."""
+        """A tensor as it lies in its file, or what takes the place of one that the files lack."""
         piece = self.pieces.get(name)
         if name in self.filled:
             return self.filled[name]
