@@ -28,7 +28,7 @@ class Stop(Exception):
 class InputStatistics:
     """What a linear, or several that share their input, was fed, summed over tokens. float32 on the layer's device.
 
-    gram: X^T X [in, in]. sum_abs, max_abs: of |x| for each channel, [in]. tokens: how many rows X has.
+    gram: X^T X [in, in], or sum_t w_t x_t x_t^T where tokens were given weights. sum_abs, max_abs: of |x| for each channel, [in]. tokens: how many rows X has.
     """
 
     gram: torch.Tensor
@@ -44,12 +44,15 @@ class InputStatistics:
             torch.zeros(in_features, device=device),
         )
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """inputs: float [..., in]. Batches may differ in size: sums are kept, and divided by the count at the end."""
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """inputs: float [..., in]. Batches may differ in size: sums are kept, and divided by the count at the end.
+
+        weights: float [...], how much each token counts in `gram`; by default every one 1.
+        """
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if not len(x):  # an expert to which no token was routed
             return
-        self.gram.addmm_(x.t(), x)
+        self.gram.addmm_(x.t(), x if weights is None else x * weights.reshape(-1, 1))
         magnitude = x.abs()
         self.sum_abs += magnitude.sum(0)
         torch.maximum(self.max_abs, magnitude.amax(0), out=self.max_abs)
@@ -106,7 +109,7 @@ class Block:
     def outputs(self) -> Iterator[torch.Tensor]:
         """What the block, as it now is, gives for each batch. [windows, length, hidden]."""
         for batch in range(len(self.inputs)):
-            yield self._run(batch)
+            yield self.run(batch)
 
     def groups(self) -> list[tuple[str, ...]]:
         """The names of the linears that share an input, in the order in which they are called, seen by running one batch.
@@ -115,7 +118,7 @@ class Block:
         """
         called: list[tuple[str, torch.Tensor]] = []
         with _watching(self.linears, lambda name, x: called.append((name, x))):
-            self._run(0)
+            self.run(0)
         times = {name: sum(name == other for other, _ in called) for name in self.linears}
         for name, count in times.items():
             if count == 0:
@@ -150,7 +153,7 @@ class Block:
         with _watching(watched, see):
             for batch in range(len(self.inputs)):
                 waiting.update(watched)
-                self._run(batch)
+                self.run(batch)
         return statistics
 
     def fed(self, true_sequential: bool = True) -> Iterator[tuple[str, InputStatistics]]:
@@ -183,7 +186,8 @@ class Block:
             yield together
 
     @torch.no_grad()
-    def _run(self, batch: int) -> torch.Tensor | None:
+    def run(self, batch: int) -> torch.Tensor | None:
+        """What the block, as it now is, gives for one batch; None where a hook stopped it."""
         args, kwargs = self.calls[batch]
         try:
             output = self.module(self.inputs[batch], *args, **kwargs)

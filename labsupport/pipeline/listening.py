@@ -1,0 +1,160 @@
+"""Who listens to a token: the attention that each token of a block's text gets.
+
+A head gives A V: A are its attention weights, [queries, tokens], V = X W^T its values, [tokens, width]. An error E of W changes what
+it gives by A X E^T. The error of token t, E x_t, arrives at query q multiplied by A[q, t]. Where the errors of different tokens
+have nothing to do with each other, their squares add up: tr(E H E^T) with H = sum_t w_t x_t x_t^T and w_t = sum_q A[q, t]^2, summed
+over the heads that read the values. X^T X is the same with w_t = 1: as if every token were heard equally. Many models send a
+third of their attention to the first token of a text, and then it is most of H.
+
+RSQ (Sung et al. 2025, arXiv:2503.01820) weighs tokens by the attention that they get, for every linear of a block. Here they are
+weighed for the linear that makes the values, where the weight follows from what the attention computes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from labsupport.pipeline.block import Block, InputStatistics, Stop
+
+NAME = "labsupport_listening"
+# What transformers calls to attend: attend(module, query, key, value, mask, **settings) gives the heads' outputs, and more.
+Attend = Callable[..., tuple[torch.Tensor, Any]]
+# Two ways to add up the same products differ by some units in the last place; a mask or a cap that is missed by tens of percent.
+SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
+SAME_IN_HALF = 5e-2
+
+
+def makes_values(block: Block) -> str | None:
+    """The full name of the linear that makes the values of the block's attention. None where tokens cannot be weighed for it.
+
+    That is so where no linear's output is, as it stands, the values (a fused q, k and v); where the attention does not ask
+    transformers for the function that computes it (GPT-J, Bloom, Falcon and other older models); and where it does more than
+    softmax(Q K^T) V under a mask and a cap.
+    """
+    made: dict[str, torch.Tensor] = {}
+    found: list[str] = []
+
+    def see(attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> None:
+        if _is_known(attend, module, query, key, value, settings):
+            found.extend(name for name, output in made.items() if _are_values(output, value))
+        raise Stop
+
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output, name=name: made.update({name: output}))
+        for name, layer in block.linears.items()
+    ]
+    try:
+        with _watched(block.module, see):
+            block.run(0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if len(found) == 1 else None
+
+
+def heard(block: Block, name: str) -> InputStatistics:
+    """What the linear that makes a block's values (`makes_values`) is fed by the block as it now is, by who listens.
+
+    gram is sum_t w_t x_t x_t^T, w_t the attention that token t gets.
+    """
+    layer = block.linears[name]
+    statistics = InputStatistics.empty(layer.in_features, layer.weight.device)
+    fed: list[torch.Tensor] = []
+
+    def see(attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> None:
+        statistics.add(fed.pop(), attention_received(query, key, settings))
+        raise Stop
+
+    hook = layer.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    try:
+        with _watched(block.module, see):
+            for batch in range(len(block.inputs)):
+                block.run(batch)
+    finally:
+        hook.remove()
+    return statistics
+
+
+def attention_received(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+    """sum over heads and queries of A[q, t]^2: float32 [windows, tokens]. One window and one head of keys at a time.
+
+    query: [windows, heads, tokens, width]. key: [windows, heads of keys, tokens, width]. settings: see `_attention`.
+    """
+    received = torch.zeros(key.shape[0], key.shape[2], device=key.device)
+    for window in range(len(key)):
+        for head in range(key.shape[1]):
+            received[window] += _attention(query, key, settings, window, head).square().sum((0, 1))
+    return received
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, Any], window: int, head: int) -> torch.Tensor:
+    """A of the heads that read one head of keys, in one window: float32 [heads, queries, tokens].
+
+    settings: what else transformers hands to the function that attends: attention_mask, scaling, sliding_window, softcap.
+    """
+    readers, tokens = query.shape[1] // key.shape[1], key.shape[2]
+    heads = slice(head * readers, (head + 1) * readers)
+    scaling, softcap, mask = (settings.get(name) for name in ("scaling", "softcap", "attention_mask"))
+    scores = (query[window, heads] @ key[window, head].t()).float()
+    scores *= query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = mask[window if mask.shape[0] > 1 else 0, heads if mask.shape[1] > 1 else slice(1), :, :tokens]
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+    else:  # causal, and what the function knows by itself
+        behind = torch.arange(tokens, device=key.device)[:, None] - torch.arange(tokens, device=key.device)
+        reach = settings.get("sliding_window") or tokens
+        scores = scores.masked_fill((behind < 0) | (behind >= reach), -math.inf)
+    return scores.softmax(-1)
+
+
+def _is_known(
+    attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: Mapping[str, Any]
+) -> bool:
+    """Whether A V, with our A, is what the attention gives for the first window."""
+    first = {k: v[:1] if k == "attention_mask" and isinstance(v, torch.Tensor) and len(v) > 1 else v for k, v in settings.items()}
+    mask = first.pop("attention_mask", None)
+    output = attend(module, query[:1], key[:1], value[:1], mask, **first)[0].float()  # [1, tokens, heads, width]
+    ours = [_attention(query, key, settings, 0, head) @ value[0, head].float() for head in range(key.shape[1])]
+    difference = (torch.cat(ours).transpose(0, 1) - output[0]).norm() / output.norm()
+    return bool(difference <= SAME.get(query.dtype, SAME_IN_HALF))
+
+
+def _are_values(output: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `value`, [windows, heads, tokens, width], is `output`, [windows, tokens, heads * width], seen in another shape."""
+    same = value.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    return same and output.shape[-1] == value.shape[1] * value.shape[3]
+
+
+@contextmanager
+def _watched(module: nn.Module, see: Callable[..., None]) -> Iterator[None]:
+    """Inside, see(attend, module, query, key, value, **settings) is called in the place of attend, which computes the attention."""
+    inside = [m for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    configs = {id(m.config): m.config for m in inside}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+
+    def seen(
+        attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **settings: Any
+    ) -> None:
+        eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(before[id(attention.config)], eager)
+        see(attend, attention, query, key, value, attention_mask=mask, **settings)
+
+    AttentionInterface.register(NAME, seen)
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
