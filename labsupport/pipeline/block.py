@@ -28,7 +28,8 @@ class Stop(Exception):
 class InputStatistics:
     """What a linear, or several that share their input, was fed, summed over tokens. float32 on the layer's device.
 
-    gram: X^T X [in, in], or sum_t w_t x_t x_t^T where tokens were given weights. sum_abs, max_abs: of |x| for each channel, [in]. tokens: how many rows X has.
+    gram: X^T X [in, in], or sum_t w_t x_t x_t^T where tokens were given weights. sum_abs, max_abs: of |x| for each channel, [in].
+    tokens: how many rows X has.
     """
 
     gram: torch.Tensor

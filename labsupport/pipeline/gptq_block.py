@@ -52,7 +52,9 @@ class GPTQBlocks:
             gram = statistics.gram if statistics.tokens else None
             quantized = replace_weight(name, block.linears[name].weight, settings[name], quantize, gram, waited)
             rounded = few and settings[name] is not None
-            made[name] = quantized._replace(report=replace(quantized.report, tokens=statistics.tokens, rounded=rounded))
+            made[name] = quantized._replace(
+                report=replace(quantized.report, tokens=statistics.tokens, rounded=rounded, weighed=listens)
+            )
             start = time.perf_counter()
         return made
 

@@ -24,6 +24,7 @@ class LayerReport:
     weight's energy where there is none; 0 for a linear that was left as it is. seconds: how long it took, by GPTQ together with
     the pass that fed it; of linears that share an input, the first has the pass. tokens: rows of calibration text that it was fed,
     0 where none was looked at. rounded: another method was asked for, and it was rounded to nearest for want of tokens.
+    weighed: tokens counted by the attention that they get.
     """
 
     nbytes: int
@@ -32,6 +33,7 @@ class LayerReport:
     seconds: float
     tokens: int = 0
     rounded: bool = False
+    weighed: bool = False
 
     @classmethod
     def of(cls, weight: torch.Tensor, nbytes: int, error: float, seconds: float) -> LayerReport:

@@ -1,7 +1,7 @@
 """Who listens to a token: the attention that each token of a block's text gets.
 
-A head gives A V: A are its attention weights, [queries, tokens], V = X W^T its values, [tokens, width]. An error E of W changes what
-it gives by A X E^T. The error of token t, E x_t, arrives at query q multiplied by A[q, t]. Where the errors of different tokens
+A head gives A V: A are its attention weights, [queries, tokens], V = X W^T its values, [tokens, width]. An error E of W changes
+that by A X E^T. The error of token t, E x_t, arrives at query q multiplied by A[q, t]. Where the errors of different tokens
 have nothing to do with each other, their squares add up: tr(E H E^T) with H = sum_t w_t x_t x_t^T and w_t = sum_q A[q, t]^2, summed
 over the heads that read the values. X^T X is the same with w_t = 1: as if every token were heard equally. Many models send a
 third of their attention to the first token of a text, and then it is most of H.
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,7 +27,7 @@ from labsupport.pipeline.block import Block, InputStatistics, Stop
 
 NAME = "labsupport_listening"
 # What transformers calls to attend: attend(module, query, key, value, mask, **settings) gives the heads' outputs, and more.
-Attend = Callable[..., tuple[torch.Tensor, Any]]
+Attend = Callable[..., tuple[Tensor, Any]]
 # Two ways to add up the same products differ by some units in the last place; a mask or a cap that is missed by tens of percent.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
 SAME_IN_HALF = 5e-2
@@ -40,10 +40,10 @@ def makes_values(block: Block) -> str | None:
     transformers for the function that computes it (GPT-J, Bloom, Falcon and other older models); and where it does more than
     softmax(Q K^T) V under a mask and a cap.
     """
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Tensor] = {}
     found: list[str] = []
 
-    def see(attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> None:
+    def see(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> None:
         if _is_known(attend, module, query, key, value, settings):
             found.extend(name for name, output in made.items() if _are_values(output, value))
         raise Stop
@@ -68,9 +68,9 @@ def heard(block: Block, name: str) -> InputStatistics:
     """
     layer = block.linears[name]
     statistics = InputStatistics.empty(layer.in_features, layer.weight.device)
-    fed: list[torch.Tensor] = []
+    fed: list[Tensor] = []
 
-    def see(attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> None:
+    def see(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> None:
         statistics.add(fed.pop(), attention_received(query, key, settings))
         raise Stop
 
@@ -84,7 +84,7 @@ def heard(block: Block, name: str) -> InputStatistics:
     return statistics
 
 
-def attention_received(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+def attention_received(query: Tensor, key: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """sum over heads and queries of A[q, t]^2: float32 [windows, tokens]. One window and one head of keys at a time.
 
     query: [windows, heads, tokens, width]. key: [windows, heads of keys, tokens, width]. settings: see `_attention`.
@@ -96,7 +96,7 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, settings: Mapping
     return received
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, Any], window: int, head: int) -> torch.Tensor:
+def _attention(query: Tensor, key: Tensor, settings: Mapping[str, Any], window: int, head: int) -> Tensor:
     """A of the heads that read one head of keys, in one window: float32 [heads, queries, tokens].
 
     settings: what else transformers hands to the function that attends: attention_mask, scaling, sliding_window, softcap.
@@ -108,7 +108,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, An
     scores *= query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+    if isinstance(mask, Tensor) and mask.ndim == 4:
         mask = mask[window if mask.shape[0] > 1 else 0, heads if mask.shape[1] > 1 else slice(1), :, :tokens]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
     else:  # causal, and what the function knows by itself
@@ -118,11 +118,9 @@ def _attention(query: torch.Tensor, key: torch.Tensor, settings: Mapping[str, An
     return scores.softmax(-1)
 
 
-def _is_known(
-    attend: Attend, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: Mapping[str, Any]
-) -> bool:
+def _is_known(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether A V, with our A, is what the attention gives for the first window."""
-    first = {k: v[:1] if k == "attention_mask" and isinstance(v, torch.Tensor) and len(v) > 1 else v for k, v in settings.items()}
+    first = {k: v[:1] if k == "attention_mask" and isinstance(v, Tensor) and len(v) > 1 else v for k, v in settings.items()}
     mask = first.pop("attention_mask", None)
     output = attend(module, query[:1], key[:1], value[:1], mask, **first)[0].float()  # [1, tokens, heads, width]
     ours = [_attention(query, key, settings, 0, head) @ value[0, head].float() for head in range(key.shape[1])]
@@ -130,7 +128,7 @@ def _is_known(
     return bool(difference <= SAME.get(query.dtype, SAME_IN_HALF))
 
 
-def _are_values(output: torch.Tensor, value: torch.Tensor) -> bool:
+def _are_values(output: Tensor, value: Tensor) -> bool:
     """Whether `value`, [windows, heads, tokens, width], is `output`, [windows, tokens, heads * width], seen in another shape."""
     same = value.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
     return same and output.shape[-1] == value.shape[1] * value.shape[3]
@@ -143,9 +141,7 @@ def _watched(module: nn.Module, see: Callable[..., None]) -> Iterator[None]:
     configs = {id(m.config): m.config for m in inside}
     before = {key: config._attn_implementation for key, config in configs.items()}
 
-    def seen(
-        attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **settings: Any
-    ) -> None:
+    def seen(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> None:
         eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(before[id(attention.config)], eager)
         see(attend, attention, query, key, value, attention_mask=mask, **settings)
