@@ -52,10 +52,12 @@ def test_a_setting_has_one_default_in_all_methods_that_are_stored():
 
 
 @pytest.mark.parametrize("name", methods.stored_methods())
-def test_the_defaults_of_the_command_are_those_of_quantize_model_but_for_double_quantization(name):
+def test_the_defaults_of_the_command_are_those_of_quantize_model_but_for_these(name):
+    """quantize_model does what the papers say, the command what was measured to be better."""
+    others = {"nf4": {"double_quant"}, "gptq": {"act_order", "static_groups", "token_weights"}}
     method = METHODS[name]
     different = {key for key, default in method.storage.settings.items() if method.settings[key] != default}
-    assert different == ({"double_quant"} if name == "nf4" else set())
+    assert different == others.get(name, set())
     assert method.settings[method.storage.group_setting] == method.storage.group_size
 
 
@@ -66,7 +68,10 @@ def test_the_command_line_lists_the_methods_layouts_and_settings_of_the_records(
     assert options["act_order"].help.startswith("gptq: ")
     assert options["calibration"].help.startswith("gptq, awq: ")
     for name, default in methods.stored_settings().items():
-        assert options[name].default == default
+        assert options[name].default is None  # the record's, which the help names
+        shown = {True: f"--{name}", False: "--"}[default] if isinstance(default, bool) else f"{default}"
+        assert f"Default: {shown.replace('_', '-')}" in options[name].help
+    assert "Default: --asymmetric." in options["symmetric"].help
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,7 +147,6 @@ def test_a_recipe_follows_the_record(toy, tiny):
     ):
         with pytest.raises(CheckpointError, match=message):
             Recipe.of("toy", **arguments)
-    Recipe.of("toy", act_order=False, damping=0.01)  # what the command line hands on when nothing was said
     with pytest.raises(CheckpointError, match="shift is given, but rtn has no such choice"):
         Recipe.of("rtn", shift=0.5)
     with pytest.raises(CheckpointError, match="method is 'int8', wanted one of rtn, nf4, gptq, awq, toy"):

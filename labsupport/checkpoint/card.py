@@ -188,6 +188,8 @@ def remarks(directory: Path) -> Iterator[str]:
         yield f"perplexity could not be measured: {report['perplexity']['failed']}"
     if report["read_by"] != LOADERS[report["settings"]["layout"]]:
         yield f"read by {report['read_by']}"
+    if report["settings"].get("token_weights") == "attention" and not any(layer["weighed"] for layer in report["layers"].values()):
+        yield "all tokens count alike: in this model's attention it cannot be seen how much each token gets"
     if left := report["left_in_float"]:
         bits = f"{report['bits_per_weight_of_blocks']:.3f} bits a weight of the blocks with them"
         yield f"left in {report['settings']['dtype']}: {in_short(left)}, {sum(left.values()):,} values; {bits}"

@@ -10,7 +10,8 @@ import torch
 
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.pipeline.methods import METHODS, Method, Storage, stored_methods, stored_settings
+from labsupport.pipeline.gptq_block import TOKEN_WEIGHTS
+from labsupport.pipeline.methods import METHODS, Method, Storage, stored_methods
 from labsupport.quant import checks, grid
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,17 +48,16 @@ class Recipe:
         """group_size: None for one that is chosen for the model, by nf4 for 64; -1 for a grid for each whole row. layout: None for
         the method's own.
 
-        Raises CheckpointError for what does not go together. A choice that another method has is refused where it is not the
-        default, so that the command line can hand on all that it knows.
+        Raises CheckpointError for what does not go together.
         """
         storages = stored_methods()
         if method not in storages:
             raise CheckpointError(f"method is {method!r}, wanted one of {', '.join(storages)}")
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-        storage, defaults = storages[method], stored_settings()
-        for name, value in choices.items():
-            if name not in storage.settings and (name not in defaults or value != defaults[name]):
+        storage = storages[method]
+        for name in choices:
+            if name not in storage.settings:
                 raise CheckpointError(f"{name} is given, but {method} has no such choice")
         layout = storage.layouts[0] if layout is None else layout
         if layout not in storage.layouts:
@@ -65,6 +65,8 @@ class Recipe:
         size = storage.group_size if group_size is None else group_size
         _check_grid(method, storage, bits, size)
         chosen = {name: choices.get(name, default) for name, default in storage.settings.items()}
+        if chosen.get("token_weights", TOKEN_WEIGHTS[0]) not in TOKEN_WEIGHTS:
+            raise CheckpointError(f"token_weights is {chosen['token_weights']!r}, wanted {' or '.join(TOKEN_WEIGHTS)}")
         if not 0 <= chosen.get("damping", 0) < float("inf"):
             raise CheckpointError(f"damping is {chosen['damping']}, wanted 0 or more")
         return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen, group_size is not None)

@@ -40,8 +40,16 @@ def _sizes() -> str:
     return f"the largest of 128, 64, 32 that divides the inputs of every linear layer; {', '.join(blocks)}"
 
 
+def _default(setting: str) -> str:
+    """Of a setting, as the command line takes it."""
+    value = stored_settings()[setting]
+    names = {"symmetric": "asymmetric", "act_order": "column-order"}
+    off = names.get(setting, f"no-{setting.replace('_', '-')}")
+    shown = f"--{setting.replace('_', '-') if value else off}" if isinstance(value, bool) else value
+    return f"Default: {shown}."
+
+
 TEXT_METHODS = ", ".join(name for name in stored_methods() if METHODS[name].needs_text)
-DEFAULTS = stored_settings()
 
 
 @app.command()
@@ -55,26 +63,44 @@ def quantize(
         typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Default: {_sizes()}."),
     ] = None,
     symmetric: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--symmetric/--asymmetric", help="Whether the zero-point is in the middle of every grid, as vLLM asks of GPTQ."
+            "--symmetric/--asymmetric",
+            help=f"Whether the zero-point is in the middle of every grid, as vLLM asks of GPTQ. {_default('symmetric')}",
         ),
-    ] = DEFAULTS["symmetric"],
+    ] = None,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help=f"{_taking('act_order')}: the columns with the largest inputs first.")
-    ] = DEFAULTS["act_order"],
-    static_groups: Annotated[
-        bool, typer.Option("--static-groups", help=f"{_taking('static_groups')}: groups stay neighbors under --act-order.")
-    ] = DEFAULTS["static_groups"],
-    damping: Annotated[
-        float, typer.Option(help=f"{_taking('damping')}: share of the Hessian's mean diagonal that is added to it.")
-    ] = DEFAULTS["damping"],
-    double_quant: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--double-quant/--no-double-quant", help=f"{_taking('double_quant')}: store the blocks' magnitudes in 8 bits."
+            "--act-order/--column-order",
+            help=f"{_taking('act_order')}: columns with the largest inputs first, or left to right. {_default('act_order')}",
         ),
-    ] = DEFAULTS["double_quant"],
+    ] = None,
+    static_groups: Annotated[
+        bool | None,
+        typer.Option(
+            "--static-groups/--no-static-groups",
+            help=f"{_taking('static_groups')}: groups stay neighbors under --act-order. {_default('static_groups')}",
+        ),
+    ] = None,
+    token_weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{_taking('token_weights')}: how much a token of calibration text counts for v_proj: attention, by the attention "
+            f"that it gets; even, as much as every other. {_default('token_weights')}"
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(help=f"{_taking('damping')}: share of the Hessian's mean diagonal that is added to it. {_default('damping')}"),
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            help=f"{_taking('double_quant')}: store the blocks' magnitudes in 8 bits. {_default('double_quant')}",
+        ),
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help=f"{TEXT_METHODS}: a text file, a directory, code, prose, or a dataset.")
     ] = "code",
@@ -96,10 +122,14 @@ def quantize(
     from labsupport.checkpoint import card
 
     _return_memory()
+    choices = {
+        "symmetric": symmetric, "act_order": act_order, "static_groups": static_groups, "token_weights": token_weights,
+        "damping": damping, "double_quant": double_quant,
+    }  # fmt: skip
     try:
         checkpoint.quantize(
-            model, out, method, bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order,
-            static_groups=static_groups, damping=damping, double_quant=double_quant, calibration=calibration, samples=samples,
+            model, out, method, bits=bits, group_size=group_size,
+            **{name: value for name, value in choices.items() if value is not None}, calibration=calibration, samples=samples,
             length=length, windows=windows, layout=layout, dtype=dtype, device=device, restart=restart, progress=True,
             warn=lambda line: echo(f"labs quantize: {line}", err=True),
         )  # fmt: skip

@@ -125,7 +125,7 @@ METHODS: dict[str, Method] = {
             needs_text=True,
             storage=Storage(
                 ("gptq", "gptq_v2"),
-                {"symmetric": False, "act_order": False, "static_groups": False, "damping": 0.01},
+                {"symmetric": False, "act_order": True, "static_groups": True, "damping": 0.01, "token_weights": "attention"},
             ),
         ),
         Method(
