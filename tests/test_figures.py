@@ -255,7 +255,6 @@ def figure(request, drawn) -> CourseFigure:
     assert function in SAMPLES, f"{named(function)} is a figure without a sample in this file"
     if function not in drawn:
         drawn[function] = function(*SAMPLES[function])
-        drawn[function].draw_without_rendering()
     return drawn[function]
 
 
@@ -312,7 +311,9 @@ def test_axes_are_labelled_with_units(figure):
 
 
 @every_figure
+@pytest.mark.slow
 def test_words_can_be_read(figure):
+    figure.draw_without_rendering()
     assert list(illegible(figure)) == []
 
 

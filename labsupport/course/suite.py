@@ -3,8 +3,9 @@
 `labs test --quick` proves what a small change can break most often: lint, imports and types in full, every file of tests that works
 on one tensor, a tiny model or a page of text, each exercise with all its known mistakes on one seed, the rules that all notebooks
 keep, and the notebooks whose cells have changed. It leaves out what is marked `slow`: checkpoints written and read in all layouts,
-killed, or handed to transformers; the matrix of models; what notebooks show when they are built; nbgrader and widgets; odd return
-values; the pretended GPU; the same test in more settings. And it leaves out the other 49 seeds, and unchanged notebooks.
+killed, or handed to transformers; the matrix of models; what notebooks show when they are built; whether words in figures lie over
+each other; nbgrader and widgets; odd return values; the pretended GPU; the same test in more settings. And it leaves out the other
+49 seeds, and unchanged notebooks.
 """
 
 from __future__ import annotations
