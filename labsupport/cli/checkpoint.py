@@ -54,7 +54,9 @@ TEXT_METHODS = ", ".join(name for name in stored_methods() if METHODS[name].need
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model directory (config.json, safetensors), or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="A model directory (config.json, safetensors), smollm2 (see labs fetch), or a hub id.")
+    ],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist.")],
     method: Annotated[str, typer.Option(help=f"{', '.join(stored_methods())}.")] = "gptq",
     bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; the formats awq and bitsandbytes have 4 alone.")] = 4,
@@ -102,7 +104,7 @@ def quantize(
         ),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help=f"{TEXT_METHODS}: a text file, a directory, code, prose, or a dataset.")
+        str, typer.Option(help=f"{TEXT_METHODS}: a text file, a directory, code, prose, wiki (see labs fetch), or a dataset.")
     ] = "code",
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,

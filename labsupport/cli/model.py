@@ -54,7 +54,9 @@ def train(
 def sweep(
     name: Annotated[str, typer.Argument(help=f"Which sweep: {', '.join(SWEEPS)}.")] = "rtn",
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id; default LABS_MODEL or the course model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, smollm2 (see labs fetch) or hub id; default LABS_MODEL or the course model.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
 ) -> None:
     """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
