@@ -217,3 +217,16 @@ def test_spend_jumps_over_an_upgrade_that_gains_nothing():
     nbytes = torch.tensor([[10, 11, 12], [10, 11, 12]])
     assert budget.spend(error, nbytes, 22).tolist() == [2, 0]
     assert budget.spend(error, nbytes, 24).tolist() == [2, 2]
+
+
+def test_a_large_vocabulary_goes_through_in_smaller_pieces_with_the_same_losses(course, held_out, monkeypatch):
+    model, _ = course
+    whole = evaluate.evaluate(model, held_out, length=64, windows=4)
+    assert evaluate.batch_size(model, 64) == evaluate.BATCH == 4
+    monkeypatch.setattr(evaluate, "CHUNK", 10 * 4096)  # ten tokens at a time, and three at the end of a window
+    assert torch.equal(evaluate.evaluate(model, held_out, length=64, windows=4).loss, whole.loss)
+    monkeypatch.setattr(evaluate, "LOGITS", 2 * 64 * 4096)
+    assert evaluate.batch_size(model, 64) == 2
+    assert evaluate.batch_size(model, 512) == 1
+    # Products of other shapes are summed in another order: logits move by some 1e-6 of their size, losses by less than 1e-4.
+    torch.testing.assert_close(evaluate.evaluate(model, held_out, length=64, windows=4).loss, whole.loss, rtol=1e-4, atol=1e-4)

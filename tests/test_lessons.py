@@ -56,6 +56,12 @@ def test_the_loop_of_exercise_6_5_gives_labsupports_codes():
         given = exercises.loop_inputs(seed)
         fast = gptq.quantize(given["weight"], given["hessian"], 3, None, damping=0.0, scale_dtype=torch.float32)
         assert torch.equal(exercises.gptq_loop(**given), fast.codes.float())
+    g = generator(0)  # the notebook has more columns than the exercise
+    weight, inputs = torch.randn(12, 48, generator=g), torch.randn(400, 48, generator=g)
+    hessian = inputs.T @ inputs / 200
+    scale, zero_point = grid.scale_and_zero_point(weight, 3)
+    fast = gptq.quantize(weight, hessian, 3, None, damping=0.0, scale_dtype=torch.float32)
+    assert torch.equal(exercises.gptq_loop(weight, hessian, scale, zero_point, 3), fast.codes.float())
 
 
 def test_the_loop_of_exercise_6_5_takes_the_grid_that_it_is_given():

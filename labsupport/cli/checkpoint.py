@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +11,6 @@ from labsupport.cli.messages import echo, fail, stopped
 from labsupport.pipeline.methods import METHODS, stored_layouts, stored_methods, stored_settings
 
 app = typer.Typer()
-M_MMAP_THRESHOLD = -3  # malloc.h of glibc
-
-
-def _return_memory() -> None:
-    """Have glibc give a tensor's memory back as soon as it is freed. Otherwise it keeps a little more with each block."""
-    import ctypes
-
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def _is_memory(error: BaseException) -> bool:
@@ -122,8 +112,9 @@ def quantize(
     """
     from labsupport import checkpoint
     from labsupport.checkpoint import card
+    from labsupport.model import memory
 
-    _return_memory()
+    memory.return_freed(2**16)
     choices = {
         "symmetric": symmetric, "act_order": act_order, "static_groups": static_groups, "token_weights": token_weights,
         "damping": damping, "double_quant": double_quant,

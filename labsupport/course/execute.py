@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -42,12 +42,18 @@ def source_sha256(notebook: NotebookNode) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[int], None] | None = None) -> NotebookNode:
+def execute(
+    notebook: NotebookNode,
+    name: str,
+    strict: bool,
+    on_cell: Callable[[int], None] | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> NotebookNode:
     """An executed copy: outputs stored, the hash of what was executed in `metadata.labs.executed_source_sha256`.
 
     strict: a wrong or blank answer raises (LABS_STRICT=1). The kernel is clean, of this interpreter, in an empty folder, and
     sees no other LABS_ variable but LABS_CACHE, so that what is stored is about the course model and its text. on_cell(index) is
-    called before each cell.
+    called before each cell. settings: LABS_ variables for a run of which nothing is stored, as on another model.
     Raises BuildError when a cell raises, times out, kills the kernel, or writes to standard error.
     """
     done, at = deepcopy(notebook), {"cell": None}
@@ -70,7 +76,7 @@ def execute(notebook: NotebookNode, name: str, strict: bool, on_cell: Callable[[
             on_cell_start=start,
         )
         try:
-            client.execute(env=_environment(strict))
+            client.execute(env=_environment(strict) | dict(settings or {}))
         except CellExecutionError as error:
             raise BuildError(f"{name}, cell {at['cell']}: {error.ename}: {error.evalue}") from error
         except CellTimeoutError as error:

@@ -275,12 +275,12 @@ FACTOR = Exercise(
 
 # 6.5 ------------------------------------------------------------------------------------------------------------------
 def _loop(
-    weight, hessian, scale, zero_point, bits, factor=lambda h: cholesky(inv(h)).T, original=False, divide=1, sign=-1.0, reach=10,
+    weight, hessian, scale, zero_point, bits, factor=lambda h: cholesky(inv(h)).T, original=False, divide=1, sign=-1.0, reach=None,
     clamp=True, stored=lambda rounded, code, zero: code, steps=None,
 ):  # fmt: skip
     """The loop in float64, right or with one thing changed. steps: gets each column as it is before it is rounded, in steps.
 
-    stored: what is returned of a code before and after the clamp.
+    stored: what is returned of a code before and after the clamp. reach: how many of the later columns answer, None for all.
     """
     work, scale, zero = weight.double().clone(), scale[:, 0].double(), zero_point[:, 0].double()
     upper, codes = factor(hessian.double()), []
@@ -290,7 +290,7 @@ def _loop(
         code = rounded.clamp(0, 2**bits - 1) if clamp else rounded
         codes.append(stored(rounded, code, zero))
         error = ((weight if original else work)[:, i] - (code - zero) * scale) / upper[i, i] ** divide
-        work[:, i + 1 : i + 1 + reach] += sign * error[:, None] * upper[i, i + 1 : i + 1 + reach]
+        work[:, i + 1 :][:, :reach] += sign * error[:, None] * upper[i, i + 1 :][:reach]
         if steps is not None:
             steps.append(in_steps)
     return torch.stack(codes, 1)

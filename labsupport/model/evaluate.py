@@ -26,7 +26,8 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 
 LENGTH = 512
 BATCH = 4
-LOGITS = 2**25  # numbers that a batch may have as logits: 128 MiB in float32, of which a loss takes three copies
+LOGITS = 2**25  # numbers that a batch may have as logits: 128 MiB in float32
+CHUNK = 2**23  # of them, for which losses are taken at a time, since that takes two copies
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,21 @@ def evaluate(
     seen = 0
     for ids, document in _batches(model, stream, length, windows, progress):
         checks.tokens(ids, "stream", models.vocabulary(model))
-        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none").double().cpu()
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
+        nll = _losses(logits, ids[:, 1:].to(device)).double().cpu()
         owner = document[:, 1:].flatten()
         loss.index_add_(0, owner, nll)
         tokens.index_add_(0, owner, torch.ones_like(owner))
         seen += len(ids)
     return Evaluation(loss, tokens, seen, length, len(stream) / stream.bytes, stream.sha256)
+
+
+def _losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Nats of every target, float32 [batch * length], from logits [batch, length, vocabulary], some tokens at a time."""
+    step = max(1, CHUNK // logits.shape[-1])
+    windows = zip(logits, target, strict=True)
+    pieces = (pair for window in windows for pair in zip(*(t.split(step) for t in window), strict=True))
+    return torch.cat([F.cross_entropy(of_some.float(), wanted, reduction="none") for of_some, wanted in pieces])
 
 
 def perplexity(model: nn.Module, stream: TokenStream, length: int = LENGTH, windows: int | None = None) -> float:

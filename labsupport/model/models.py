@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from labsupport import PACKAGE
-from labsupport.model import fetched
+from labsupport.model import fetched, memory
 from labsupport.quant import grid
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+LARGE = 2**26  # parameters
 SMALL = 2**29  # parameters: in float32 they take 2 GiB, which every GPU has
 
 # Linears that decide which experts see a token, or how much of one counts: small, and never quantized.
@@ -97,6 +98,8 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:
         raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
+    if model.num_parameters() > LARGE:
+        memory.return_freed(2**20)  # copies of such a model come and go in a notebook
     if dtype is None and model.num_parameters() <= SMALL and not hasattr(model.config, "quantization_config"):
         model = model.float()
     return model.to(device).eval(), tokenizer
