@@ -55,25 +55,34 @@ def sweep(
     name: Annotated[str, typer.Argument(help=f"Which sweep: {', '.join(SWEEPS)}.")] = "rtn",
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
     model: Annotated[
-        str | None, typer.Option(help="Directory, smollm2 (see labs fetch) or hub id; default LABS_MODEL or the course model.")
+        str | None,
+        typer.Option(
+            help="A name of labs fetch, a directory or a hub id, with fewer settings; default LABS_MODEL or the course model."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file; default data/measurements/NAME.json.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--text", help="A name of labs fetch, code, prose or a directory; default LABS_TEXT or code.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file; default data/measurements/NAME.json, or MODEL/NAME.json there for a model of labs fetch."),
+    ] = None,
 ) -> None:
     """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
     import torch
     from tqdm import tqdm
 
     from labsupport.evidence import sweep as sweeps
-    from labsupport.model import models, text
+    from labsupport.model import fetched, models, text
     from labsupport.pipeline import calibrate
 
     try:
         chosen = models.model_name(model)
         own = Path(chosen) == models.course_model_dir()
-        if out is None and not own:
-            raise ValueError("--out is needed for a model other than the course model, whose rows are in data/measurements/")
+        if out is None and not own and chosen not in fetched.MODELS:
+            raise ValueError(f"--out is needed for a model that is neither the course model nor one of {', '.join(fetched.MODELS)}")
         loaded, tokenizer = models.load_model(chosen)
-        stream = text.load_text(tokenizer, split=SPLITS.get(name, "heldout"))
+        stream = text.load_text(tokenizer, source, SPLITS.get(name, "heldout"))
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:
@@ -81,10 +90,10 @@ def sweep(
                 bar.update(done - bar.n)
 
             def calibration(domain: str, samples: int) -> torch.Tensor:
-                return calibrate.windows(text.load_text(tokenizer, domain, "train"), samples)
+                return calibrate.windows(text.load_text(tokenizer, domain if own else source, "train"), samples)
 
-            path, label = out or sweeps.path_of(name), "course-model" if own else chosen
-            sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row)
+            path, label = out or sweeps.path_of(name, None if own else chosen), "course-model" if own else chosen
+            sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own)
     except (ValueError, OSError) as error:
         fail("sweep", error)
     except KeyboardInterrupt:

@@ -138,6 +138,66 @@ def _kv(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield float_ | setting | {"bins": 4}
 
 
+# A model that is not the course model is larger, so fewer rows of it are measured: none with planted outliers, on SAMPLES windows
+# of calibration text, and groups of the size that its linears allow.
+SAMPLES = 16
+AUTOGPTQ = {"symmetric": True, "act_order": True, "autogptq": True}  # what AutoGPTQ 0.7.1 does where it is told nothing
+
+
+def _rtn_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for bits, group_size in ((8, "row"), (4, 32), (4, "largest"), (4, "row"), (3, 32), (3, "largest")):
+        yield {"bits": bits, "group_size": _sized(model, group_size), "symmetric": False}
+    yield {"bits": 4, "group_size": _sized(model, "largest"), "symmetric": True}
+
+
+def _gptq_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    ordered = {"act_order": True, "static_groups": True}
+    heard = ordered | {"token_weights": "attention"}
+    for bits, changes in (
+        (4, ({}, ordered, heard, heard | {"damping": 0.1}, AUTOGPTQ)),
+        (3, ({}, ordered, heard, heard | {"damping": 0.1})),
+    ):
+        setting = {"bits": bits, "group_size": _sized(model, "largest")}
+        yield setting | {"method": "rtn"}
+        for change in changes:
+            yield setting | {"method": "gptq", "samples": SAMPLES} | change
+
+
+def _awq_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for bits in (4, 3):
+        setting = {"bits": bits, "group_size": _sized(model, "largest")}
+        yield setting | {"method": "rtn"}
+        yield setting | {"method": "awq", "samples": SAMPLES}
+        yield setting | {"method": "awq", "samples": SAMPLES, "clip": False}
+
+
+def _nf4_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for codebook in ("nf4", "fp4", "int4"):
+        yield {"method": "nf4", "codebook": codebook, "block_size": 64, "absmax": "float32"}
+    yield {"method": "nf4", "codebook": "nf4", "block_size": 64, "absmax": "double"}
+
+
+def _kv_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    float_ = {"planted": None, "weights": None, "keys": 16, "values": 16}
+    kivi = {"key_axis": "channel", "value_axis": "token", "residual": 32}
+    for setting in ({"keys": "fp8", "values": "fp8"}, *({"keys": bits, "values": bits} | kivi for bits in (4, 2))):
+        yield float_ | setting
+    for bits in (4, 2):
+        for axis in ("channel", "token"):
+            yield float_ | {"keys": bits, "key_axis": axis, "before_rope": None}
+        yield float_ | {"values": bits, "value_axis": "token"}
+
+
+def _sized(model: nn.Module, group_size: int | str) -> int | str:
+    """ "largest" as a number: see models.group_size."""
+    from labsupport.model import models
+
+    return models.group_size(model) if group_size == "largest" else group_size
+
+
+SHORT_SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
+    "rtn": _rtn_short, "nf4": _nf4_short, "gptq": _gptq_short, "awq": _awq_short, "kv": _kv_short,
+}  # fmt: skip
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
 }  # fmt: skip

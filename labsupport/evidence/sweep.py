@@ -19,7 +19,7 @@ from torch import nn
 
 from labsupport.evidence import measurements
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
-from labsupport.evidence.settings import SWEEPS
+from labsupport.evidence.settings import SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
@@ -65,21 +65,23 @@ class Measurements:
         return Evaluation(loss, torch.tensor(about["tokens"]), about["windows"], about["length"], 0.0, about["text_sha256"])
 
 
-def path_of(name: str) -> Path:
-    return models.data_dir() / "measurements" / f"{name}.json"
+def path_of(name: str, model: str | None = None) -> Path:
+    """data/measurements/NAME.json for the course model; for one that `labs fetch` makes, data/measurements/MODEL/NAME.json."""
+    return models.data_dir() / "measurements" / (model or "") / f"{name}.json"
 
 
-def load(name: str) -> Measurements:
-    """The rows in data/measurements/NAME.json, as `labs sweep` left them.
+def load(name: str, model: str | None = None) -> Measurements:
+    """The rows of a sweep, as `labs sweep` left them. model: see path_of.
 
-    Where LABS_MODEL names another model, a line is printed that says so: a notebook shows these rows beside what it measures live.
+    Where LABS_MODEL names a model that they are not of, a line is printed that says so: a notebook shows these rows beside what it
+    measures live.
     """
-    path = path_of(name)
+    path = path_of(name, model)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
         raise FileNotFoundError(f"no measurements {name!r}; there are {known}")
     measured = Measurements(*measurements.read(path))
-    if (title := models.title()) != "the course model":
+    if (title := models.title()) != (model or "the course model"):
         about = measured.about
         print(f"The stored rows of {name!r} are of the {about['model']} on {about['text']}; what is measured live is of {title}.")
     return measured
@@ -103,20 +105,23 @@ def run(
     length: int = LENGTH,
     calibration: Calibration | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
+    short: bool = False,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
-    calibration: gives the text for the methods that need it.
+    calibration: gives the text for the methods that need it. short: fewer settings, for a model larger than the course's.
     Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
     OSError where nothing can be written there.
     """
-    if name not in SWEEPS:
-        raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(SWEEPS)}")
+    sweeps = SHORT_SWEEPS if short else SWEEPS
+    if name not in sweeps:
+        raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(sweeps)}")
     files.check_writable(path)
     parameter = next(model.parameters())
     baseline = evaluate(model, stream, length, windows)
     about = {
-        "sweep": name, "command": f"labs sweep {name} --windows {windows}", "model": model_name,
+        "sweep": name, "command": _command(name, windows, model_name if short else None, stream.source),
+        "model": model_name,
         "model_sha256": model_digest(model),
         "text": stream.source, "text_sha256": stream.sha256, "windows": baseline.windows, "length": length,
         "tokens": baseline.tokens.tolist(),
@@ -131,7 +136,7 @@ def run(
         other = [key for key in IDENTITY if about_before.get(key) != about[key]]
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
-    settings = list(SWEEPS[name](model))
+    settings = list(sweeps[name](model))
     for number, setting in enumerate(settings):
         if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
             if "layer" in setting:
@@ -143,6 +148,11 @@ def run(
             measurements.write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
+
+
+def _command(name: str, windows: int | None, model: str | None, source: str) -> str:
+    chosen = f" --model {model} --text {source.split('/')[0]}" if model else ""
+    return f"labs sweep {name} --windows {windows}{chosen}"
 
 
 def _measure(arguments, stream, length, windows, baseline, setting) -> dict[str, Any]:

@@ -80,6 +80,7 @@ THINGS = {
     )
 }  # fmt: skip
 FETCHABLE = tuple(thing.name for thing in THINGS.values() if thing.arguments == thing.name)
+MODELS = tuple(thing.name for thing in THINGS.values() if thing.kind == "model")
 TEXTS = tuple(thing.name for thing in THINGS.values() if thing.kind == "text")
 
 
