@@ -590,12 +590,26 @@ def hessians_of_inputs(size):
     return alone.T @ alone, together.T @ together
 
 
+def hessian_by_one_product(attention, x):
+    """Every query of every head is a row of loudness; in float64."""
+    return torch.einsum("hqt,ti,tj->ij", attention.double().square(), x.double(), x.double())
+
+
+def payer_by_traces(weight, x, attention, hessians, solve):
+    """Which Hessian is better by the trace; the token by what it alone changes in what the heads give."""
+    errors = [solve(weight, hessian) - weight for hessian in hessians]
+    reads = attention.flatten(0, 1)
+    lost = [(reads.square()[:, :, None] * (x @ error.T).square()).sum((0, 2)) for error in errors]
+    better = 0 if lost[0].sum() < lost[1].sum() else 1
+    return int(lost[1 - better].argmax()), better
+
+
 ANSWERS = [
     ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),
     ("6.4", factor_from_the_far_end), ("6.5", loop_with_shrinking_inverses), ("6.6", hessians_of_inputs),
     ("7.1", blocks_as_autogptq), ("7.2", order_scattered_back), ("7.3", groups_filled_one_by_one), ("7.4", prepared_in_float64),
     ("7.5", mislead_by_the_first_of_a_topic), ("7.5", mislead_by_the_last_of_another), ("7.5", mislead_by_clusters),
-    ("7.6", runs_by_hand),
+    ("7.6", runs_by_hand), ("7.7", hessian_by_one_product), ("7.8", payer_by_traces),
     ("8.1", saliency_token_by_token), ("8.2", kept_by_a_threshold), ("8.3", kink_row_by_row), ("8.4", search_of_mean_losses),
     ("8.5", fold_by_diagonal_matrices), ("8.6", clip_by_a_running_best), ("8.7", bug_of_least_mismatch),
     ("5.1", codebook_in_float64), ("5.2", encode_by_distance), ("5.3", blocks_one_by_one), ("5.4", ledger_in_bits),

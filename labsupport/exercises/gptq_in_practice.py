@@ -10,6 +10,7 @@ import torch
 from labsupport.exercises.compare import got_and_wanted
 from labsupport.exercises.form import Exercise, Mistake, Mutant, generator, mistakes_by_option, right
 from labsupport.exercises.gptq import CONDITION
+from labsupport.exercises.who_listens import EXERCISES as LISTENING
 from labsupport.quant import gptq, grid, rtn
 
 UNDECIDED = 5e-4  # of a step: no weight comes this near to the middle of two levels on its way through the loop
@@ -568,4 +569,4 @@ ODD_RUN = Exercise(
     ),
 )  # fmt: skip
 
-EXERCISES = (SOLVE_BLOCKS, SOLVE_IN_ORDER, GROUPS_IN_ORDER, PREPARE, MISLEAD, ODD_RUN)
+EXERCISES = (SOLVE_BLOCKS, SOLVE_IN_ORDER, GROUPS_IN_ORDER, PREPARE, MISLEAD, ODD_RUN, *LISTENING)
