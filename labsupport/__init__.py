@@ -16,7 +16,7 @@ _FUNCTIONS = {
 }
 _MODULES = {
     "model": ("evaluate", "models", "peers", "text"),
-    "pipeline": ("budget", "cache", "calibrate", "fold"),
+    "pipeline": ("budget", "cache", "calibrate", "fold", "listening"),
     "evidence": ("claims", "machine", "planner", "roofline", "sweep"),
     "figures": ("widgets",),
 }

@@ -3,12 +3,17 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.course import export, train
 from labsupport.evidence import bench, sweep, timing
 from labsupport.model import models, text
+from labsupport.pipeline import calibrate
+from labsupport.pipeline.methods import METHODS
+from labsupport.pipeline.quantize import quantize_model
+from labsupport.quant.kv import Scheme
 
 DOCUMENTS = [text.Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 300) for i in range(3)]
 
@@ -135,11 +140,43 @@ def test_sweep_writes_rows(monkeypatch, tmp_path):
     assert "measured with another windows" in refused.output
 
 
+@pytest.mark.slow
+def test_another_model_is_measured_on_fewer_settings_and_its_own_text(monkeypatch, tmp_path):
+    seen = []
+    setting = {"bits": 4, "group_size": 128, "method": "gptq", "samples": 1}
+    monkeypatch.setitem(sweep.SHORT_SWEEPS, "gptq", lambda model: iter([setting]))
+    monkeypatch.setattr(sweep, "quantize_model", lambda **given: seen.append(given["calibration"]) or quantize_model(**given))
+    other, path = tmp_path / "other", tmp_path / "rows.json"
+    other.symlink_to(models.course_model_dir())
+    done = labs("sweep", "gptq", "--windows", 1, "--model", other, "--text", "prose", "--out", path)
+    assert done.exit_code == 0, done.output
+    content = json.loads(path.read_text())
+    assert content["about"]["command"] == f"labs sweep gptq --windows 1 --model {other} --text prose"
+    assert content["about"]["text"] == "prose/heldout"
+    tokenizer = models.load_model(str(other), device="cpu")[1]
+    training = calibrate.windows(text.load_text(tokenizer, "prose", "train"), 1)
+    assert torch.equal(seen[0], training)
+    assert {key: content["rows"][0][key] for key in setting} == setting
+
+
+def test_settings_of_other_models_are_what_methods_take(tiny):
+    for name, settings in sweep.SHORT_SWEEPS.items():
+        for setting in settings(tiny):
+            if name == "kv":
+                assert isinstance(sweep.scheme_of(setting), Scheme)
+                continue
+            arguments = sweep._arguments(name, tiny, setting, lambda domain, samples: torch.zeros(1, 4))
+            record = METHODS[arguments.pop("method")]
+            assert ("calibration" in arguments) == record.needs_text
+            record.check({key: value for key, value in arguments.items() if key not in ("model", "calibration")})
+            assert setting.get("group_size", 32) in ("row", 32)  # the largest that divides 32 and 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("sweep", "magic"), "sweep is 'magic', wanted one of rtn, layers"),
-        (("sweep", "rtn", "--model", "."), "--out is needed for a model other than the course model"),
+        (("sweep", "rtn", "--model", "."), "--out is needed for a model that is neither the course model nor one of smollm2"),
         (("sweep", "rtn", "--model", "nobody/no-such-model", "--out", "x.json"), "no model 'nobody/no-such-model'"),
         (("train", "--tokens", "1"), "8192"),
     ],

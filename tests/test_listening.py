@@ -47,6 +47,9 @@ def test_equals_whole_attention_maps(name, implementation):
         rounding = (2 * (8 + TOKENS + 8) + WINDOWS * TOKENS + 4) * 2.0**-24
         assert ((statistics.gram - want).abs() <= rounding * size).all()
         assert statistics.tokens == IDS.numel()
+        x, weights = listening.received(block, values)
+        assert (x.shape[:2], weights.shape) == (IDS.shape, IDS.shape)
+        assert ((torch.einsum("bt,bti,btj->ij", weights, x, x) - want).abs() <= rounding * size).all()
         even = block.statistics([values])[values]
         assert ((even.gram - want).abs() > rounding * size).any()
 

@@ -68,20 +68,35 @@ def heard(block: Block, name: str) -> InputStatistics:
     """
     layer = block.linears[name]
     statistics = InputStatistics.empty(layer.in_features, layer.weight.device)
+    for x, weights in _batches(block, name):
+        statistics.add(x, weights)
+    return statistics
+
+
+def received(block: Block, name: str) -> tuple[Tensor, Tensor]:
+    """All of that token by token: x_t, float32 [windows, tokens, in], and w_t, float32 [windows, tokens], on the CPU."""
+    inputs, weights = zip(*((x.float().cpu(), w.cpu()) for x, w in _batches(block, name)), strict=True)
+    return torch.cat(inputs), torch.cat(weights)
+
+
+def _batches(block: Block, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """x_t and w_t of each batch."""
     fed: list[Tensor] = []
 
     def see(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> None:
-        statistics.add(fed.pop(), attention_received(query, key, settings))
+        fed.append(attention_received(query, key, settings))
         raise Stop
 
-    hook = layer.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    hook = block.linears[name].register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
     try:
-        with _watched(block.module, see):
-            for batch in range(len(block.inputs)):
+        for batch in range(len(block.inputs)):
+            with _watched(block.module, see):
                 block.run(batch)
+            x, weights = fed
+            fed.clear()
+            yield x, weights
     finally:
         hook.remove()
-    return statistics
 
 
 def attention_received(query: Tensor, key: Tensor, settings: Mapping[str, Any]) -> Tensor:
