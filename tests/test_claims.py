@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from labsupport.evidence import bench, claims
+from labsupport.model import models
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks" / "solutions"
 BATCHES = [1, 2, 4, 8, 16, 32, 64]

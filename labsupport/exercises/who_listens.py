@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -96,7 +97,12 @@ def pays_inputs(seed: int) -> dict:
             continue
         swapped = bool(torch.rand(1, generator=g) < 0.5)
         hessians = torch.stack([by_attention, even] if swapped else [even, by_attention])
-        given = {"weight": torch.randn(ROWS, CHANNELS, generator=g), "x": x, "attention": attention, "hessians": hessians}
+        given: dict[str, Any] = {
+            "weight": torch.randn(ROWS, CHANNELS, generator=g),
+            "x": x,
+            "attention": attention,
+            "hessians": hessians,
+        }
         raw, arrived = _errors(**given)
         worse, better = (1, 0) if swapped else (0, 1)
         pays, next_to_it = arrived[worse].topk(2).values
