@@ -56,6 +56,7 @@ def test_no_clock_changes_the_verdict_of_notebook_06(monkeypatch, capsys, second
     weights = [SimpleNamespace(numel=lambda: 5_770_000)]
     names = {
         "claims": claims,
+        "models": models,
         "seconds": seconds,
         "model": SimpleNamespace(parameters=lambda: weights),
         "figures": SimpleNamespace(compensate=SimpleNamespace(run_times=lambda *_: None)),
