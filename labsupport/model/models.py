@@ -99,7 +99,7 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     except OSError as error:
         raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
     if model.num_parameters() > LARGE:
-        memory.return_freed(2**20)  # copies of such a model come and go in a notebook
+        memory.return_freed(2**18)  # copies of such a model come and go in a notebook
     if dtype is None and model.num_parameters() <= SMALL and not hasattr(model.config, "quantization_config"):
         model = model.float()
     return model.to(device).eval(), tokenizer
