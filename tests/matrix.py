@@ -21,6 +21,7 @@ from labsupport import checkpoint, quantize_model
 from labsupport.checkpoint import CheckpointError, card
 from labsupport.model import files, models, text
 from labsupport.pipeline import calibrate
+from labsupport.pipeline.methods import stored_methods
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"
@@ -30,7 +31,7 @@ SAMPLES, LENGTH = 4, 32
 # Of labs quantize, and the same of quantize_model.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rtn": ({"group_size": -1}, {"group_size": None}),
-    "gptq": ({"group_size": -1}, {"group_size": None}),
+    "gptq": ({"group_size": -1}, {**stored_methods()["gptq"].settings, "group_size": None}),
     "awq": ({"group_size": -1}, {"group_size": None}),
     "nf4": ({"group_size": 64}, {"block_size": 64, "double_quant": True}),
 }

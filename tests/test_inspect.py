@@ -23,7 +23,7 @@ ALL = {"windows": 0, "samples": 1, "length": 64}
 MADE = {
     "gptq": {"method": "rtn"},
     "gptq-sym": {"method": "rtn", "symmetric": True},
-    "gptq-order": {"method": "gptq", "act_order": True},
+    "gptq-order": {"method": "gptq", "static_groups": False},
     "gptq_v2": {"method": "rtn", "layout": "gptq_v2"},
     "gptq_v2-sym": {"method": "rtn", "layout": "gptq_v2", "symmetric": True},
     "gptq-3": {"method": "rtn", "bits": 3},

@@ -16,6 +16,7 @@ from labsupport.checkpoint import card
 from labsupport.cli import app
 from labsupport.model import models, opened
 from labsupport.pipeline import block, calibrate, gptq_block
+from labsupport.pipeline.methods import stored_methods
 from labsupport.quant import int8, rtn
 
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe")
@@ -205,7 +206,7 @@ def test_written_and_read_back(name, method, sources, tmp_path):
         ids = torch.tensor(tokenizer(WORDS)["input_ids"] + [tokenizer.eos_token_id])
         count = len(ids) // 48
         text = {"calibration": torch.stack([ids[start * 48 : start * 48 + 48] for start in (torch.arange(8) * count // 8)])}
-    settings = {"block_size": 32, "double_quant": True} if method == "nf4" else GROUPS
+    settings = {**stored_methods()[method].settings, **({"block_size": 32} if method == "nf4" else GROUPS)}
     quantized, report = quantize_model(model, method, stored=(stored := {}), **text, **settings)
     loaded, _ = checkpoint.load(out)
     assert type(loaded) is type(model)

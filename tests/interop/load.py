@@ -22,7 +22,7 @@ PROMPT, WINDOWS, LENGTH = 64, 8, 256
 CASES: dict[str, tuple[str, str, dict]] = {
     "gptq-4b-sym": ("rtn", "gptq", {"bits": 4, "group_size": 128, "symmetric": True}),
     "gptq-4b-asym": ("rtn", "gptq", {"bits": 4, "group_size": 128}),
-    "gptq-4b-order": ("gptq", "gptq", {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True}),
+    "gptq-4b-order": ("gptq", "gptq", {"bits": 4, "group_size": 128, "symmetric": True, "static_groups": False}),
     "gptq-4b-static": ("gptq", "gptq", {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "static_groups": True}),
     "gptq-3b-sym": ("rtn", "gptq", {"bits": 3, "group_size": 128, "symmetric": True}),
     "gptq-3b": ("rtn", "gptq", {"bits": 3, "group_size": 128}),
