@@ -65,7 +65,7 @@ def test_keys_before_the_rotary_embedding_or_a_refusal(name):
 def test_a_window_that_is_lost_is_noticed(monkeypatch):
     """Break what the check guards: with a mask that hides nothing, a sliding window is refused."""
     model = make("mistral")
-    monkeypatch.setattr(attention, "_seen", lambda mask: torch.ones_like(mask, dtype=torch.bool))
+    monkeypatch.setattr(attention, "seen_through", lambda mask: torch.ones_like(mask, dtype=torch.bool))
     with pytest.raises(ModelError, match="does more than the one that replaces it"), cache.reading_back(model, kv.FLOAT):
         pass
 

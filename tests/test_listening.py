@@ -140,5 +140,42 @@ def test_by_the_attention_of_queries_and_keys_as_they_have_become():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="token_weights is 'sink', wanted one of even, attention"):
+    with pytest.raises(ValueError, match="token_weights is 'sink', wanted one of even, attention, not_first"):
         quantize_model(make("llama").eval(), "gptq", calibration=IDS, group_size=32, token_weights="sink")
+    with pytest.raises(ValueError, match="token_weights is 'attention', wanted one of even, not_first"):
+        quantize_model(make("llama").eval(), "awq", calibration=IDS, group_size=32, token_weights="attention")
+
+
+def test_the_first_token_of_a_window_can_be_left_out():
+    model = make("llama").eval()
+    fed = {}
+    hook = models.linears(model)["model.layers.0.self_attn.q_proj"].register_forward_pre_hook(lambda _, x: fed.update(x=x[0]))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    without = fed["x"][:, 1:].reshape(-1, fed["x"].shape[-1])
+    statistics = next(calibrate.blocks(model, IDS)).statistics(["model.layers.0.self_attn.q_proj"], first=False)
+    found = statistics["model.layers.0.self_attn.q_proj"]
+    assert found.tokens == len(without) == IDS.shape[0] * (IDS.shape[1] - 1)
+    # The same numbers added in another order: relative 1e-6 of sums of magnitudes.
+    assert torch.allclose(found.gram, without.t() @ without, rtol=0, atol=1e-5 * (without.abs().t() @ without.abs()).max())
+    assert torch.allclose(found.sum_abs, without.abs().sum(0), rtol=1e-5)
+    for method in ("gptq", "awq"):
+        stored, even = {}, {}
+        given = {"calibration": IDS, "group_size": 32, "bits": 3}
+        quantize_model(model, method, stored=stored, token_weights="not_first", **given)
+        quantize_model(model, method, stored=even, **given)
+        assert any(not torch.equal(stored[name].codes, even[name].codes) for name in even)
+    name = "model.layers.0.self_attn.q_proj"
+    stored = {}
+    quantize_model(model, "gptq", stored=stored, token_weights="not_first", calibration=IDS, group_size=32)
+    assert torch.equal(stored[name].codes, gptq.quantize(models.linears(model)[name].weight, found.hessian, 4, 32).codes)
+
+
+def test_the_first_token_counts_for_all_linears_of_a_block_or_for_none():
+    given = {"calibration": IDS, "group_size": 32, "token_weights": "not_first"}
+    with pytest.raises(ValueError, match="token_weights 'not_first' is for all linears of a block, and one of them has 'even'"):
+        quantize_model(make("llama").eval(), "gptq", overrides={"v_proj": {"token_weights": "even"}}, **given)
+    quantize_model(make("llama").eval(), "gptq", overrides={"v_proj": None}, **given)
+    with pytest.raises(calibrate.CalibrationError, match=r"experts.* is fed tokens out of their windows"):
+        quantize_model(make("mixtral").eval(), "gptq", **given)

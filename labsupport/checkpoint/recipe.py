@@ -10,7 +10,7 @@ import torch
 
 from labsupport.checkpoint import layouts
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.pipeline.gptq_block import TOKEN_WEIGHTS
+from labsupport.pipeline.block import TOKEN_WEIGHTS
 from labsupport.pipeline.methods import METHODS, Method, Storage, stored_methods
 from labsupport.quant import checks, grid
 
@@ -66,7 +66,7 @@ class Recipe:
         _check_grid(method, storage, bits, size)
         chosen = {name: choices.get(name, default) for name, default in storage.settings.items()}
         if chosen.get("token_weights", TOKEN_WEIGHTS[0]) not in TOKEN_WEIGHTS:
-            raise CheckpointError(f"token_weights is {chosen['token_weights']!r}, wanted {' or '.join(TOKEN_WEIGHTS)}")
+            raise CheckpointError(f"token_weights is {chosen['token_weights']!r}, wanted one of {', '.join(TOKEN_WEIGHTS)}")
         if not 0 <= chosen.get("damping", 0) < float("inf"):
             raise CheckpointError(f"damping is {chosen['damping']}, wanted 0 or more")
         return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen, group_size is not None)

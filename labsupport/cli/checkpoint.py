@@ -79,7 +79,8 @@ def quantize(
         str | None,
         typer.Option(
             help=f"{_taking('token_weights')}: how much a token of calibration text counts for v_proj: attention, by the attention "
-            f"that it gets; even, as much as every other. {_default('token_weights')}"
+            "that it gets; even, as much as every other. Measured at 4 bits with the other defaults: by attention SmolLM2-135M "
+            f"loses about half as much perplexity, the course model as much as before (notebook 07). {_default('token_weights')}"
         ),
     ] = None,
     damping: Annotated[

@@ -145,30 +145,33 @@ AUTOGPTQ = {"symmetric": True, "act_order": True, "autogptq": True}  # what Auto
 
 
 def _rtn_short(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for bits, group_size in ((8, "row"), (4, 32), (4, "largest"), (4, "row"), (3, 32), (3, "largest")):
-        yield {"bits": bits, "group_size": _sized(model, group_size), "symmetric": False}
-    yield {"bits": 4, "group_size": _sized(model, "largest"), "symmetric": True}
+    usual = _usual(model)
+    for bits, group_size in ((8, "row"), (4, 32), (4, usual), (4, "row"), (3, 32), (3, usual)):
+        yield {"bits": bits, "group_size": group_size, "symmetric": False}
+    yield {"bits": 4, "group_size": usual, "symmetric": True}
 
 
 def _gptq_short(model: nn.Module) -> Iterator[dict[str, Any]]:
     ordered = {"act_order": True, "static_groups": True}
     heard = ordered | {"token_weights": "attention"}
-    for bits, changes in (
-        (4, ({}, ordered, heard, heard | {"damping": 0.1}, AUTOGPTQ)),
-        (3, ({}, ordered, heard, heard | {"damping": 0.1})),
-    ):
-        setting = {"bits": bits, "group_size": _sized(model, "largest")}
+    changes: tuple[dict[str, Any], ...] = (
+        {}, {"token_weights": "attention"}, ordered, ordered | {"token_weights": "not_first"}, heard, heard | {"damping": 0.1},
+        heard | {"samples": 4 * SAMPLES}, AUTOGPTQ,
+    )  # fmt: skip
+    for bits in (4, 3):
+        setting = {"bits": bits, "group_size": _usual(model)}
         yield setting | {"method": "rtn"}
+        yield setting | {"method": "rtn", "symmetric": True}
         for change in changes:
             yield setting | {"method": "gptq", "samples": SAMPLES} | change
 
 
 def _awq_short(model: nn.Module) -> Iterator[dict[str, Any]]:
     for bits in (4, 3):
-        setting = {"bits": bits, "group_size": _sized(model, "largest")}
+        setting = {"bits": bits, "group_size": _usual(model)}
         yield setting | {"method": "rtn"}
-        yield setting | {"method": "awq", "samples": SAMPLES}
-        yield setting | {"method": "awq", "samples": SAMPLES, "clip": False}
+        for change in ({}, {"clip": False}, {"token_weights": "not_first"}, {"base": "gptq"}, {"rule": "autoawq"}):
+            yield setting | {"method": "awq", "samples": SAMPLES} | change
 
 
 def _nf4_short(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -182,17 +185,11 @@ def _kv_short(model: nn.Module) -> Iterator[dict[str, Any]]:
     kivi = {"key_axis": "channel", "value_axis": "token", "residual": 32}
     for setting in ({"keys": "fp8", "values": "fp8"}, *({"keys": bits, "values": bits} | kivi for bits in (4, 2))):
         yield float_ | setting
-    for bits in (4, 2):
+    for bits in (4, 3, 2):
         for axis in ("channel", "token"):
-            yield float_ | {"keys": bits, "key_axis": axis, "before_rope": None}
-        yield float_ | {"values": bits, "value_axis": "token"}
-
-
-def _sized(model: nn.Module, group_size: int | str) -> int | str:
-    """ "largest" as a number: see models.group_size."""
-    from labsupport.model import models
-
-    return models.group_size(model) if group_size == "largest" else group_size
+            for before_rope in (None, True):
+                yield float_ | {"keys": bits, "key_axis": axis, "before_rope": before_rope}
+            yield float_ | {"values": bits, "value_axis": axis}
 
 
 SHORT_SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {

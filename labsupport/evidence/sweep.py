@@ -151,8 +151,9 @@ def run(
 
 
 def _command(name: str, windows: int | None, model: str | None, source: str) -> str:
-    chosen = f" --model {model} --text {source.split('/')[0]}" if model else ""
-    return f"labs sweep {name} --windows {windows}{chosen}"
+    """The command that measures these rows. model: None for the course model. source: of the text, "wiki/heldout"."""
+    text = source.rsplit("/", 1)[0]
+    return f"labs sweep {name} --windows {windows}" + f" --model {model}" * bool(model) + f" --text {text}" * (text != "code")
 
 
 def _measure(arguments, stream, length, windows, baseline, setting) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from labsupport.model import models
 from labsupport.quant import kv
@@ -60,13 +63,10 @@ def _attending(model: nn.Module, scheme: Scheme) -> Iterator[list[torch.Tensor]]
             key, read_keys = (k if k is None else kv.rotate(k, positions, frequencies.to(k.device)) for k in (key, read_keys))
         query = query.unflatten(1, (key.shape[1], -1))  # heads that share a key side by side
         scores = _chosen(query, key, read_keys, scheme.keys, lambda q, k: q @ k[:, :, None].transpose(3, 4))
-        scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(positions > positions[:, None], -math.inf)
+        seen = positions <= positions[:, None]
         if attention_mask is not None:
-            scores = scores.masked_fill(~_seen(attention_mask)[:, :, None], -math.inf)
-        weights = scores.softmax(-1, dtype=torch.float32 if scores.dtype.itemsize < 4 else None).to(query.dtype)
+            seen = seen & seen_through(attention_mask)[:, :, None]
+        weights = weights_of(scores, seen, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap).to(query.dtype)
         if read_values is None:
             output = weights @ value[:, :, None]
         else:
@@ -74,28 +74,51 @@ def _attending(model: nn.Module, scheme: Scheme) -> Iterator[list[torch.Tensor]]
             output = (weights * quantized) @ read_values[:, :, None] + (weights * ~quantized) @ value[:, :, None]
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
-    name = "labsupport_reading_back"
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    with attending(model, "labsupport_reading_back", attend):
+        yield called
+
+
+@contextmanager
+def attending(module: nn.Module, name: str, attend: Callable[..., Any]) -> Iterator[Callable[[nn.Module], Callable[..., Any]]]:
+    """Inside, attend(attention, query, key, value, mask, **settings) computes the attention of a model, or of one of its blocks.
+
+    Yields what gives the function that an attention module would call otherwise. name: under which transformers knows `attend`.
+    """
+    inside = [m for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    configs = {id(m.config): m.config for m in inside}
     before = {key: config._attn_implementation for key, config in configs.items()}
+
+    def original(attention: nn.Module) -> Callable[..., Any]:
+        eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(before[id(attention.config)], eager)
+
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     for config in configs.values():
         config._attn_implementation = name
     try:
-        yield called
+        yield original
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
 
 
-def _seen(mask: torch.Tensor) -> torch.Tensor:
+def weights_of(scores: torch.Tensor, seen: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """The weights of an attention, in float32 at least. scores: [.., queries, tokens]. seen: bool, of a shape that fits."""
+    scores = scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32 if scores.dtype.itemsize < 4 else None)
+
+
+def seen_through(mask: torch.Tensor) -> torch.Tensor:
     """bool [batch, heads or 1, queries, keys]: which key a query may see, of a mask of True and False or one that is added."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _is_causal(mask: torch.Tensor) -> bool:
     """Whether every query of every sequence sees itself and the mask is the same for all sequences: none is padded."""
-    seen = _seen(mask)
+    seen = seen_through(mask)
     return bool(seen.diagonal(dim1=-2, dim2=-1).all()) and bool((seen == seen[:1]).all())
 
 
@@ -103,6 +126,11 @@ CHECKED_TOKENS = 48
 # Two ways to add up the same products differ by some units in the last place; a mask or a cap that is lost by tens of percent.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
 SAME_IN_HALF = 5e-2
+
+
+def same(dtype: torch.dtype) -> float:
+    """By how much of its size the output of an attention may move where another function computes the same."""
+    return SAME.get(dtype, SAME_IN_HALF)
 
 
 @torch.no_grad()
@@ -123,7 +151,7 @@ def _check_replaceable(model: nn.Module) -> None:
             "Decode through cache.QuantizedCache instead"
         )
     difference = ((replaced - original).norm() / original.norm()).item()
-    if not difference <= SAME.get(model.dtype, SAME_IN_HALF):
+    if not difference <= same(model.dtype):
         raise models.ModelError(
             f"the attention of a {kind} does more than the one that replaces it: with nothing quantized its logits move by "
             f"{difference:.2g} of their size. Decode through cache.QuantizedCache instead"

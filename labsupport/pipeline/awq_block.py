@@ -12,12 +12,13 @@ from torch import nn
 
 from labsupport.model.models import ModelError
 from labsupport.pipeline import fold
-from labsupport.pipeline.block import Block, InputStatistics
+from labsupport.pipeline.block import EVEN, NOT_FIRST, Block, InputStatistics, counts_first, token_weights
 from labsupport.pipeline.linear import Quantized, Settings, defaults_of, errors_name, replace_weight
 from labsupport.quant import awq, gptq, rtn
 from labsupport.quant.grid import QuantizedTensor
 
-OWN = {"loss": "gram", "clip": True, "base": "rtn"}  # settings that are not for the search of scales, and their defaults
+# Settings that are not for the search of scales, and their defaults.
+OWN = {"loss": "gram", "clip": True, "base": "rtn", "token_weights": EVEN}
 UNCHANGED = 0.02  # weights of bfloat16 are rounded by 2**-8 when they are folded
 GRID = ("bits", "group_size", "symmetric")
 
@@ -26,7 +27,8 @@ class AWQBlocks:
     """For models of the shapes in fold.SHAPES. Raises ModelError for others.
 
     Settings: those of awq.search, where loss is "gram", or "block" for the output of attention and MLP; clip, False for scales
-    alone; base, "rtn", or "gptq" for GPTQ of the scaled weights.
+    alone; base, "rtn", or "gptq" for GPTQ of the scaled weights; token_weights, "even", or "not_first" for statistics without the
+    first token of each window.
     """
 
     SETTINGS: ClassVar[Mapping[str, Any]] = defaults_of(awq.search) | OWN
@@ -47,7 +49,7 @@ class AWQBlocks:
             if group.linears[0] in block.linears and all(settings[name] is not None for name in group.linears)
         ]
         source = {name: names[0] for names in block.groups() for name in names}  # of linears that share an input, one is watched
-        fed = block.statistics(set(source.values()))
+        fed = block.statistics(set(source.values()), counts_first(token_weights(settings, (EVEN, NOT_FIRST))))
         scales: dict[str, torch.Tensor] = {}
         for group in groups:
             weights = [block.linears[name].weight for name in group.linears]

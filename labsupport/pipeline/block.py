@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from labsupport.quant import checks
+
 SHARE = 0.25  # of a block's size, which the statistics of linears that are fed in one pass may add to it
 
+# How much a token counts in what a linear is fed: as much as every other; for the linear that makes the values, by the attention
+# that it gets; as much as every other, but the first of a window not at all.
+TOKEN_WEIGHTS = (EVEN, ATTENTION, NOT_FIRST) = ("even", "attention", "not_first")
 # What a block is called with beside the hidden states: positional and by name.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -136,16 +141,21 @@ class Block:
                 groups.append((x, [name]))
         return [tuple(names) for _, names in groups]
 
-    def statistics(self, names: Iterable[str]) -> dict[str, InputStatistics]:
+    def statistics(self, names: Iterable[str], first: bool = True) -> dict[str, InputStatistics]:
         """What each of the named linears is fed by the block as it now is. Of linears that share an input, one is enough.
 
-        A pass is stopped as soon as all of them have been fed.
+        first: whether the first token of each window counts. A pass is stopped as soon as all of them have been fed.
+        Raises CalibrationError where it should not count and a linear is fed tokens out of their windows, as experts are.
         """
         watched = {name: self.linears[name] for name in names}
         statistics = {name: InputStatistics.empty(layer.in_features, layer.weight.device) for name, layer in watched.items()}
         waiting: set[str] = set()
 
         def see(name: str, x: torch.Tensor) -> None:
+            if not first:
+                if x.ndim < 3 or x.shape[1] != self.inputs[0].shape[1]:
+                    raise CalibrationError(f"{name} is fed tokens out of their windows: which of them are first cannot be told")
+                x = x[:, 1:]
             statistics[name].add(x)
             waiting.discard(name)
             if not waiting:
@@ -157,16 +167,17 @@ class Block:
                 self.run(batch)
         return statistics
 
-    def fed(self, true_sequential: bool = True) -> Iterator[tuple[str, InputStatistics]]:
+    def fed(self, true_sequential: bool = True, first: bool = True) -> Iterator[tuple[str, InputStatistics]]:
         """Each linear in the order in which they are called, with what it is fed.
 
         true_sequential: each is fed by what the linears before it have become, so quantize a linear before asking for the next.
-        Without it, all are fed by the block as it was, in a single pass. Raises what `groups` raises.
+        Without it, all are fed by the block as it was, in a single pass. first: see `statistics`.
+        Raises what `groups` and `statistics` raise.
         """
         groups = self.groups()
-        at_once = {} if true_sequential else self.statistics(group[0] for group in groups)
+        at_once = {} if true_sequential else self.statistics((group[0] for group in groups), first)
         for together in [groups] if at_once else self._passes(groups):
-            fed = at_once or self.statistics(first for first, *_ in together)
+            fed = at_once or self.statistics((group[0] for group in together), first)
             for group in together:
                 statistics = fed.pop(group[0])
                 for name in group:
@@ -196,6 +207,27 @@ class Block:
             return None
         self.returned = len(output) if isinstance(output, tuple) else 0
         return output[0] if self.returned else output
+
+
+def token_weights(settings: Mapping[str, Mapping[str, Any] | None], known: tuple[str, ...]) -> dict[str, str]:
+    """How tokens count for each linear of a block, by name, without those that are left as they are. settings: of each linear.
+
+    known: what the method can do of TOKEN_WEIGHTS. Raises ValueError for others, and where the first token of a window counts for
+    some linears alone.
+    """
+    counted = {
+        name: checks.choice(chosen.get("token_weights", EVEN), "token_weights", known)
+        for name, chosen in settings.items()
+        if chosen is not None
+    }
+    if len(others := {*counted.values()} - {NOT_FIRST}) and NOT_FIRST in counted.values():
+        raise ValueError(f"token_weights {NOT_FIRST!r} is for all linears of a block, and one of them has {min(others)!r}")
+    return counted
+
+
+def counts_first(counted: Mapping[str, str]) -> bool:
+    """Whether the first token of a window counts. counted: see `token_weights`."""
+    return NOT_FIRST not in counted.values()
 
 
 @contextmanager

@@ -16,14 +16,12 @@ import torch
 from torch import nn
 
 from labsupport.pipeline import listening
-from labsupport.pipeline.block import Block
+from labsupport.pipeline.block import ATTENTION, EVEN, TOKEN_WEIGHTS, Block, counts_first, token_weights
 from labsupport.pipeline.linear import Quantized, Settings, defaults_of, replace_weight
-from labsupport.quant import checks, gptq, rtn
+from labsupport.quant import gptq, rtn
 from labsupport.quant.grid import QuantizedTensor
 
 OF_THE_GRID = defaults_of(rtn.quantize).keys()
-# How much a token counts in the Hessian: as much as every other, or, in that of the values, by the attention that it gets.
-TOKEN_WEIGHTS = (EVEN, ATTENTION) = ("even", "attention")
 TOKENS_A_COLUMN = 2  # with fewer, an expert is rounded to nearest
 
 
@@ -35,12 +33,12 @@ class GPTQBlocks:
 
     def __call__(self, block: Block, settings: Mapping[str, Settings | None]) -> dict[str, Quantized]:
         made, start = {}, time.perf_counter()
-        by_attention = {name: _by_attention(chosen) for name, chosen in settings.items()}
-        values = listening.makes_values(block) if any(by_attention.values()) else None
-        for name, statistics in block.fed():
+        counted = token_weights(settings, TOKEN_WEIGHTS)
+        values = listening.makes_values(block) if ATTENTION in counted.values() else None
+        for name, statistics in block.fed(first=counts_first(counted)):
             few = name in block.steps and statistics.tokens < TOKENS_A_COLUMN * block.linears[name].in_features
             # Only now: by the attention that queries and keys make as they have become.
-            listens = name == values and by_attention[name]
+            listens = name == values and counted.get(name) == ATTENTION
             hessian = (listening.heard(block, name) if listens else statistics).hessian if statistics.tokens else None
 
             def quantize(weight: torch.Tensor, chosen: Settings, hessian=hessian, few=few) -> QuantizedTensor:
@@ -57,8 +55,3 @@ class GPTQBlocks:
             )
             start = time.perf_counter()
         return made
-
-
-def _by_attention(settings: Settings | None) -> bool:
-    """Whether a linear's tokens are to be weighed by attention. Raises ValueError for a token_weights that there is not."""
-    return settings is not None and checks.choice(settings.get("token_weights", EVEN), "token_weights", TOKEN_WEIGHTS) == ATTENTION

@@ -12,25 +12,18 @@ weighed for the linear that makes the values, where the weight follows from what
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from labsupport.pipeline import attention
 from labsupport.pipeline.block import Block, InputStatistics, Stop
 
-NAME = "labsupport_listening"
 # What transformers calls to attend: attend(module, query, key, value, mask, **settings) gives the heads' outputs, and more.
 Attend = Callable[..., tuple[Tensor, Any]]
-# Two ways to add up the same products differ by some units in the last place; a mask or a cap that is missed by tens of percent.
-SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
-SAME_IN_HALF = 5e-2
 
 
 def makes_values(block: Block) -> str | None:
@@ -112,35 +105,33 @@ def attention_received(query: Tensor, key: Tensor, settings: Mapping[str, Any]) 
 
 
 def _attention(query: Tensor, key: Tensor, settings: Mapping[str, Any], window: int, head: int) -> Tensor:
-    """A of the heads that read one head of keys, in one window: float32 [heads, queries, tokens].
+    """A of the heads that read one head of keys, in one window: [heads, queries, tokens], in float32 at least.
 
     settings: what else transformers hands to the function that attends: attention_mask, scaling, sliding_window, softcap.
     """
     readers, tokens = query.shape[1] // key.shape[1], key.shape[2]
     heads = slice(head * readers, (head + 1) * readers)
     scaling, softcap, mask = (settings.get(name) for name in ("scaling", "softcap", "attention_mask"))
-    scores = (query[window, heads] @ key[window, head].t()).float()
-    scores *= query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        mask = mask[window if mask.shape[0] > 1 else 0, heads if mask.shape[1] > 1 else slice(1), :, :tokens]
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+        seen = attention.seen_through(mask[window if len(mask) > 1 else 0, heads if mask.shape[1] > 1 else slice(1), :, :tokens])
     else:  # causal, and what the function knows by itself
         behind = torch.arange(tokens, device=key.device)[:, None] - torch.arange(tokens, device=key.device)
-        reach = settings.get("sliding_window") or tokens
-        scores = scores.masked_fill((behind < 0) | (behind >= reach), -math.inf)
-    return scores.softmax(-1)
+        seen = (behind >= 0) & (behind < (settings.get("sliding_window") or tokens))
+    scores = query[window, heads] @ key[window, head].t()
+    return attention.weights_of(scores, seen, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
 
 
 def _is_known(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether A V, with our A, is what the attention gives for the first window."""
     first = {k: v[:1] if k == "attention_mask" and isinstance(v, Tensor) and len(v) > 1 else v for k, v in settings.items()}
     mask = first.pop("attention_mask", None)
-    output = attend(module, query[:1], key[:1], value[:1], mask, **first)[0].float()  # [1, tokens, heads, width]
-    ours = [_attention(query, key, settings, 0, head) @ value[0, head].float() for head in range(key.shape[1])]
-    difference = (torch.cat(ours).transpose(0, 1) - output[0]).norm() / output.norm()
-    return bool(difference <= SAME.get(query.dtype, SAME_IN_HALF))
+    output = attend(module, query[:1], key[:1], value[:1], mask, **first)[0][0].transpose(0, 1)  # [heads, tokens, width]
+    ours = []
+    for head in range(key.shape[1]):
+        weights = _attention(query, key, settings, 0, head)
+        ours.append(weights @ value[0, head].to(weights.dtype))
+    difference = (torch.cat(ours) - output).norm() / output.to(ours[0].dtype).norm()
+    return bool(difference <= attention.same(query.dtype))
 
 
 def _are_values(output: Tensor, value: Tensor) -> bool:
@@ -152,20 +143,9 @@ def _are_values(output: Tensor, value: Tensor) -> bool:
 @contextmanager
 def _watched(module: nn.Module, see: Callable[..., None]) -> Iterator[None]:
     """Inside, see(attend, module, query, key, value, **settings) is called in the place of attend, which computes the attention."""
-    inside = [m for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
-    configs = {id(m.config): m.config for m in inside}
-    before = {key: config._attn_implementation for key, config in configs.items()}
 
-    def seen(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> None:
-        eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(before[id(attention.config)], eager)
-        see(attend, attention, query, key, value, attention_mask=mask, **settings)
+    def seen(caller: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> None:
+        see(original(caller), caller, query, key, value, attention_mask=mask, **settings)
 
-    AttentionInterface.register(NAME, seen)
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
+    with attention.attending(module, "labsupport_listening", seen) as original:
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
