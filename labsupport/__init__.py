@@ -17,7 +17,7 @@ _FUNCTIONS = {
 _MODULES = {
     "model": ("evaluate", "models", "peers", "text"),
     "pipeline": ("budget", "cache", "calibrate", "fold", "listening"),
-    "evidence": ("claims", "machine", "planner", "roofline", "sweep"),
+    "evidence": ("claims", "machine", "planner", "roofline", "sink", "sweep"),
     "figures": ("widgets",),
 }
 _PACKAGE_OF = {name: package for package, names in _MODULES.items() for name in names}

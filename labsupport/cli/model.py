@@ -72,6 +72,7 @@ def sweep(
     import torch
     from tqdm import tqdm
 
+    from labsupport.evidence import sink
     from labsupport.evidence import sweep as sweeps
     from labsupport.model import fetched, models, text
     from labsupport.pipeline import calibrate
@@ -93,11 +94,13 @@ def sweep(
                 return calibrate.windows(text.load_text(tokenizer, domain if own else source, "train"), samples)
 
             path, label = out or sweeps.path_of(name, None if own else chosen), "course-model" if own else chosen
-            sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own)
+            measured = sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own)
     except (ValueError, OSError) as error:
         fail("sweep", error)
     except KeyboardInterrupt:
         stopped("sweep", "The same command continues after the last finished row")
+    if name == "sink":
+        echo(sink.summary(measured.rows))
     echo(f"wrote {path}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.evidence import measurements
+from labsupport.evidence import measurements, sink
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
@@ -30,6 +30,7 @@ from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 # The keys of a row that are not its setting.
 MEASURED = (
     "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
+    *sink.MEASURED,
 )  # fmt: skip
 # What must be equal for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device")
@@ -137,10 +138,13 @@ def run(
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
     settings = list(sweeps[name](model))
+    blocks = sink.rows(model, stream.ids[stream.positions(length, windows)])  # none is run before its row is asked for
     for number, setting in enumerate(settings):
         if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
             if "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
+            elif name == "sink":
+                rows.append(next(row for row in blocks if row["block"] == setting["block"]))
             elif name == "kv":
                 rows.append(_measure_cache(model, stream, length, windows, baseline, setting, calibration))
             else:

@@ -123,7 +123,7 @@ class Block:
         Raises CalibrationError where a linear is not called, or more than once.
         """
         called: list[tuple[str, torch.Tensor]] = []
-        with _watching(self.linears, lambda name, x: called.append((name, x))):
+        with watching(self.linears, lambda name, x: called.append((name, x))):
             self.run(0)
         times = {name: sum(name == other for other, _ in called) for name in self.linears}
         for name, count in times.items():
@@ -161,7 +161,7 @@ class Block:
             if not waiting:
                 raise Stop
 
-        with _watching(watched, see):
+        with watching(watched, see):
             for batch in range(len(self.inputs)):
                 waiting.update(watched)
                 self.run(batch)
@@ -231,7 +231,7 @@ def counts_first(counted: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def _watching(layers: dict[str, nn.Linear], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watching(layers: dict[str, nn.Linear], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Inside, see(name, input) is called whenever one of the layers is."""
     handles = [layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()]
     try:

@@ -37,7 +37,7 @@ def makes_values(block: Block) -> str | None:
     found: list[str] = []
 
     def see(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> None:
-        if _is_known(attend, module, query, key, value, settings):
+        if is_known(attend, module, query, key, value, settings):
             found.extend(name for name, output in made.items() if _are_values(output, value))
         raise Stop
 
@@ -46,7 +46,7 @@ def makes_values(block: Block) -> str | None:
         for name, layer in block.linears.items()
     ]
     try:
-        with _watched(block.module, see):
+        with watched(block.module, see):
             block.run(0)
     finally:
         for hook in hooks:
@@ -83,7 +83,7 @@ def _batches(block: Block, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     hook = block.linears[name].register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
     try:
         for batch in range(len(block.inputs)):
-            with _watched(block.module, see):
+            with watched(block.module, see):
                 block.run(batch)
             x, weights = fed
             fed.clear()
@@ -95,16 +95,16 @@ def _batches(block: Block, name: str) -> Iterator[tuple[Tensor, Tensor]]:
 def attention_received(query: Tensor, key: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """sum over heads and queries of A[q, t]^2: float32 [windows, tokens]. One window and one head of keys at a time.
 
-    query: [windows, heads, tokens, width]. key: [windows, heads of keys, tokens, width]. settings: see `_attention`.
+    query: [windows, heads, tokens, width]. key: [windows, heads of keys, tokens, width]. settings: see `attention_weights`.
     """
     received = torch.zeros(key.shape[0], key.shape[2], device=key.device)
     for window in range(len(key)):
         for head in range(key.shape[1]):
-            received[window] += _attention(query, key, settings, window, head).square().sum((0, 1))
+            received[window] += attention_weights(query, key, settings, window, head).square().sum((0, 1))
     return received
 
 
-def _attention(query: Tensor, key: Tensor, settings: Mapping[str, Any], window: int, head: int) -> Tensor:
+def attention_weights(query: Tensor, key: Tensor, settings: Mapping[str, Any], window: int, head: int) -> Tensor:
     """A of the heads that read one head of keys, in one window: [heads, queries, tokens], in float32 at least.
 
     settings: what else transformers hands to the function that attends: attention_mask, scaling, sliding_window, softcap.
@@ -121,14 +121,14 @@ def _attention(query: Tensor, key: Tensor, settings: Mapping[str, Any], window: 
     return attention.weights_of(scores, seen, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
 
 
-def _is_known(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
+def is_known(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether A V, with our A, is what the attention gives for the first window."""
     first = {k: v[:1] if k == "attention_mask" and isinstance(v, Tensor) and len(v) > 1 else v for k, v in settings.items()}
     mask = first.pop("attention_mask", None)
     output = attend(module, query[:1], key[:1], value[:1], mask, **first)[0][0].transpose(0, 1)  # [heads, tokens, width]
     ours = []
     for head in range(key.shape[1]):
-        weights = _attention(query, key, settings, 0, head)
+        weights = attention_weights(query, key, settings, 0, head)
         ours.append(weights @ value[0, head].to(weights.dtype))
     difference = (torch.cat(ours) - output).norm() / output.to(ours[0].dtype).norm()
     return bool(difference <= attention.same(query.dtype))
@@ -141,11 +141,14 @@ def _are_values(output: Tensor, value: Tensor) -> bool:
 
 
 @contextmanager
-def _watched(module: nn.Module, see: Callable[..., None]) -> Iterator[None]:
-    """Inside, see(attend, module, query, key, value, **settings) is called in the place of attend, which computes the attention."""
+def watched(module: nn.Module, see: Callable[..., Any]) -> Iterator[None]:
+    """Inside, see(attend, module, query, key, value, **settings) is called in the place of attend, which computes the attention.
 
-    def seen(caller: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> None:
-        see(original(caller), caller, query, key, value, attention_mask=mask, **settings)
+    It returns what attend does, or raises Stop.
+    """
+
+    def seen(caller: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> Any:
+        return see(original(caller), caller, query, key, value, attention_mask=mask, **settings)
 
     with attention.attending(module, "labsupport_listening", seen) as original:
         yield
