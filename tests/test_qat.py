@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from labsupport.quant import qat, rtn
 
@@ -37,13 +39,14 @@ def test_gives_what_rounding_stores_and_a_gradient_where_nothing_is_clipped(bits
 
 
 def test_equals_torchao():
-    fake_quantizer = pytest.importorskip("torchao.quantization.qat.fake_quantizer", reason="torchao is not installed")
-    config = pytest.importorskip("torchao.quantization.qat").IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True)
-    theirs, _, (wanted,) = gradient(fake_quantizer.IntxFakeQuantizer(config), WEIGHT)
-    ours, _, (found,) = gradient(lambda w: qat.fake_quantize(w, 4, 32), WEIGHT)
-    assert torch.equal(ours, theirs)
-    assert ((found - wanted).abs() <= 2.0**-23 * wanted.abs()).all()  # one rounding of float32
-    assert ((wanted == 0) == (found == 0)).all()
+    """Its values to the last bit, its gradient within one rounding of float32: golden file of tests/interop/run_torchao.py."""
+    theirs = load_file(Path(__file__).parent / "interop" / "golden" / "torchao.safetensors")
+    weight = theirs["weight"].requires_grad_()
+    values = qat.fake_quantize(weight, 4, 32)
+    assert torch.equal(values, theirs["values"])
+    (theirs["factors"] * values).sum().backward()
+    wanted = theirs["gradient"]
+    assert ((weight.grad - wanted).abs() <= 2.0**-23 * wanted.abs()).all()
     assert (wanted == 0).any()
 
 
