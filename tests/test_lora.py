@@ -1,0 +1,113 @@
+"""LoRA through packed bases: gradients against float64 finite differences, bytes that stay packed, merging, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import make
+from torch import nn
+
+from labsupport.model import models
+from labsupport.pipeline import lora
+from labsupport.pipeline.quantize import quantize_model
+from labsupport.quant import nf4, rtn
+
+IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
+SETTINGS = {
+    "rtn": {"group_size": 32}, "nf4": {"double_quant": True}, "gptq": {"group_size": 32, "calibration": IDS},
+    "awq": {"group_size": 32, "calibration": IDS},
+}  # fmt: skip
+
+
+def quantized(method: str) -> tuple[nn.Module, nn.Module, dict]:
+    """A tiny Llama, the same by a method, and what is stored of it."""
+    model, stored = make("llama").eval(), {}
+    return model, quantize_model(model, method, stored=stored, **SETTINGS[method])[0], stored
+
+
+@pytest.mark.parametrize("make_base", [lambda w: rtn.quantize(w, 4, 16), nf4.quantize, lambda w: None], ids=["rtn", "nf4", "float"])
+def test_gradients_equal_finite_differences(make_base):
+    """Of x, A and B, in float64: the layer is linear in each, so central differences are exact but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(32, 12).double()
+    layer = lora.LoRALinear(linear, make_base(linear.weight.detach().float()), 3, 6.0, generator)
+    layer.lora_b.data = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    x = torch.randn(5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def of(x, a, b):
+        return torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (x,))
+
+    assert torch.autograd.gradcheck(of, (x, layer.lora_a, layer.lora_b))
+    assert [name for name, _ in lora.trainable(layer)] == ["lora_a", "lora_b"]
+    # And the backward pass as it is written out in the module's docstring.
+    gradient = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    layer(x).backward(gradient)
+    weight, a, b, s = layer.base_weight().double(), layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling
+    assert s == 2
+    assert torch.allclose(x.grad, gradient @ weight + s * gradient @ b @ a, rtol=1e-12)
+    assert torch.allclose(layer.lora_b.grad, s * gradient.t() @ (x @ a.t()), rtol=1e-12)
+    assert torch.allclose(layer.lora_a.grad, s * (gradient @ b).t() @ x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_model_begins_as_its_base_learns_and_stays_packed(method):
+    _, base, stored = quantized(method)
+    model = lora.add(models.duplicate(base), stored, rank=4)
+    with torch.no_grad():
+        # The same weights in one product more: sums of at most 96 products in another order.
+        assert torch.allclose(model(IDS).logits, base(IDS).logits, atol=1e-4)
+    floats = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] in lora.adapters(model))
+    assert floats == sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora.adapters(model).values())
+    assert sum(layer.base_nbytes for layer in lora.adapters(model).values()) == sum(tensor.nbytes for tensor in stored.values())
+    optimizer = torch.optim.AdamW([parameter for _, parameter in lora.trainable(model)], lr=1e-2)
+    before = {name: layer.base_weight().clone() for name, layer in lora.adapters(model).items()}
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert all(torch.equal(layer.base_weight(), before[name]) for name, layer in lora.adapters(model).items())
+
+
+def test_merging_into_the_base_that_it_was_trained_on_changes_nothing():
+    original, _, stored = quantized("rtn")
+    model = lora.add(quantized("rtn")[1], stored, rank=4)
+    for layer in lora.adapters(model).values():
+        layer.lora_b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        trained = model(IDS).logits
+        own = lora.merge(models.duplicate(model))
+        assert not lora.adapters(own)
+        assert torch.allclose(own(IDS).logits, trained, atol=1e-3)
+        weights = {name: layer.weight for name, layer in models.linears(original).items()}
+        other = lora.merge(models.duplicate(model), weights)
+        assert not torch.allclose(other(IDS).logits, trained, atol=1e-3)
+        name, layer = next(iter(lora.adapters(model).items()))
+        assert torch.allclose(models.linears(other)[name].weight, weights[name] + layer.update, atol=1e-6)
+
+
+def test_bad_input_is_named():
+    model, _, stored = quantized("rtn")
+    for rank in (0, 33, 2.5, True):
+        with pytest.raises(ValueError, match=r"rank is .*wanted a whole number from 1 to 32, the smaller side"):
+            lora.add(models.duplicate(model), stored, rank=rank)
+    with pytest.raises(ValueError, match="stored names lm_head, which is no linear of the model's blocks"):
+        lora.add(models.duplicate(model), {"lm_head": None})
+    with pytest.raises(models.ModelError, match="no adapters to merge"):
+        lora.merge(model)
+    with_adapters = lora.add(models.duplicate(model), stored)
+    with pytest.raises(models.ModelError, match="has adapters already"):
+        lora.add(with_adapters)
+    name = next(iter(stored))
+    with pytest.raises(ValueError, match=f"base lacks {name}"):
+        lora.merge(with_adapters, {})
+    weights = {name: layer.base_weight() for name, layer in lora.adapters(with_adapters).items()}
+    with pytest.raises(ValueError, match=r"of shape \[2, 2\], and its adapter is for \[64, 64\]"):
+        lora.merge(with_adapters, weights | {name: torch.zeros(2, 2)})
+    shared = models.duplicate(model)
+    shared.model.layers[1].self_attn.q_proj = shared.model.layers[0].self_attn.q_proj
+    with pytest.raises(models.ModelError, match="are one weight: an adapter beside it would be two"):
+        lora.add(shared)
