@@ -275,8 +275,13 @@ def test_claims_file_is_whole():
     assert [c["number"] for c in content] == list(range(1, 34))
     for c in content:
         assert c["verdict"] in ("open", "holds", "fails", "depends")
-        assert set(c) == {"number", "claim", "notebooks", "verdict", "how"}
+        assert set(c) - {"elsewhere"} == {"number", "claim", "notebooks", "verdict", "how"}
         assert bool(c["how"]) == (c["verdict"] != "open"), c["number"]
+        for model, found in c.get("elsewhere", {}).items():
+            assert (models.data_dir() / "measurements" / model).is_dir()
+            assert found["verdict"] in ("holds", "fails", "depends")
+            assert set(found) == {"verdict", "how"}
+            assert found["how"]
 
 
 def test_settle_says_when_the_file_says_otherwise(capsys, monkeypatch):
@@ -288,6 +293,20 @@ def test_settle_says_when_the_file_says_otherwise(capsys, monkeypatch):
         claims.settle(number, False, "as measured")
     with pytest.raises(KeyError, match="no claim 99"):
         claims.settle(99, True, "")
+
+
+def test_a_verdict_on_another_model_is_compared_with_that_model(capsys, monkeypatch):
+    claim = claims.claims()[13]
+    assert set(claim.elsewhere) == {"smollm2"}
+    claims.settle(13, None, "stored rows", model="smollm2")
+    assert capsys.readouterr().out == f"13. {claim.claim}\n   on smollm2, depends: stored rows\n"
+    claims.settle(13, True, "stored rows", model="smollm2")
+    assert "(On smollm2 it depends.)" in capsys.readouterr().out
+    monkeypatch.setenv("LABS_STRICT", "1")
+    with pytest.raises(AssertionError, match=r"claim 13 holds here, but data/claims\.yaml says it depends"):
+        claims.settle(13, True, "stored rows", model="smollm2")
+    with pytest.raises(KeyError, match="no verdict on claim 12 for the model 'smollm2'"):
+        claims.settle(12, True, "stored rows", model="smollm2")
 
 
 def test_a_clock_that_disagrees_is_told_and_never_fails(capsys, monkeypatch):

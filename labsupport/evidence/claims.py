@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 from labsupport.model import models
 
@@ -17,14 +18,21 @@ VERDICTS = {True: "holds", False: "fails", None: "depends"}
 
 
 @dataclass(frozen=True)
-class Claim:
-    """number and text of a claim; notebooks that test it; verdict "holds", "fails", "depends" or "open"; how it was settled."""
+class Verdict:
+    """verdict: "holds", "fails", "depends" or "open"; how it was settled."""
+
+    verdict: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Claim(Verdict):
+    """number and text of a claim; notebooks that test it; its verdict. elsewhere: what it is on other models, by their name."""
 
     number: int
     claim: str
     notebooks: tuple[str, ...]
-    verdict: str
-    how: str
+    elsewhere: Mapping[str, Verdict]
 
 
 @cache
@@ -33,8 +41,12 @@ def claims() -> Mapping[int, Claim]:
     import yaml
 
     rows = yaml.safe_load((models.data_dir() / "claims.yaml").read_text("utf-8"))
-    by_number = {r["number"]: Claim(r["number"], r["claim"], tuple(r["notebooks"]), r["verdict"], r["how"]) for r in rows}
-    return MappingProxyType(by_number)
+    return MappingProxyType({row["number"]: _claim(**row) for row in rows})
+
+
+def _claim(notebooks: list[str], elsewhere: Mapping[str, Mapping[str, str]] | None = None, **row: Any) -> Claim:
+    others = {model: Verdict(**found) for model, found in (elsewhere or {}).items()}
+    return Claim(**row, notebooks=tuple(notebooks), elsewhere=MappingProxyType(others))
 
 
 @dataclass(frozen=True)
@@ -45,27 +57,31 @@ class Timed:
     found: str
 
 
-def settle(number: int, holds: bool | None, found: str, here: Timed | None = None) -> None:
+def settle(number: int, holds: bool | None, found: str, here: Timed | None = None, model: str | None = None) -> None:
     """Print a claim with the verdict that the notebook has just computed; None where it depends on what is meant.
 
     Says so where the course's own verdict is another, as it can be with a model of your own; with LABS_STRICT=1, as when the
     solutions are tested, that raises AssertionError. `here` is for a claim about time: `holds` and `found` are then of figures
     that are kept or published, from machines with a name, and what was timed here is printed below them, agrees with them or
-    not, and never fails. Raises KeyError for an unknown number.
+    not, and never fails. model: whose stored rows `found` is of, where they are not the course model's. Raises KeyError for an
+    unknown number, or a model on which the file has no verdict.
     """
     if number not in claims():
         raise KeyError(f"there is no claim {number}, they go from {min(claims())} to {max(claims())}")
     claim, verdict = claims()[number], VERDICTS[holds]
-    print(f"{number}. {claim.claim}\n   {verdict}: {found}")
+    if model is not None and model not in claim.elsewhere:
+        raise KeyError(f"data/claims.yaml has no verdict on claim {number} for the model {model!r}")
+    kept = claim if model is None else claim.elsewhere[model]
+    print(f"{number}. {claim.claim}\n   {f'on {model}, ' if model else ''}{verdict}: {found}")
     if here is not None:
         of_here = VERDICTS[here.holds]
         relation = "too" if of_here == verdict else "which is another verdict: these are the times of one machine and one run"
         print(f"   timed here, just now: {here.found}\n   by these times alone it {of_here}, {relation}")
-    if claim.verdict != verdict:
-        message = f"claim {number} {verdict} here, but data/claims.yaml says it {claim.verdict}"
+    if kept.verdict != verdict:
+        message = f"claim {number} {verdict} here, but data/claims.yaml says it {kept.verdict}"
         if os.environ.get("LABS_STRICT") == "1":
             raise AssertionError(message)
-        print(f"   (On the course model it {claim.verdict}.)")
+        print(f"   (On {model or 'the course model'} it {kept.verdict}.)")
 
 
 def opened(number: int) -> None:

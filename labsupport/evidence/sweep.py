@@ -74,15 +74,15 @@ def path_of(name: str, model: str | None = None) -> Path:
 def load(name: str, model: str | None = None) -> Measurements:
     """The rows of a sweep, as `labs sweep` left them. model: see path_of.
 
-    Where LABS_MODEL names a model that they are not of, a line is printed that says so: a notebook shows these rows beside what it
-    measures live.
+    Where no model is named and LABS_MODEL names another than the course model, a line is printed that says so: a notebook shows
+    these rows beside what it measures live.
     """
     path = path_of(name, model)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
         raise FileNotFoundError(f"no measurements {name!r}; there are {known}")
     measured = Measurements(*measurements.read(path))
-    if (title := models.title()) != (model or "the course model"):
+    if model is None and (title := models.title()) != "the course model":
         about = measured.about
         print(f"The stored rows of {name!r} are of the {about['model']} on {about['text']}; what is measured live is of {title}.")
     return measured
