@@ -26,8 +26,12 @@ def on(request, monkeypatch):
 def test_few_windows_of_text(on, course, held_out):
     model, _ = course
     assert evaluate.evaluate(model, held_out, length=16, windows=6).windows == (quick.WINDOWS if on else 6)
-    assert evaluate.evaluate(model, held_out, length=16, windows=2).windows == 2
+    assert evaluate.evaluate(model, held_out, length=16, windows=1).windows == 1
     assert len(calibrate.windows(held_out, 6, 16)) == (quick.WINDOWS if on else 6)
+
+
+def test_few_steps_of_a_search(on):
+    assert quick.steps(20) == (5 if on else 20)
 
 
 def test_short_timings(on, monkeypatch):

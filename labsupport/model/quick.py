@@ -1,4 +1,4 @@
-"""LABS_QUICK=1: a notebook comes to its end on little text and with short timings. Its figures are rough then.
+"""LABS_QUICK=1: a notebook comes to its end on little text, with short timings and coarse searches. Its figures are rough then.
 
 The commands that measure for others (`labs quantize`, `labs sweep`, `labs bench`, `labs train`) take no notice of it.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 
 VARIABLE = "LABS_QUICK"
-WINDOWS = 4
+WINDOWS = 2
+SHARE_OF_STEPS = 0.25
 SHARE_OF_TIME = 0.1
 
 
@@ -21,6 +22,11 @@ def windows(count: int | None) -> int | None:
     if not is_on():
         return count
     return WINDOWS if count is None else min(count, WINDOWS)
+
+
+def steps(count: int) -> int:
+    """How many values of a grid to try where `count` are asked for."""
+    return max(2, round(count * SHARE_OF_STEPS)) if is_on() else count
 
 
 def budget(seconds: float) -> float:
