@@ -102,6 +102,7 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     course.token_losses: (["def", " f", "(", "$x", "\n", "$"], [3.0, 1.0, 0.1, 5.0, 0.2, 1], 4096),
     course.yardsticks: ({"guessing": 8.0, "model": 1.2}, "model"),
     curves.bits_against_perplexity: ({"row": ROWS, "tensor": ROWS}, 12.0, "A method", (3.2, 0.1)),
+    curves.by_block: ({"one": {"first": [1.0, 900.0], "others": [2.0, 3.0]}}, "largest magnitude (no unit)", True),
     grids.formats: (2.0,),
     grids.staircase: (WEIGHT[0], 0.7, 4, 3),
     grids.heatmaps: (WEIGHT[:, :8], CODES, WEIGHT[:, :8] + 0.1, 3),

@@ -47,6 +47,9 @@ def plainly(model, ids, index: int) -> dict:
     fed["hidden"] = whole.hidden_states[index]
     received = maps[:, :, 8:, 0].mean((0, 2))
     row = {"block": index, "attention": received.mean().item(), "sinking_heads": (received > 0.3).double().mean().item()}
+    others = maps[:, :, 8:, 1:].mean((1, 2))  # [windows, tokens]
+    row["runner_up"] = {"attention": others.amax(1).mean().item(), "tokens": ids[:, 1:].gather(1, others.argmax(1)[:, None])[:, 0]}
+    row["runner_up"]["tokens"] = row["runner_up"]["tokens"].tolist()
     row["inputs"] = {}
     for kind, x in fed.items():
         x = x.abs()
@@ -72,7 +75,7 @@ def plainly(model, ids, index: int) -> dict:
     queries = queries_of(model, ids, index)
     scale = layer.keys.shape[-1] ** -0.5
     given = maps @ layer.values.repeat_interleave(readers, 1)
-    row["output_error"] = {"keys": {}, "values": {}}
+    row["output_error"] = {f"{what}{which}": {} for what in ("keys", "values") for which in ("", "_but_first")}
     for kind, x in states.items():
         norm = x.norm(dim=-1)
         row[f"{kind}_norm"] = (norm[:, :, 0].mean() / norm[:, :, 1:].mean()).item()
@@ -85,13 +88,14 @@ def plainly(model, ids, index: int) -> dict:
             row[f"{kind}_error"][axis] = {
                 where: ((read - x)[:, :, s].norm() / x[:, :, s].norm()).item() for where, s in parts.items()
             }
-            if kind == "value":
-                otherwise = maps @ read.repeat_interleave(readers, 1)
-            else:
-                scores = scale * queries @ read.repeat_interleave(readers, 1).mT
-                scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
-                otherwise = scores.softmax(-1) @ layer.values.repeat_interleave(readers, 1)
-            row["output_error"][f"{kind}s"][axis] = ((otherwise - given).norm() / given.norm()).item()
+            for which, states_read in (("", read), ("_but_first", torch.cat([x[:, :, :1], read[:, :, 1:]], 2))):
+                if kind == "value":
+                    otherwise = maps @ states_read.repeat_interleave(readers, 1)
+                else:
+                    scores = scale * queries @ states_read.repeat_interleave(readers, 1).mT
+                    scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+                    otherwise = scores.softmax(-1) @ layer.values.repeat_interleave(readers, 1)
+                row["output_error"][f"{kind}s{which}"][axis] = ((otherwise - given).norm() / given.norm()).item()
     return row
 
 
@@ -114,7 +118,7 @@ def close(found, wanted, path=""):
         assert set(found) == set(wanted), path
         for key in wanted:
             close(found[key], wanted[key], f"{path}/{key}")
-    elif isinstance(wanted, int):
+    elif isinstance(wanted, int | list):
         assert found == wanted, path
     else:
         assert found == pytest.approx(wanted, rel=DIGITS, abs=1e-9), path

@@ -27,7 +27,17 @@ GROUP = 32  # of a cache, as in the sweep "kv"
 HIDDEN = "hidden"  # among the linears: the hidden state that the block is fed
 MOST = 0.9  # of a token's squares, which are held by how many channels?
 # The keys of a row beside "block".
-MEASURED = ("attention", "sinking_heads", "key_norm", "value_norm", "inputs", "key_error", "value_error", "output_error")
+MEASURED = (
+    "attention",
+    "sinking_heads",
+    "runner_up",
+    "key_norm",
+    "value_norm",
+    "inputs",
+    "key_error",
+    "value_error",
+    "output_error",
+)
 
 
 def rows(model: nn.Module, ids: Tensor, batch: int = calibrate.BATCH) -> Iterator[dict[str, Any]]:
@@ -35,6 +45,8 @@ def rows(model: nn.Module, ids: Tensor, batch: int = calibrate.BATCH) -> Iterato
 
     attention: the share that the first token gets, mean over heads and over queries with at least BEFORE tokens before them.
     sinking_heads: the share of heads in which that is more than SINKING.
+    runner_up: the "attention" that the most attended of the other tokens of a window gets, mean over windows; and in each window
+        which it is, "tokens", as ids.
     key_norm, value_norm: the norm of the first token's key and value, over the mean of all others.
     inputs: of each kind of linear, by the name of the first that reads it, and of "hidden":
         largest: the largest |x|; loudest: the channel with the most squares; channels: how few of them hold MOST of the squares.
@@ -43,7 +55,8 @@ def rows(model: nn.Module, ids: Tensor, batch: int = calibrate.BATCH) -> Iterato
         largest; trace: its share of the trace of X^T X.
     key_error, value_error: the relative error in a 4-bit cache, where a group is GROUP tokens of a "channel" or GROUP channels of a
         "token". Of the "first" token, of those "beside" it, the rest of the first GROUP, and of all "others".
-    output_error: what that makes of the heads' outputs, relatively: "keys" and "values", by "channel" and by "token".
+    output_error: what that makes of the heads' outputs, relatively: of "keys" and of "values", by "channel" and by "token"; and as
+        "keys_but_first", "values_but_first" where the first token alone is not rounded.
 
     Every token of the windows that fills a group is quantized. ids: int64 [windows, tokens]. Raises what `calibrate.blocks` raises;
     ValueError for windows shorter than GROUP; ModelError for an attention of which the weights cannot be computed;
@@ -51,7 +64,10 @@ def rows(model: nn.Module, ids: Tensor, batch: int = calibrate.BATCH) -> Iterato
     """
     checks.whole(ids.shape[-1], "the length of a window", GROUP)
     for block in calibrate.blocks(model, ids, batch):
-        yield {"block": block.index} | _of_block(block)
+        row = {"block": block.index} | _of_block(block)
+        places = row["runner_up"].pop("places")
+        row["runner_up"]["tokens"] = [int(window[place]) for window, place in zip(ids, places, strict=True)]
+        yield row
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -100,10 +116,10 @@ class _Inputs:
 class _Attention:
     """Sums over windows and heads of what the attention of a block does, float64 on the CPU."""
 
-    received: list[Tensor] = field(default_factory=list)  # [heads] for each window: mean attention to the first token
+    received: list[Tensor] = field(default_factory=list)  # [heads, tokens] for each window: mean over queries
     norms: dict[str, Tensor] = field(default_factory=dict)  # of "key" and "value": first token, mean of all others
     errors: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # "key" or "value", axis: [3, 2], see _squares
-    outputs: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # "keys" or "values", axis: squared error, square
+    outputs: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # what is rounded, axis: squared error, square
 
     def see(self, attend: listening.Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Any:
         if not self.received and not listening.is_known(attend, module, query, key, value, settings):
@@ -111,37 +127,46 @@ class _Attention:
         mask = settings.pop("attention_mask", None)
         output = attend(module, query, key, value, mask, **settings)
         settings["attention_mask"] = mask
-        read = {kind: {axis: _read_back(x, axis) for axis in kv.AXES} for kind, x in (("key", key), ("value", value))}
-        for kind, x in (("key", key), ("value", value)):
+        given = {"key": key, "value": value}
+        read = {kind: {axis: _read_back(x, axis) for axis in kv.AXES} for kind, x in given.items()}
+        for kind, x in given.items():
             norm = x.float().norm(dim=-1)
             _add(self.norms, kind, torch.stack([norm[:, :, 0].sum(), norm[:, :, 1:].mean(2).sum()]))
             for axis, again in read[kind].items():
                 _add(self.errors, (kind, axis), _squares(x.float(), again.float()))
+        but_first = {kind: {axis: _but_first(again, x) for axis, again in read[kind].items()} for kind, x in given.items()}
         for window in range(len(key)):
             heads = []
             for head in range(key.shape[1]):
                 weights = listening.attention_weights(query, key, settings, window, head)
-                heads.append(weights[:, BEFORE:, 0].mean(1).cpu().double())
+                heads.append(weights[:, BEFORE:].mean(1).cpu().double())
                 v = value[window, head].to(weights.dtype)
-                given = weights @ v
                 for axis in kv.AXES:
-                    otherwise = listening.attention_weights(query, read["key"][axis], settings, window, head) @ v
-                    _add(self.outputs, ("keys", axis), _error(given, otherwise))
-                    _add(self.outputs, ("values", axis), _error(given, weights @ read["value"][axis][window, head].to(v.dtype)))
+                    for rounded, states in (("", read), ("_but_first", but_first)):
+                        otherwise = listening.attention_weights(query, states["key"][axis], settings, window, head)
+                        _add(self.outputs, ("keys" + rounded, axis), _error(weights @ v, otherwise @ v))
+                        again = states["value"][axis][window, head].to(v.dtype)
+                        _add(self.outputs, ("values" + rounded, axis), _error(weights @ v, weights @ again))
             self.received.append(torch.cat(heads))
         return output
 
     def row(self) -> dict[str, Any]:
-        received = torch.stack(self.received).mean(0)  # [heads]
+        first = torch.stack([window[:, 0] for window in self.received]).mean(0)  # [heads]
+        others = [window[:, 1:].mean(0) for window in self.received]
         errors = {
             f"{kind}_error": {axis: _places(map(_relative, self.errors[kind, axis]), "beside") for axis in kv.AXES}
             for kind in ("key", "value")
         }
         norms = {f"{kind}_norm": _short((first / others).item()) for kind, (first, others) in self.norms.items()}
-        outputs = {kind: {axis: _relative(self.outputs[kind, axis]) for axis in kv.AXES} for kind in ("keys", "values")}
+        rounded = dict.fromkeys(name for name, _ in self.outputs)
+        outputs = {name: {axis: _relative(self.outputs[name, axis]) for axis in kv.AXES} for name in rounded}
         return {
-            "attention": _short(received.mean().item()),
-            "sinking_heads": _short((received > SINKING).double().mean().item()),
+            "attention": _short(first.mean().item()),
+            "sinking_heads": _short((first > SINKING).double().mean().item()),
+            "runner_up": {
+                "attention": _short(sum(window.max().item() for window in others) / len(others)),
+                "places": [1 + int(window.argmax()) for window in others],
+            },
         } | norms | errors | {"output_error": outputs}  # fmt: skip
 
 
@@ -172,6 +197,11 @@ def _read_back(states: Tensor, axis: str) -> Tensor:
     part = kv.Part(4, "channel" if axis == "channel" else "token", size)
     read = kv.quantize(states[:, :, :stored], part).dequantize().to(states.dtype)
     return torch.cat([read, states[:, :, stored:]], dim=2)
+
+
+def _but_first(read: Tensor, states: Tensor) -> Tensor:
+    """The first token as it is, the others as they read back."""
+    return torch.cat([states[:, :, :1], read[:, :, 1:]], dim=2)
 
 
 def _squares(states: Tensor, read: Tensor) -> Tensor:

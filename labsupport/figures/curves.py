@@ -40,3 +40,32 @@ def bits_against_perplexity(
     base.label(axis, f"{title} (16 bits: {baseline:.2f})", "bits a weight, all that is stored", "rise in perplexity (%)")
     base.legend(axis)
     return figure
+
+
+def by_block(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str, log: bool = False) -> CourseFigure:
+    """A value for each block of a model: panels[title][series], one value a block. unit: of all values, named on the left.
+
+    log: a logarithmic axis. The panels share it.
+    """
+    summaries = []
+    for title, series in panels.items():
+        for name, values in series.items():
+            most = max(range(len(values)), key=values.__getitem__)
+            summaries.append(f"{title}, {name}: from {min(values):.3g} to {values[most]:.3g}, most in block {most}")
+    figure, axes = base.new(
+        f"{unit}, by block. {'; '.join(summaries)}.", 1, len(panels), size=(base.WIDTH, 3.6), squeeze=False, sharey=True
+    )
+    for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), (color, marker, style) in base.styled(series.items()):
+            axis.plot(range(len(values)), values, color=color, marker=marker, linestyle=style, markersize=3.5, label=name)
+        if log:
+            axis.set_yscale("log")
+            scales.plain_numbers(axis.yaxis)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+        base.label(axis, title, "block", unit if axis is axes[0][0] else "")
+    if not log:
+        axes[0][0].set_ylim(0, 1.35 * max(v for series in panels.values() for values in series.values() for v in values))
+    for axis in axes[0] if len({tuple(series) for series in panels.values()}) > 1 else axes[0][:1]:
+        base.legend(axis, loc="upper left")
+    return figure

@@ -51,15 +51,20 @@ def by_model(methods: Mapping[str, Mapping[str, Change]], title: str) -> CourseF
         axis.barh(range(len(values)), values, xerr=bars(found), color=color, ecolor=base.BLACK, capsize=3, height=0.62)
         ends = [100 * high for *_, high in found]
         for place, (value, end) in enumerate(zip(values, ends, strict=True)):
-            axis.text(end, place, f"  {value:+.3g}", va="center", fontsize=base.SMALL)
+            axis.text(end, place, f"  {_percent(value)}", va="center", fontsize=base.SMALL)
         axis.set_xlim(0, 1.3 * max(ends))
         first = axis is axes[0][0]
         axis.set_yticks(range(len(methods)) if first else [], list(methods) if first else [])
         axis.set_ylim(len(methods) - 0.5, -0.5)
         base.label(axis, f"{title}, {model}" if first else model, "rise in perplexity (%)", "")
-        summaries.append(f"{model}: " + ", ".join(f"{m} {v:+.3g} %" for m, v in zip(methods, values, strict=True)))
+        summaries.append(f"{model}: " + ", ".join(f"{m} {_percent(v)} %" for m, v in zip(methods, values, strict=True)))
     figure.alt = f"{title}. Rise in perplexity. " + "; ".join(summaries) + "."
     return figure
+
+
+def _percent(value: float) -> str:
+    """With a sign and three digits, or all of a large number's."""
+    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
 
 
 def stretch(
