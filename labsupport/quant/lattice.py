@@ -59,7 +59,7 @@ def _look(groups: torch.Tensor) -> torch.Tensor:
     low, high = values[:, :1], values[:, -1:]
     spread, tolerance = high - low, ROUNDINGS * eps * values.abs().amax(dim=1, keepdim=True)
     distinct = (values.diff(dim=1) != 0).sum(dim=1) + 1
-    kinds = torch.full((len(values),), OTHER)
+    kinds = torch.full((len(values),), OTHER, device=values.device)
     kinds[(spread <= CLEAR * tolerance * (LEVELS - 1)).squeeze(1)] = UNKNOWN
     for steps in range(1, LEVELS):
         step = spread / steps

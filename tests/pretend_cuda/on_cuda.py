@@ -21,7 +21,7 @@ from labsupport.evidence import bench, machine, sweep, timing
 from labsupport.model import evaluate, models, text
 from labsupport.pipeline import cache, calibrate, fold
 from labsupport.pipeline.quantize import quantize_model
-from labsupport.quant import awq, bnb_format, gptq, grid, int8, kv, nf4, obq, packing, rtn
+from labsupport.quant import awq, bnb_format, gptq, grid, int8, kv, lattice, nf4, obq, packing, rtn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 GPU = torch.device("cuda", 0)
@@ -178,6 +178,13 @@ EXACT = {
     "as AutoAWQ": lambda w: awq.quantize_as_autoawq(w, group_size=32).dequantize(),
     "best clip": lambda w: grid.best_clip(w, 3, torch.linspace(0.5, 1, 6)),
 }
+
+
+def test_a_lattice_is_found(weight):
+    on_one = rtn.quantize(weight, 4, 32).dequantize()
+    assert lattice.find(on_one) == lattice.Lattice(32, has_zero=True)
+    for x in (weight, on_one):
+        assert lattice.find(x.to(GPU)) == lattice.find(x)
 
 
 @pytest.mark.parametrize("work", EXACT.values(), ids=EXACT)
