@@ -15,7 +15,7 @@ import yaml
 
 import labsupport
 from labsupport.cli import app
-from labsupport.course import build, lock
+from labsupport.course import build, lock, pictures
 from labsupport.course.badges import BEGIN, END
 from labsupport.exercises import registry
 from labsupport.figures import course
@@ -131,7 +131,15 @@ def test_the_map_is_of_this_course():
     assert {n: name for n, name in CHAPTERS.items() if n in REAL} == REAL
 
 
-def test_the_stored_map_is_the_one_that_is_drawn():
-    stored = (ROOT / "data" / "course-map.svg").read_text("utf-8")
-    again = "python -c 'from labsupport.figures import course; print(course.map_svg(), end=str())' > data/course-map.svg"
-    assert rounded(stored) == rounded(course.map_svg()), again
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_the_stored_pictures_are_those_that_are_drawn(name):
+    stored = (ROOT / "data" / name).read_text("utf-8")
+    assert rounded(stored) == rounded(pictures.PICTURES[name]().svg()), "labs pictures"
+
+
+def test_every_picture_is_shown_and_said_in_words():
+    shown = dict((target, alt) for alt, target in re.findall(r"!\[(.+?)\]\((data/.+?)\)", README))
+    assert shown.keys() == {f"data/{name}" for name in pictures.PICTURES}
+    who_pays = pictures.who_pays()
+    for number in re.findall(r"\d+\.\d+", shown["data/who-pays.svg"]):
+        assert number in who_pays.alt, f"{number} is in README's words for the picture, and not in the picture"

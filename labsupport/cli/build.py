@@ -1,4 +1,4 @@
-"""labs build and labs badges: for those who work on the course."""
+"""labs build, labs pictures and labs badges: for those who work on the course."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from labsupport.cli.messages import fail
+from labsupport.cli.messages import echo, fail
 
 app = typer.Typer()
 
@@ -53,6 +53,18 @@ def build(
         raise typer.Exit(1)
     done = "up to date" if check else "made, not run" if no_run else "built"
     out.print(f"{len(chosen)} notebook{'s' * (len(chosen) != 1)} {done}")
+
+
+@app.command()
+def pictures() -> None:
+    """Draw the pictures of README.md again, in data/, from the course and its stored measurements."""
+    from labsupport.course import pictures as drawn
+
+    try:
+        for path in drawn.write():
+            echo(f"wrote {path}")
+    except (ValueError, OSError) as error:
+        fail("pictures", error)
 
 
 @app.command()

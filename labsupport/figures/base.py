@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,6 +50,16 @@ class CourseFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         return buffer.getvalue()
+
+    def svg(self) -> str:
+        """For README.md: text as text, on white, the same on every run."""
+        settings = {
+            "svg.fonttype": "none", "svg.hashsalt": "labs", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
+        }  # fmt: skip
+        with matplotlib.rc_context(settings):
+            buffer = io.StringIO()
+            self.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width, height = self.get_size_inches() * DPI

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-import matplotlib
 from matplotlib.patches import FancyBboxPatch
 
 from labsupport.figures import base
@@ -95,15 +93,6 @@ def map(ready: Collection[int] = READY) -> CourseFigure:
         axis.add_patch(box)
         axis.text(left + 0.24, bottom + 0.07, text, fontsize=base.SMALL, va="center")
     return figure
-
-
-def map_svg() -> str:
-    """The map as it stands in data/course-map.svg, for README.md: text as text, and the same on every run."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "labs", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings):
-        buffer = io.StringIO()
-        map().savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
 def parts(sizes: Mapping[str, Mapping[str, float]]) -> CourseFigure:
