@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from matplotlib.ticker import NullLocator
 
@@ -17,11 +18,10 @@ def who_pays(
     """Error of the values by place in the window, as a multiple of rounding's, beside what each way costs the whole model.
 
     edges: where bins of places begin, and the end. errors: by way, for each bin, divided by rounding's. heard: share of all
-    attention, squared, that a bin gets. rises: of perplexity (0.1 is 10 %), with interval; rounding's first, then those of `errors` in
-    their order. subject: model, bits and groups, for the title.
+    attention, squared, that a bin gets. rises: of perplexity (0.1 is 10 %), with its interval; rounding's first, then those of
+    `errors` in their order. subject: model, bits and groups, for the title.
     """
-    places = [str(start + 1) if end == start + 1 else f"{start + 1}-{end}" for start, end in zip(edges, edges[1:], strict=False)]
-    rounding, *ways = rises
+    places = [str(start + 1) if end == start + 1 else f"{start + 1}-{end}" for start, end in pairwise(edges)]
     by_way = "; ".join(
         f"{way}: {values[0]:.2g} on the first token, {values[-1]:.2g} on the last ones" for way, values in errors.items()
     )
@@ -32,7 +32,7 @@ def who_pays(
     )
     figure, (left, right) = base.new(alt, 1, 2, size=(base.WIDTH, 3.3), width_ratios=(3, 2))
     left.axhline(1, color=base.GREY, linewidth=1.2)
-    left.text(len(places) - 1, 1.08, rounding, fontsize=base.SMALL, color=base.DARK_GREY, ha="right", va="bottom")
+    left.text(len(places) - 1, 1.08, next(iter(rises)), fontsize=base.SMALL, color=base.DARK_GREY, ha="right", va="bottom")
     colors = {}
     for (way, values), (color, marker, style) in base.styled(errors.items()):
         left.plot(range(len(places)), values, color=color, marker=marker, linestyle=style, markersize=5, label=way)
@@ -42,9 +42,11 @@ def who_pays(
     scales.one_two_five(left.yaxis)
     left.yaxis.set_minor_locator(NullLocator())
     left.set_xticks(range(len(places)), places, rotation=45, ha="right", rotation_mode="anchor")
+    sentence = f"it gets {100 * heard[0]:.0f} % of all attention, squared"
+    highest, line = max(values[0] for values in errors.values()), {"arrowstyle": "-", "color": base.GREY}
     left.annotate(
-        f"it gets {100 * heard[0]:.0f} % of all attention, squared", (0, max(values[0] for values in errors.values())), xytext=(0.9, 0),
-        textcoords=("data", "offset points"), fontsize=base.SMALL, va="center", arrowprops={"arrowstyle": "-", "color": base.GREY},
+        sentence, (0, highest), xytext=(0.9, 0), textcoords=("data", "offset points"), fontsize=base.SMALL, va="center",
+        arrowprops=line,
     )  # fmt: skip
     base.label(
         left, "GPTQ spares all tokens but the first", "place in the window (tokens)", "error of the values (times rounding's)"
