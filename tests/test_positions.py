@@ -8,8 +8,8 @@ import pytest
 import torch
 from architectures import make
 
-from labsupport.evidence import positions
-from labsupport.model import models
+from labsupport.evidence import measurements, positions, sweep
+from labsupport.model import models, text
 from labsupport.quant import gptq, rtn
 
 SEEN, TOKENS = 3, 40
@@ -54,3 +54,21 @@ def test_a_model_whose_attention_cannot_be_seen_is_refused():
     ids = IDS[:2, :16]
     with pytest.raises(models.ModelError, match="block 0 has no linear whose output, as it stands, is the values"):
         next(positions.rows(make("phi3").eval(), ids, ids, 4, 32))
+
+
+def test_a_sweep_goes_on_from_the_block_after_the_last(tmp_path):
+    model = make("llama").eval()
+    stream = text.TokenStream(IDS.flatten(), torch.arange(IDS.numel()) // TOKENS, tuple("abcde"), 800, "digest", "made up")
+    path = tmp_path / "positions.json"
+
+    def run():
+        return sweep.run("positions", model, stream, path, "tiny", 2, TOKENS, calibration=lambda domain, samples: IDS[:SEEN])
+
+    whole = run().rows
+    assert [row["block"] for row in whole] == [0, 1]
+    about, rows = measurements.read(path)
+    measurements.write(path, about, rows[:1])
+    assert run().rows == whole
+    path.unlink()
+    with pytest.raises(ValueError, match="calibration is missing, and the sweep 'positions' has rows that need it"):
+        sweep.run("positions", model, stream, path, "tiny", 2, TOKENS)

@@ -233,7 +233,7 @@ def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
     assert measured.paired(trained, trained) == evaluate.Interval(0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq", "sink"])
+@pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq", "sink", "positions"])
 def test_shipped_measurements_are_of_the_shipped_model(name, course):
     measured = sweep.load(name)
     model, _ = course

@@ -151,6 +151,12 @@ def _sink(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"block": block}
 
 
+def _positions(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A row for each block, whose values alone are quantized: see `positions.rows`."""
+    for setting in _sink(model):
+        yield setting | {"bits": 4, "group_size": _usual(model)}
+
+
 # A model that is not the course model is larger, so fewer rows of it are measured: none with planted outliers, on SAMPLES windows
 # of calibration text, and groups of the size that its linears allow.
 SAMPLES = 16
@@ -207,11 +213,11 @@ def _kv_short(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 SHORT_SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn_short, "nf4": _nf4_short, "gptq": _gptq_short, "awq": _awq_short, "kv": _kv_short,
-    "sink": _sink,
+    "sink": _sink, "positions": _positions,
 }  # fmt: skip
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
-    "sink": _sink,
+    "sink": _sink, "positions": _positions,
 }  # fmt: skip
 # By the rows of these sweeps something is chosen, and the choice is judged on held-out text: so they are measured on other text.
 SPLITS = {"layers": "train"}

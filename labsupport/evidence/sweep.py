@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.evidence import measurements, sink
+from labsupport.evidence import measurements, positions, sink
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
-from labsupport.evidence.settings import SHORT_SWEEPS, SWEEPS
+from labsupport.evidence.settings import SAMPLES, SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
@@ -30,8 +30,9 @@ from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 # The keys of a row that are not its setting.
 MEASURED = (
     "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
-    *sink.MEASURED,
+    *sink.MEASURED, *positions.MEASURED,
 )  # fmt: skip
+BY_BLOCK = ("sink", "positions")  # sweeps with a row for each block of the model in floating point
 # What must be equal for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device")
 # Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
@@ -138,12 +139,12 @@ def run(
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
     settings = list(sweeps[name](model))
-    blocks = sink.rows(model, stream.ids[stream.positions(length, windows)])  # none is run before its row is asked for
+    blocks = _blocks(name, model, stream.ids[stream.positions(length, windows)], settings[0], calibration)
     for number, setting in enumerate(settings):
         if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
             if "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
-            elif name == "sink":
+            elif name in BY_BLOCK:
                 rows.append(next(row for row in blocks if row["block"] == setting["block"]))
             elif name == "kv":
                 rows.append(_measure_cache(model, stream, length, windows, baseline, setting, calibration))
@@ -152,6 +153,23 @@ def run(
             measurements.write(path, about, rows)
         on_row(number + 1, len(settings))
     return Measurements(about, rows)
+
+
+def _blocks(
+    name: str, model: nn.Module, ids: torch.Tensor, setting: dict[str, Any], calibration: Calibration | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a sweep of BY_BLOCK. No block is run before its row is asked for, and then those before it as well."""
+    if name == "sink":
+        yield from sink.rows(model, ids)
+    if name == "positions":
+        seen = _needed(calibration, name)("code", SAMPLES)
+        yield from positions.rows(model, seen, ids, setting["bits"], setting["group_size"])
+
+
+def _needed(calibration: Calibration | None, name: str) -> Calibration:
+    if calibration is None:
+        raise ValueError(f"calibration is missing, and the sweep {name!r} has rows that need it")
+    return calibration
 
 
 def _processor(device: torch.device) -> str:
@@ -187,9 +205,7 @@ def _arguments(name: str, model: nn.Module, setting: dict[str, Any], calibration
     if arguments.get("group_size") == "row":
         arguments["group_size"] = None
     if samples := arguments.pop("samples", None):
-        if calibration is None:
-            raise ValueError(f"calibration is missing, and the sweep {name!r} has rows that need it")
-        arguments["calibration"] = calibration(arguments.pop("text", "code"), samples)
+        arguments["calibration"] = _needed(calibration, name)(arguments.pop("text", "code"), samples)
     if stored := arguments.pop("absmax", None):
         arguments |= {"double_quant": True} if stored == "double" else {"absmax_dtype": getattr(torch, stored)}
     return arguments
