@@ -86,8 +86,8 @@ def quantize(
     damping: Annotated[
         float | None,
         typer.Option(
-            help=f"{_taking('damping')}: share of the Hessian's mean diagonal that is added to it. Measured on the same two models: "
-            f"0.1 was no better. {_default('damping')}"
+            help=f"{_taking('damping')}: share of the Hessian's mean diagonal that is added to it. Measured on the same two "
+            f"models: 0.1 was no better. {_default('damping')}"
         ),
     ] = None,
     double_quant: Annotated[
