@@ -39,8 +39,9 @@ class ReadBack(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """A linear with a frozen base and an adapter that learns.
 
-    base: the linear as it was, or what is stored for it; then its bias is taken from `layer`. rank: r. A begins random, uniform
-    within 1 / sqrt(in_features), B at zero, so that the layer begins as its base (peft begins so as well).
+    layer: the linear as it was, whose weight and bias are frozen. stored: what is kept in its weight's place; None keeps the float
+    weight. rank: r. A begins random, uniform within 1 / sqrt(in_features), B at zero, so that the layer begins as its base, as
+    peft's does. A and B are float32, or float64 where the weight is.
     """
 
     def __init__(self, layer: nn.Linear, stored: QuantizedTensor | None, rank: int, alpha: float, generator: torch.Generator):
