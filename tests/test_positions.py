@@ -54,6 +54,8 @@ def test_a_model_whose_attention_cannot_be_seen_is_refused():
     ids = IDS[:2, :16]
     with pytest.raises(models.ModelError, match="block 0 has no linear whose output, as it stands, is the values"):
         next(positions.rows(make("phi3").eval(), ids, ids, 4, 32))
+    with pytest.raises(ValueError, match="calibration has windows of 16 tokens, held_out of 15: wanted one length"):
+        next(positions.rows(make("llama").eval(), ids, ids[:, 1:], 4, 32))
 
 
 def test_a_sweep_goes_on_from_the_block_after_the_last(tmp_path):

@@ -32,8 +32,13 @@ def rows(model: nn.Module, calibration: Tensor, held_out: Tensor, bits: int, gro
     `held_out`, by way; and `heard`, the share of all attention, squared and summed over queries and heads, that a bin gets.
 
     calibration, held_out: token ids, int64 [windows, length], of one length. GPTQ goes through columns from left to right.
-    Raises ModelError where tokens cannot be weighed by the attention that they get (listening.makes_values).
+    Raises ModelError where tokens cannot be weighed by the attention that they get (listening.makes_values); ValueError for texts
+    of two lengths.
     """
+    if calibration.shape[1] != held_out.shape[1]:
+        raise ValueError(
+            f"calibration has windows of {calibration.shape[1]} tokens, held_out of {held_out.shape[1]}: wanted one length"
+        )
     bins = list(pairwise(edges(held_out.shape[1])))
     for block in calibrate.blocks(model, torch.cat([calibration, held_out])):
         name = listening.makes_values(block)

@@ -58,7 +58,7 @@ def _smollm2(place: Path, progress: bool) -> None:
             ),
             "utf-8",
         )
-    path.unlink()
+    path.unlink(missing_ok=True)  # another run of the same command may have been done with it first
 
 
 def _off_lattice(place: Path, progress: bool) -> None:
@@ -101,7 +101,7 @@ def _wiki(place: Path, progress: bool) -> None:
             links = (f"[{name}](https://en.wikipedia.org/wiki/{quote(name.replace(' ', '_'))})" for name in names)
             lines.append(f"{split}: {', '.join(links)}.")
         (new / "README.md").write_text(_card(WIKI, *lines), "utf-8")
-    path.unlink()
+    path.unlink(missing_ok=True)  # another run of the same command may have been done with it first
 
 
 MAKERS: dict[str, Callable[[Path, bool], None]] = {SMOLLM2: _smollm2, OFF_LATTICE: _off_lattice, WIKI: _wiki}

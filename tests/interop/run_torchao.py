@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torchao.quantization.qat import IntxFakeQuantizeConfig
 from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 
-weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
 values = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True))(weight)
-factors = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
+factors = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
 (factors * values).sum().backward()
 tensors = {"weight": weight, "values": values, "factors": factors, "gradient": weight.grad}
 path = Path(__file__).resolve().parent / "golden" / "torchao.safetensors"

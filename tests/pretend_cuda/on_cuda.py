@@ -162,7 +162,9 @@ def test_a_sweep(there, ids, stream, name, tmp_path, monkeypatch):
     fits = [row for row in sweep.SWEEPS[name](there) if row.get("group_size") not in (64, 128)]  # some layers have 96 inputs
     rows = [fits[0], fits[-1]] if fits else [{"method": "rtn", "bits": 4, "group_size": 32}]
     monkeypatch.setitem(sweep.SWEEPS, name, lambda model: iter(rows))
-    measured = sweep.run(name, there, stream, tmp_path / "rows.json", "tiny", 2, 64, calibration=lambda domain, count: ids)
+    measured = sweep.run(
+        name, there, stream, tmp_path / "rows.json", "tiny", 2, 64, calibration=lambda domain, count: ids.view(2, 64)
+    )
     assert len(measured.rows) == len(rows)
     assert (measured.about["device"], measured.about["dtype"]) == ("cuda", "float32")
 
