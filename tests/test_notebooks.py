@@ -240,6 +240,16 @@ def links_lead_somewhere(lab: Lab) -> Iterator[str]:
                 yield f"cell {cell.id}: the link {target!r} leads to no notebook of the course"
 
 
+def claims_come_after_the_last_section(lab: Lab) -> Iterator[str]:
+    """Else cells that settle claims stand under a heading that has nothing to do with them."""
+    after = False
+    for cell in lab.prose:
+        for heading in re.findall(r"^## (.+)$", cell.source, re.M):
+            if after and re.match(r"\d+\.\d+ ", heading):
+                yield f"cell {cell.id}: section {heading!r} comes after the claims"
+            after = after or heading == "Claims"
+
+
 def is_finished(lab: Lab) -> Iterator[str]:
     for cell in lab.notebook.cells:
         if found := UNFINISHED.search(cell.source):
@@ -257,6 +267,7 @@ RULES = [
     names_no_machine,
     widgets_have_a_static_twin,
     links_lead_somewhere,
+    claims_come_after_the_last_section,
     is_finished,
 ]
 
@@ -425,6 +436,7 @@ BROKEN = [
     (links_lead_somewhere, edit("title", source="[x](04_gone.ipynb)")),
     (links_lead_somewhere, edit("title", source="[x](../data/claims.yaml)")),
     (links_lead_somewhere, edit("title", source="See [1].\n\n[1]: 04_gone.ipynb")),
+    (claims_come_after_the_last_section, edit("title", source="## Claims\n\n## 2.3 Another section")),
     (is_finished, edit("title", source="TODO: write")),
     (is_finished, edit("use", source="pass  # fixme")),
 ]

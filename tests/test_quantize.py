@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import typer
 import yaml
 from torch import nn
 from torch.nn.utils import prune
 
 from labsupport import checkpoint
+from labsupport.cli import app
 from labsupport.evidence import claims, sweep
 from labsupport.model import evaluate, models, text
 from labsupport.pipeline import calibrate
@@ -233,13 +235,16 @@ def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
     assert measured.paired(trained, trained) == evaluate.Interval(0.0, 0.0, 0.0)
 
 
+WEIGHTS = {"even": {}, "attention": {"token_weights": "attention"}, "not_first": {"token_weights": "not_first"}}
+
+
 @pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq", "sink", "positions"])
 def test_shipped_measurements_are_of_the_shipped_model(name, course):
     measured = sweep.load(name)
     model, _ = course
     assert measured.about["model_sha256"] == sweep.model_digest(model)
     assert len(measured.rows) == len(list(sweep.SWEEPS[name](model)))
-    settings = [{k: row[k] for k in row if k not in sweep.MEASURED} for row in measured.rows]
+    settings = [sweep.setting_of(row) for row in measured.rows]
     one, other = (sorted(json.dumps(s, sort_keys=True) for s in some) for some in (settings, sweep.SWEEPS[name](model)))
     assert one == other
     for row in measured.rows:
@@ -249,6 +254,24 @@ def test_shipped_measurements_are_of_the_shipped_model(name, course):
         assert measured.about[key]
     with pytest.raises(FileNotFoundError, match=r"no measurements 'magic'; there are .*rtn"):
         sweep.load("magic")
+
+
+def test_the_help_of_token_weights_says_what_was_measured():
+    options = {option.name: option for option in typer.main.get_command(app).commands["quantize"].params}
+    published, course = sweep.load("gptq", "smollm2"), sweep.load("gptq")
+    defaults = {"bits": 4, "method": "gptq", "act_order": True, "static_groups": True}
+    rows = {name: published.only(samples=16, group_size=64, **defaults | chosen) for name, chosen in WEIGHTS.items()}
+    ratio = {name: row["change"] / rows["even"]["change"] for name, row in rows.items()}
+    assert f"attention loses {ratio['attention']:.1f} of the perplexity that even loses" in options["token_weights"].help
+    assert f"not_first {ratio['not_first']:.1f} times as much" in options["token_weights"].help
+    own = defaults | {"samples": 64, "group_size": 128, "planted": None}
+    even, attention = (course.only(**own | WEIGHTS[name]) for name in ("even", "attention"))
+    change = course.paired(even, attention)
+    assert change.low < 0 < change.high
+    for measured, setting in ((published, {"samples": 16, "group_size": 64}), (course, own)):
+        usual = defaults | setting | WEIGHTS["attention"]
+        change = measured.paired(measured.only(**usual), measured.only(**usual, damping=0.1))
+        assert change.low < 0 < change.high  # "0.1 was no better"
 
 
 def test_perplexity_falls_with_bits_and_with_smaller_groups():

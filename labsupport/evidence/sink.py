@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from labsupport.model import models
 from labsupport.pipeline import calibrate, listening
-from labsupport.pipeline.block import Block, CalibrationError, watching
+from labsupport.pipeline.block import Block, watching
 from labsupport.quant import checks, kv
 
 BEFORE = 8  # tokens that a query has before it at least; the first queries have little but the first token to attend to
@@ -173,12 +173,10 @@ class _Attention:
 def _of_block(block: Block) -> dict[str, Any]:
     readers = {group[0]: group[0].rsplit(".", 1)[-1] for group in block.groups()}
     inputs = {HIDDEN: _Inputs()} | {kind: _Inputs() for kind in readers.values()}
-    attention, length = _Attention(), block.inputs[0].shape[1]
+    attention = _Attention()
 
     def see(name: str, x: Tensor) -> None:
-        if x.ndim < 3 or x.shape[1] != length:
-            raise CalibrationError(f"{name} is fed tokens out of their windows: which of them are first cannot be told")
-        inputs[readers[name]].add(x)
+        inputs[readers[name]].add(block.in_windows(name, x))
 
     with watching({name: block.linears[name] for name in readers}, see), listening.watched(block.module, attention.see):
         for batch, hidden in enumerate(block.inputs):

