@@ -19,9 +19,9 @@ from labsupport.checkpoint import load, quantize
 from labsupport.course import train
 from labsupport.evidence import bench, machine, sweep, timing
 from labsupport.model import evaluate, models, text
-from labsupport.pipeline import cache, calibrate, fold
+from labsupport.pipeline import cache, calibrate, fold, lora
 from labsupport.pipeline.quantize import quantize_model
-from labsupport.quant import awq, bnb_format, gptq, grid, int8, kv, lattice, nf4, obq, packing, rtn
+from labsupport.quant import awq, bnb_format, gptq, grid, int8, kv, lattice, nf4, obq, packing, qat, rtn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 GPU = torch.device("cuda", 0)
@@ -263,6 +263,30 @@ def test_a_checkpoint_is_written_on_the_device(here, course, tmp_path):
     course[1].save_pretrained(tmp_path / "tiny")
     out = quantize(tmp_path / "tiny", tmp_path / "out", "nf4", windows=1, length=16, device="cuda")
     assert load(out) is not None
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "gptq"])
+def test_an_adapter_learns_beside_a_packed_base(here, ids, method):
+    stored = {}
+    given = {"calibration": ids, "group_size": 32} if method == "gptq" else {}
+    base = quantize_model(here, method, stored=stored, **given)[0]
+    losses = {}
+    for device in ("cpu", GPU):
+        model = lora.add(models.duplicate(base), stored, rank=2).to(device)
+        loss = model(input_ids=ids.to(device), labels=ids.to(device)).loss
+        loss.backward()
+        losses[device] = loss.item()
+        for layer in lora.adapters(model).values():
+            assert layer.stored.dequantize().device == layer.lora_b.grad.device == model.device
+    assert losses[GPU] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+def test_fake_quantizers(weight):
+    step = qat.first_steps(weight, 4, 32)
+    for work in (lambda w, s: qat.fake_quantize(w, 4, 32), lambda w, s: qat.learned_step(w, s), lambda w, s: qat.ternary(w, 32)):
+        assert torch.allclose(work(weight.to(GPU), step.to(GPU)).cpu(), work(weight, step), rtol=1e-6, atol=0)
+    for made in (qat.ternary_tensor(weight.to(GPU), 32), qat.uniform(weight.to(GPU), step.to(GPU))):
+        assert made.dequantize().device == GPU
 
 
 def test_the_state_of_a_training_run_comes_back_to_the_device(ids, tmp_path):
