@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from labsupport.model import files, text
+from labsupport.pipeline import training
 
 STATE, PROGRESS, TOKENIZER = "state.safetensors", "progress.json", "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -51,11 +52,14 @@ class Recipe:
     def steps(self) -> int:
         return self.tokens // (self.batch * self.context)
 
+    @property
+    def schedule(self) -> training.Schedule:
+        rates = self.learning_rate, self.weight_decay, self.warmup, self.decay_share
+        return training.Schedule(self.steps, self.batch, self.context, *rates, self.seed)
+
     def rate(self, step: int) -> float:
         """Learning rate of one step, counted from 0."""
-        rising = (step + 1) / self.warmup
-        falling = (self.steps - step) / max(1, self.decay_share * self.steps)
-        return self.learning_rate * min(1.0, rising, falling)
+        return self.schedule.rate(step)
 
 
 def train_tokenizer(documents: list[text.Document], vocab: int):
@@ -100,50 +104,12 @@ def training_documents() -> list[text.Document]:
     return text.documents("code", "train") + text.documents("prose", "train")
 
 
-def batch_at(ids: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """int64 [batch, context + 1]: windows at random places, a function of seed and step alone."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    starts = torch.randint(0, len(ids) - recipe.context, (recipe.batch,), generator=generator)
-    return torch.stack([ids[s : s + recipe.context + 1] for s in starts.tolist()])
-
-
-def _save_state(path: Path, model, optimizer, step: int, progress: dict[str, Any]) -> None:
-    tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
-    files.save_tensors(path, tensors, {"step": str(step), "progress": json.dumps(progress)})
-
-
 def _load_progress(directory: Path) -> dict[str, Any] | None:
     """What a run in `directory` left; None where no run has begun there. Raises ValueError where it holds anything but a run."""
-    from safetensors import SafetensorError, safe_open
-
     found = {path.name for path in directory.iterdir() if not (path.name.startswith(".") and path.suffix == files.SUFFIX)}
     if found - {STATE, PROGRESS, TOKENIZER} or (found and TOKENIZER not in found):
         raise ValueError(f"{directory} holds files that are not of a training run: choose another directory for --run")
-    if STATE not in found:
-        return None
-    try:
-        with safe_open(directory / STATE, "pt") as file:
-            return json.loads(file.metadata()["progress"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / STATE} is damaged or of another kind: delete it to start over") from error
-
-
-def _load_state(path: Path, model, optimizer) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file, torch.no_grad():
-        keys = set(file.keys())
-        for name, parameter in model.named_parameters():
-            parameter.copy_(file.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = {
-                key: file.get_tensor(f"optimizer.{key}.{name}").to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in keys
-            }
-        return int(file.metadata()["step"])
+    return training.read_progress(directory / STATE)
 
 
 def train(
@@ -190,7 +156,7 @@ def train(
     decayed = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=training.BETAS, fused=True)
 
     progress = {"recipe": asdict(recipe), "losses": [], "seconds": 0.0}
     first = 0
@@ -201,7 +167,7 @@ def train(
             raise ValueError(f"{directory} holds a run with another {', '.join(sorted(changed))}: choose another directory")
         if progress["train_sha256"] != stream.sha256:
             raise ValueError(f"{directory} holds a run on another text, perhaps of another Python: choose another directory")
-        first = _load_state(directory / STATE, model, optimizer)
+        first = training.load_state(directory / STATE, dict(model.named_parameters()), optimizer)
     progress["recipe"] = asdict(recipe)
     progress |= {
         "device": str(device), "torch": torch.__version__, "python": platform.python_version(),
@@ -218,7 +184,7 @@ def train(
     model.train()
     began = time.perf_counter()
     for step in range(first, recipe.steps):
-        window = batch_at(stream.ids, recipe, step).to(device)
+        window = training.batch_at(stream.ids, recipe.batch, recipe.context, recipe.seed, step).to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         loss = loss_of(window)
@@ -233,6 +199,6 @@ def train(
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             now = time.perf_counter()
             progress["seconds"], began = progress["seconds"] + now - began, now
-            _save_state(directory / STATE, model, optimizer, step + 1, progress)
+            training.save_state(directory / STATE, dict(model.named_parameters()), optimizer, step + 1, progress)
             files.write_text(directory / PROGRESS, json.dumps(progress, indent=1))
     return model.eval(), fast, progress

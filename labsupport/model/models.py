@@ -167,6 +167,17 @@ def address(parameter: torch.Tensor) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
+def shared(model: nn.Module) -> tuple[str, str] | None:
+    """The names of two parameters that are one, the weight of a linear inside the blocks; None where each is by itself."""
+    owners: dict[int, str] = {}
+    inside = {address(layer.weight) for layer in linears(model).values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        pointer = address(parameter)
+        if pointer in inside and owners.setdefault(pointer, name) != name:
+            return owners[pointer], name
+    return None
+
+
 def role(name: str) -> str:
     """ "attention" or "mlp": which half of its block a linear belongs to, by its name."""
     return "attention" if "attn" in name or "attention" in name else "mlp"

@@ -174,9 +174,5 @@ def passing_through(modules: Iterable[nn.Module], returned: int, first: Iterator
 
 def _check_shared(model: nn.Module) -> None:
     """Raise CalibrationError where the weight of a linear is used in a second place."""
-    owners: dict[int, str] = {}
-    inside = {models.address(layer.weight) for layer in models.linears(model).values()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        pointer = models.address(parameter)
-        if pointer in inside and owners.setdefault(pointer, name) != name:
-            raise CalibrationError(f"{owners[pointer]} and {name} are one weight: it cannot be quantized for two places")
+    if pair := models.shared(model):
+        raise CalibrationError(f"{pair[0]} and {pair[1]} are one weight: it cannot be quantized for two places")

@@ -9,7 +9,7 @@ gradient of x, W is read back a second time; its own gradient is never needed, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -115,21 +115,13 @@ def add(
     rank = checks.whole(rank, "rank", 1, smallest, f"a whole number from 1 to {smallest}, the smaller side of the smallest weight")
     if unknown := [name for name in stored or {} if name not in layers]:
         raise ValueError(f"stored names {unknown[0]}, which is no linear of the model's blocks")
-    places: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = places.setdefault(models.address(parameter), name)
-        if other != name and any(end.removesuffix(".weight") in layers for end in (name, other)):
-            raise ModelError(f"{other} and {name} are one weight: an adapter beside it would be two")
+    if pair := models.shared(model):
+        raise ModelError(f"{pair[0]} and {pair[1]} are one weight: an adapter beside it would be two")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, (stored or {}).get(name), rank, alpha, generator))
     return model
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What learns, by full name."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 @torch.no_grad()

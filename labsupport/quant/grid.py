@@ -174,11 +174,22 @@ class QuantizedTensor:
 
         def dequantize(self) -> torch.Tensor: ...
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that are stored, by the names of their fields; "absmax.offset" where a field is stored in parts itself."""
+        found: dict[str, torch.Tensor] = {}
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if isinstance(part, torch.Tensor):
+                found[field.name] = part
+            elif isinstance(part, QuantizedTensor):
+                found |= {f"{field.name}.{name}": tensor for name, tensor in part.tensors.items()}
+        return found
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors that are stored."""
-        stored = (getattr(self, field.name) for field in fields(self))
-        return sum(t.nbytes for t in stored if isinstance(t, torch.Tensor | QuantizedTensor))
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
