@@ -8,9 +8,9 @@ from architectures import make
 from torch import nn
 
 from labsupport.model import models
-from labsupport.pipeline import lora
+from labsupport.pipeline import lora, training
 from labsupport.pipeline.quantize import quantize_model
-from labsupport.quant import nf4, rtn
+from labsupport.quant import awq, gptq, nf4, rtn
 
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS = {
@@ -25,24 +25,46 @@ def quantized(method: str) -> tuple[nn.Module, nn.Module, dict]:
     return model, quantize_model(model, method, stored=stored, **SETTINGS[method])[0], stored
 
 
-@pytest.mark.parametrize("make_base", [lambda w: rtn.quantize(w, 4, 16), nf4.quantize, lambda w: None], ids=["rtn", "nf4", "float"])
-def test_gradients_equal_finite_differences(make_base):
+def stored_by(method: str, linear: nn.Linear):
+    """The weight of a linear by a method, as quantize_model stores it. awq multiplies columns by a scale and stores the product."""
+    weight = linear.weight.detach().float()
+    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, weight.shape[1])
+    hessian = 2 / len(x) * x.t() @ x
+    match method:
+        case "rtn":
+            return rtn.quantize(weight, 4, 16)
+        case "nf4":
+            return nf4.quantize(weight, double_quant=True)
+        case "gptq":
+            return gptq.quantize(weight, hessian, 4, 16, act_order=True)
+        case "awq":
+            scale = awq.search([weight], hessian, x.abs().mean(0), bits=4, group_size=16).scale
+            assert not torch.equal(scale, torch.ones_like(scale))
+            return rtn.quantize(weight * scale, 4, 16)
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "gptq", "awq", "float"])
+def test_gradients_equal_finite_differences(method):
     """Of x, A and B, in float64: the layer is linear in each, so central differences are exact but for rounding."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(32, 12).double()
-    layer = lora.LoRALinear(linear, make_base(linear.weight.detach().float()), 3, 6.0, generator)
+    layer = lora.LoRALinear(linear, stored_by(method, linear), 3, 6.0, generator)
     layer.lora_b.data = torch.randn(12, 3, generator=generator, dtype=torch.float64)
     x = torch.randn(5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def of(x, a, b):
         return torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (x,))
 
-    assert torch.autograd.gradcheck(of, (x, layer.lora_a, layer.lora_b))
-    assert [name for name, _ in lora.trainable(layer)] == ["lora_a", "lora_b"]
+    # An output is a sum of 32 products and three more: each of two is rounded by at most 35 u sum |terms|; they are 2e-6 apart.
+    weight, a, b, s = layer.base_weight().double(), layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling
+    terms = x.detach().abs() @ weight.abs().t() + s * x.detach().abs() @ a.abs().t() @ b.abs().t()
+    bound = 35 * torch.finfo(torch.float64).eps / 2 * terms.max().item() / 1e-6
+    assert bound < 1e-6
+    assert torch.autograd.gradcheck(of, (x, layer.lora_a, layer.lora_b), eps=1e-6, atol=bound, rtol=0)
+    assert list(training.trainable(layer)) == ["lora_a", "lora_b"]
     # And the backward pass as it is written out in the module's docstring.
     gradient = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     layer(x).backward(gradient)
-    weight, a, b, s = layer.base_weight().double(), layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling
     assert s == 2
     assert torch.allclose(x.grad, gradient @ weight + s * gradient @ b @ a, rtol=1e-12)
     assert torch.allclose(layer.lora_b.grad, s * gradient.t() @ (x @ a.t()), rtol=1e-12)
@@ -59,7 +81,7 @@ def test_a_model_begins_as_its_base_learns_and_stays_packed(method):
     floats = sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] in lora.adapters(model))
     assert floats == sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in lora.adapters(model).values())
     assert sum(layer.base_nbytes for layer in lora.adapters(model).values()) == sum(tensor.nbytes for tensor in stored.values())
-    optimizer = torch.optim.AdamW([parameter for _, parameter in lora.trainable(model)], lr=1e-2)
+    optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=1e-2)
     before = {name: layer.base_weight().clone() for name, layer in lora.adapters(model).items()}
     losses = []
     for _ in range(5):

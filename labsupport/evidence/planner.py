@@ -27,11 +27,24 @@ class Shape:
     head_width: int | None = None
 
     @property
+    def width(self) -> int:
+        """Channels of one head."""
+        return self.head_width or self.hidden // self.heads
+
+    @property
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        """The linears of one block: those that get quantized. Name to (out_features, in_features)."""
+        hidden, queries, keys = self.hidden, self.heads * self.width, self.kv_heads * self.width
+        return {
+            "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+            "gate_proj": (self.intermediate, hidden), "up_proj": (self.intermediate, hidden),
+            "down_proj": (hidden, self.intermediate),
+        }  # fmt: skip
+
+    @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers inside the blocks: those that get quantized."""
-        width = self.head_width or self.hidden // self.heads
-        attention = self.hidden * width * (2 * self.heads + 2 * self.kv_heads)  # q and o, k and v
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)  # gate, up, down
+        """Weights of the linear layers inside the blocks."""
+        return self.layers * sum(rows * columns for rows, columns in self.block_linears.values())
 
     @property
     def embedding_parameters(self) -> int:

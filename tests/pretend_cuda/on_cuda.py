@@ -19,7 +19,7 @@ from labsupport.checkpoint import load, quantize
 from labsupport.course import train
 from labsupport.evidence import bench, machine, sweep, timing
 from labsupport.model import evaluate, models, text
-from labsupport.pipeline import cache, calibrate, fold, lora
+from labsupport.pipeline import cache, calibrate, fold, lora, training
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import awq, bnb_format, gptq, grid, int8, kv, lattice, nf4, obq, packing, qat, rtn
 
@@ -299,8 +299,8 @@ def test_the_state_of_a_training_run_comes_back_to_the_device(ids, tmp_path):
         return optimizer.state[next(model.parameters())]["step"].item()
 
     assert step() == 1
-    train._save_state(tmp_path / "state", model, optimizer, 1, {})
-    assert train._load_state(tmp_path / "state", model, optimizer) == 1
+    training.save_state(tmp_path / "state", dict(model.named_parameters()), optimizer, 1, {})
+    assert training.load_state(tmp_path / "state", dict(model.named_parameters()), optimizer) == 1
     assert step() == 2
 
 
