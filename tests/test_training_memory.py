@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +19,7 @@ from labsupport.model.peers import bitsandbytes
 from labsupport.pipeline import lora
 from labsupport.pipeline.quantize import quantize_model
 
+ROOT = Path(__file__).parents[1]
 BATCH, LENGTH, RANK = 3, 24, 4
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
@@ -85,6 +90,13 @@ def test_states_in_eight_bits_are_those_of_bitsandbytes(tuning, rank):
         model, Step(tuning, BATCH, LENGTH, rank, "float32", optimizer="adamw-8bit"), bitsandbytes().optim.AdamW8bit
     )
     assert measured == counted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own record of the peak is read")
+def test_the_peak_of_a_step_at_the_width_of_a_1b_model_is_what_is_counted():
+    done = subprocess.run([sys.executable, "tests/training_peak.py", "--length", "128"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_is_paged_on_a_7b_model():

@@ -4,8 +4,8 @@ Five kinds, for full fine-tuning, LoRA, and LoRA on a base in NF4 (QLoRA). Activ
 the backward pass of transformers' Llama under SDPA, tensor by tensor; equal to what is measured, in float32 and in bfloat16.
 Temporary is what else is held at the busiest moment, an estimate.
 
-Not in it: `training.fit` keeps one copy more of what learns, to go back to; peft's prepare_model_for_kbit_training casts all that is
-not quantized to float32; peft keeps a float32 copy of a layer's input for each adapter where the model computes in 16 bits.
+Not in it: `training.fit` keeps one copy more of what learns, to go back to. peft's prepare_model_for_kbit_training casts all that
+is not quantized to float32. Where a model computes in 16 bits, peft's float32 adapters each keep a float32 copy of their input.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Part:
 class Step:
     """A training step on `batch` windows of `length` tokens.
 
-    tuning: "full", "lora" or "qlora"; adapters of `rank` stand beside every linear of the blocks, and the base of "qlora" is NF4 with
-    double quantization. dtype: of weights that are not quantized and of what passes between layers. adapter_dtype: of A and B.
+    tuning: "full", "lora" or "qlora"; adapters of `rank` stand beside every linear of the blocks, and the base of "qlora" is NF4
+    with double quantization. dtype: of weights that are not quantized and of what passes between layers. adapter_dtype: of A and B.
     optimizer: "adamw", two float32 states a parameter, or "adamw-8bit", bitsandbytes'. paged: its states are pageable, as in
     bitsandbytes' PagedAdamW. checkpointing: of what a block keeps only its input stays; its backward pass computes the rest again.
     attention: the kernel behind SDPA, "flash", or "math", which keeps a probability for each pair of tokens.
@@ -120,7 +120,7 @@ def learned_tensors(shape: Shape, step: Step) -> list[Part]:
 
 
 def weights(shape: Shape, step: Step) -> list[Part]:
-    """The model's and the adapters'. In NF4 with double quantization: codes, a byte a block, a float32 for 256 of these, one offset."""
+    """The model's and the adapters'. NF4 has codes, a byte for each block, a float32 for 256 of these, and one for all."""
     if step.tuning != "qlora":
         return _model(shape, step.dtype) + (_adapters(shape, step) if step.tuning == "lora" else [])
     packed = []
@@ -137,9 +137,9 @@ def weights(shape: Shape, step: Step) -> list[Part]:
 def states(learned: Iterable[Part], step: Step) -> list[Part]:
     """What the optimizer remembers: mean and mean square of the gradient.
 
-    PyTorch's AdamW has them in the parameter's dtype, and a float32 count of steps beside each parameter; bitsandbytes' has float32.
-    In 8 bits each is a byte, with a float32 for every 256; a tensor below 4,096 values keeps 32 bits. Paged are tensors from 100,000
-    values on, which adapters of low rank do not reach; the float32 magnitudes stay.
+    bitsandbytes' AdamW has them in float32. PyTorch's has the parameter's dtype, and a float32 count of steps for each parameter.
+    In 8 bits each is a byte, with a float32 for every 256; a tensor below 4,096 values keeps 32 bits. Tensors from 100,000 values
+    on are paged, which adapters of low rank do not reach; the float32 magnitudes stay.
     """
     found = []
     for part in learned:
