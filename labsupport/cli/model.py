@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from labsupport.cli.messages import echo, fail, stopped
-from labsupport.evidence.settings import SPLITS, SWEEPS
+from labsupport.evidence.settings import SPLITS, SWEEPS, TEXTS, WINDOWS
 
 app = typer.Typer()
 
@@ -53,7 +54,10 @@ def train(
 @app.command()
 def sweep(
     name: Annotated[str, typer.Argument(help=f"Which sweep: {', '.join(SWEEPS)}.")] = "rtn",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text.")] = 256,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of 512 tokens to evaluate on, spread over the text; default 256, fewer where it trains."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +65,10 @@ def sweep(
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--text", help="A name of labs fetch, code, prose or a directory; default LABS_TEXT or code.")
+        str | None,
+        typer.Option(
+            "--text", help="A name of labs fetch, code, prose, numpy or a directory; default LABS_TEXT or code; numpy for lora."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -83,7 +90,7 @@ def sweep(
         if out is None and not own and chosen not in fetched.MODELS:
             raise ValueError(f"--out is needed for a model that is neither the course model nor one of {', '.join(fetched.MODELS)}")
         loaded, tokenizer = models.load_model(chosen)
-        stream = text.load_text(tokenizer, source, SPLITS.get(name, "heldout"))
+        stream = text.load_text(tokenizer, source or TEXTS.get(name), SPLITS.get(name, "heldout"))
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:
@@ -93,8 +100,15 @@ def sweep(
             def calibration(domain: str, samples: int) -> torch.Tensor:
                 return calibrate.windows(text.load_text(tokenizer, domain if own else source, "train"), samples)
 
+            @cache
+            def texts(domain: str, split: str) -> text.TokenStream:
+                return text.load_text(tokenizer, domain, split)
+
             path, label = out or sweeps.path_of(name, None if own else chosen), "course-model" if own else chosen
-            measured = sweeps.run(name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own)
+            windows = windows or WINDOWS.get(name, 256)
+            measured = sweeps.run(
+                name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own, texts=texts
+            )
     except (ValueError, OSError) as error:
         fail("sweep", error)
     except KeyboardInterrupt:

@@ -215,9 +215,32 @@ SHORT_SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn_short, "nf4": _nf4_short, "gptq": _gptq_short, "awq": _awq_short, "kv": _kv_short,
     "sink": _sink, "positions": _positions,
 }  # fmt: skip
+
+
+def _lora(model: nn.Module) -> Iterator[dict[str, Any]]:
+    from labsupport.evidence import finetuning
+
+    return finetuning.settings(model)
+
+
+def _calibration(model: nn.Module) -> Iterator[dict[str, Any]]:
+    from labsupport.evidence import calibrating
+
+    return calibrating.settings(model)
+
+
+def _qat(model: nn.Module) -> Iterator[dict[str, Any]]:
+    from labsupport.evidence import retraining
+
+    return retraining.settings(model)
+
+
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
-    "sink": _sink, "positions": _positions,
+    "sink": _sink, "positions": _positions, "lora": _lora, "calibration": _calibration, "qat": _qat,
 }  # fmt: skip
 # By the rows of these sweeps something is chosen, and the choice is judged on held-out text: so they are measured on other text.
 SPLITS = {"layers": "train"}
+# Sweeps of another text than code, where none is named; and what they look at, where no number of windows is named.
+TEXTS = {"lora": "numpy", "calibration": "numpy"}
+WINDOWS = {"lora": 32, "calibration": 32, "qat": 96}

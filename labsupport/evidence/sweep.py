@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.evidence import measurements, positions, sink
+from labsupport.evidence import calibrating, finetuning, measurements, positions, retraining, sink
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SAMPLES, SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
@@ -30,11 +31,12 @@ from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 # The keys of a row that are not its setting.
 MEASURED = (
     "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
-    *sink.MEASURED, *positions.MEASURED,
+    *sink.MEASURED, *positions.MEASURED, *finetuning.MEASURED,
 )  # fmt: skip
 BY_BLOCK = ("sink", "positions")  # sweeps with a row for each block of the model in floating point
+LEARNING = {"lora": finetuning.Rows, "calibration": calibrating.Rows, "qat": retraining.Rows}  # sweeps that train
 # What must be equal for rows to belong in one file.
-IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device")
+IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device", "training", "other_sha256")
 # Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
 Calibration = Callable[[str, int], torch.Tensor]
 
@@ -120,10 +122,13 @@ def run(
     calibration: Calibration | None = None,
     on_row: Callable[[int, int], None] = lambda done, total: None,
     short: bool = False,
+    texts: finetuning.Texts | None = None,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
-    calibration: gives the text for the methods that need it. short: fewer settings, for a model larger than the course's.
+    calibration: gives the text for the methods that need it. texts: gives those to train on, for a sweep of LEARNING, which keeps
+    the states of its training in a folder beside `path`, named after it, until its last row is there.
+    short: fewer settings, for a model larger than the course's.
     Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
     OSError where nothing can be written there.
     """
@@ -144,6 +149,12 @@ def run(
         "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
         "processor": _processor(parameter.device), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
+    states, learning = path.with_name(f".{path.stem}-states"), None
+    if name in LEARNING:
+        if texts is None:
+            raise ValueError(f"texts is missing, and the sweep {name!r} trains on them")
+        learning = LEARNING[name](model, stream, texts, length, windows, states)
+        about |= learning.about
     rows: list[dict[str, Any]] = []
     if path.exists():
         about_before, rows = measurements.read(path)
@@ -156,7 +167,9 @@ def run(
     blocks = _blocks(name, model, ids, settings[0], calibration) if name in BY_BLOCK else iter(())
     for number, setting in enumerate(settings):
         if not any(setting_of(row) == setting for row in rows):
-            if "layer" in setting:
+            if learning is not None:
+                rows.append(learning.row(setting))
+            elif "layer" in setting:
                 rows.append(_measure_layer(model, stream, length, windows, setting))
             elif name in BY_BLOCK:
                 rows.append(next(row for row in blocks if row["block"] == setting["block"]))
@@ -166,6 +179,7 @@ def run(
                 rows.append(_measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting))
             measurements.write(path, about, rows)
         on_row(number + 1, len(settings))
+    shutil.rmtree(states, ignore_errors=True)
     return Measurements(about, rows)
 
 

@@ -1,16 +1,20 @@
 """Text to train on, calibrate with and evaluate on, as one stream of tokens that remembers its documents.
 
 The default text is what every Python installation carries: the standard library's source ("code") and the language
-reference in `pydoc_data.topics` ("prose"). A hash of its name decides whether a document is held out, so the split is the
-same on every machine. The library's own tests and the character-set tables are never used. `LABS_TEXT` names another text: one that
-`labs fetch` made, a directory of files, which has the two splits where it holds the folders train and heldout, or a Hugging Face
-dataset. Tokens of long texts are kept in the user's cache folder, or in LABS_CACHE: cutting
-the default text to train on takes ten seconds of a processor or more, reading its tokens a moment.
+reference in `pydoc_data.topics` ("prose"). A third text, on which the course model was never trained, is the documentation
+of NumPy ("numpy"): the long strings in the source of the package that is installed. A hash of its name decides whether a
+document is held out, so the split is the same on every machine. The library's own tests and the character-set tables are
+never used. `LABS_TEXT` names another text: one that `labs fetch` made, a directory of files, which has the two splits where
+it holds the folders train and heldout, or a Hugging Face dataset. Tokens of long texts are kept in the user's cache folder,
+or in LABS_CACHE: cutting the default text to train on takes ten seconds of a processor or more, reading its tokens a moment.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
+import inspect
 import os
 import re
 import sysconfig
@@ -24,8 +28,8 @@ import torch
 from labsupport.model import fetched, files
 from labsupport.quant import checks
 
-# Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty.
-HELD_OUT = {"code": 26, "prose": 64}
+# Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty; so with NumPy.
+HELD_OUT = {"code": 26, "prose": 64, "numpy": 64}
 DOMAINS = tuple(HELD_OUT)
 NAMES = (*DOMAINS, *fetched.TEXTS)
 SPLITS = ("train", "heldout")
@@ -35,6 +39,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 # Not source to learn from: installed packages, the library's tests, tables of character sets, files written by the build.
 SKIPPED_PARTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__phello__", "__pycache__"}
 SKIPPED_PATHS = re.compile(r"^(_sysconfigdata|config-|pydoc_data/topics)")
+LONG = 200  # characters from which on a string in NumPy's source is taken for documentation
 
 
 class TextError(ValueError):
@@ -124,6 +129,23 @@ def _language_reference() -> list[Document]:
     return [Document(f"topic:{name}", text) for name, text in sorted(topics.items())]
 
 
+def _numpy_documentation() -> list[Document]:
+    """The long strings of each module of the installed NumPy, in the order of its source, which is read and not imported."""
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or spec.origin is None:
+        raise TextError("the text 'numpy' is the documentation in NumPy's source, and NumPy is not installed: pip install numpy")
+    root = Path(spec.origin).parent
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root.parent).as_posix()
+        if SKIPPED_PARTS.isdisjoint(Path(name).parts):
+            nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+            strings = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            if long := [inspect.cleandoc(string) for string in strings if len(string) >= LONG]:
+                documents.append(Document(name, "\n\n".join(long)))
+    return documents
+
+
 def _directory(path: Path) -> list[Document]:
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
     if not files:
@@ -152,13 +174,13 @@ def _hub(name: str) -> list[Document]:
 def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
     """The documents of a text that has two splits, "train" and "heldout".
 
-    domain: "code" or "prose", of the default text; the name of a text that `labs fetch` made; or a directory that holds a folder
-    for each split. Raises TextError for another one.
+    domain: "code" or "prose", of the default text; "numpy"; the name of a text that `labs fetch` made; or a directory that holds
+    a folder for each split. Raises TextError for another one.
     """
     if split not in SPLITS:
         raise TextError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
     if domain in DOMAINS:
-        everything = _standard_library() if domain == "code" else _language_reference()
+        everything = {"code": _standard_library, "prose": _language_reference, "numpy": _numpy_documentation}[domain]()
         return [d for d in everything if is_held_out(d.name, domain) == (split == "heldout")]
     folder = _split_folder(domain, split)
     if folder is None:

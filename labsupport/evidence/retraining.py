@@ -1,0 +1,102 @@
+"""Is a model that was trained to live on its grid better than one that was rounded afterwards, at equal bytes and equal training?
+
+Rows of a method after training (`method` rtn, gptq, awq) are of the model as it is, or with `further` of the model after the same
+steps of further training in float; "qat" rows of the same steps with fake quantizers; "float" is further training alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from labsupport.evidence.finetuning import Texts, settings_of
+from labsupport.model import models
+from labsupport.model.evaluate import evaluate, paired_bootstrap
+from labsupport.model.text import TokenStream
+from labsupport.pipeline import calibrate, qat, training
+from labsupport.pipeline.quantize import quantize_model
+from labsupport.quant.grid import QuantizedTensor
+
+SCHEDULE = training.Schedule(steps=300, batch=2, length=512, learning_rate=5e-4, warmup=20)
+SAMPLES = 32
+BITS = (4, 3, 2)
+GROUP = 128
+
+
+def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The rows."""
+    for further in (None, True):
+        if further:
+            yield {"method": "float", "further": True}
+        for bits in BITS:
+            for method in ("rtn", "gptq", "awq"):
+                yield {"method": method, "bits": bits, "group_size": GROUP} | ({"further": True} if further else {})
+        if not further:
+            for bits in reversed(BITS):
+                yield {"method": "qat", "bits": bits, "group_size": GROUP, "way": "straight-through"}
+    yield {"method": "qat", "bits": 1.58, "group_size": GROUP, "way": "ternary"}
+    for bits in reversed(BITS):
+        yield {"method": "qat", "bits": bits, "group_size": GROUP, "way": "learned steps"}
+    yield {"method": "qat", "bits": 2, "group_size": GROUP, "way": "soft"}
+
+
+def grid_of(setting: dict[str, Any]) -> qat.Grid:
+    """Where the weights of a row of QAT must stand."""
+    way, bits = setting["way"], setting["bits"]
+    return qat.Grid(way, 2 if way == "ternary" else bits, setting["group_size"], symmetric=way == "learned steps")
+
+
+class Rows:
+    """Makes the rows of the sweep "qat", one after the other; states of training are kept in `folder`."""
+
+    def __init__(self, model: nn.Module, stream: TokenStream, texts: Texts, length: int, windows: int | None, folder: Path):
+        self.model, self.stream, self.texts, self.length, self.windows, self.folder = model, stream, texts, length, windows, folder
+        self.baseline = evaluate(model, stream, length, windows)
+        self.further = cache(self._further)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a file of these rows says beside what every sweep says."""
+        return {"training": asdict(SCHEDULE) | {"text": "code and prose", "samples": SAMPLES}}
+
+    def row(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """One row. Raises training.Diverged where a model does not learn."""
+        model, nbytes = self._model(setting)
+        result = evaluate(model, self.stream, self.length, self.windows)
+        change = paired_bootstrap(self.baseline, result)
+        weights = sum(layer.weight.numel() for layer in models.linears(model).values())
+        return setting | {
+            "bits_per_weight": 8 * nbytes / weights, "nbytes": nbytes, "perplexity": result.perplexity,
+            "change": change.change, "low": change.low, "high": change.high,
+            "loss": [round(nats, 4) for nats in result.loss.tolist()],
+        }  # fmt: skip
+
+    def _fit(self, model: nn.Module, name: str) -> list[float]:
+        ids = torch.cat([self.texts(domain, "train").ids for domain in ("code", "prose")])
+        return training.fit(model, ids, SCHEDULE, self.folder / f"{name}.safetensors")
+
+    def _further(self) -> nn.Module:
+        model = models.duplicate(self.model).requires_grad_(True)
+        self._fit(model, "float")
+        return model
+
+    def _model(self, setting: dict[str, Any]) -> tuple[nn.Module, int]:
+        """The model of a row, and the bytes of its linears."""
+        if setting["method"] == "qat":
+            model = qat.prepare(models.duplicate(self.model), grid_of(setting))
+            self._fit(model, f"{setting['way']}-{setting['bits']}".replace(" ", "-"))
+            stored: dict[str, QuantizedTensor] = {}
+            qat.convert(model, stored)
+            return model, sum(tensor.nbytes for tensor in stored.values())
+        model = self.further() if setting.get("further") else self.model
+        if setting["method"] == "float":
+            return model, 2 * sum(layer.weight.numel() for layer in models.linears(model).values())
+        text = {} if setting["method"] == "rtn" else {"calibration": calibrate.windows(self.texts("code", "train"), SAMPLES)}
+        quantized, report = quantize_model(model, setting["method"], **settings_of(setting["method"], setting["bits"]), **text)
+        return quantized, report.nbytes
