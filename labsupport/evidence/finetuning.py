@@ -1,4 +1,4 @@
-"""A quantized model that must learn: adapters are trained on several bases, merged, and stored again in each way people argue about.
+"""A quantized model that must learn: adapters trained on several bases, merged, and stored again in each way people argue about.
 
 Arms, as rows name them, of an adapter that was trained on a base: "a" beside its base, as trained; "b" merged into that base as it
 reads back, in float; "c" merged into the original float weights, on which it was not trained; "d" b or c stored again by a method,
