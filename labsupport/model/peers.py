@@ -1,13 +1,15 @@
-"""bitsandbytes, to compare with: imported without its log messages, and a model that transformers loads through it."""
+"""bitsandbytes and peft, to compare with: imported without their log messages, and models that are loaded through them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from labsupport.model import models
 
@@ -60,3 +62,33 @@ def load_with_bitsandbytes(
             if isinstance(module, bitsandbytes().nn.Linear4bit):
                 module.train()
     return model, tokenizer
+
+
+def load_with_peft(start: Mapping[str, Tensor], alpha: float, name: str | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model in NF4 with double quantization by bitsandbytes, peft's adapters on it, and their A and B by the names in `start`.
+
+    start: NAME.lora_a, float [rank, in_features], and NAME.lora_b, float [out_features, rank], for each linear NAME that gets an
+    adapter, as training.trainable has them; peft's begin with these values. alpha: the adapters' output is multiplied by
+    alpha / rank. name: as in `load_model`. Raises ModelError without peft, ValueError for a name in `start` for which the model
+    has no linear.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise models.ModelError("peft is not installed: pip install peft") from error
+    layers = {key.removesuffix(".lora_a"): value for key, value in start.items() if key.endswith(".lora_a")}
+    model = load_with_bitsandbytes("nf4", name, double_quant=True)[0]
+    linears = models.linears(model)
+    if missing := [layer for layer in layers if layer not in linears]:
+        raise ValueError(f"start names {missing[0]}, which is no linear of the model's blocks")
+    rank = len(next(iter(layers.values())))
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), lora_dropout=0.0, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, settings)
+    parameters = {}
+    with torch.no_grad():
+        for layer in layers:
+            module = model.base_model.model.get_submodule(layer)
+            for theirs, ours in ((module.lora_A, "lora_a"), (module.lora_B, "lora_b")):
+                parameters[f"{layer}.{ours}"] = theirs["default"].weight
+                theirs["default"].weight.copy_(start[f"{layer}.{ours}"])
+    return model, parameters
