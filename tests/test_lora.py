@@ -7,7 +7,7 @@ import torch
 from architectures import make
 from torch import nn
 
-from labsupport.model import models
+from labsupport.model import files, models
 from labsupport.pipeline import lora, training
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import awq, gptq, nf4, rtn
@@ -133,3 +133,67 @@ def test_bad_input_is_named():
     shared.model.layers[1].self_attn.q_proj = shared.model.layers[0].self_attn.q_proj
     with pytest.raises(models.ModelError, match="are one weight: an adapter beside it would be two"):
         lora.add(shared)
+
+
+def learned(seed: int = 0) -> tuple[nn.Module, dict]:
+    """A model with adapters that are not as they began, and what is stored of its base."""
+    _, base, stored = quantized("nf4")
+    model = lora.add(models.duplicate(base), stored, rank=4, alpha=10.0)
+    for layer in lora.adapters(model).values():
+        layer.lora_b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+    return model, stored
+
+
+def test_an_adapter_comes_back_from_its_file(tmp_path):
+    model, stored = learned()
+    lora.save(model, tmp_path / "folder.with.dots.safetensors")
+    base = quantized("nf4")[1]
+    with torch.no_grad():
+        loaded = lora.load(base, tmp_path / "folder.with.dots.safetensors", stored)
+        assert loaded is base
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == training.trainable(model).keys()
+    # One without a packed base, in float64.
+    double = lora.add(make("llama").double(), rank=3)
+    lora.save(double, tmp_path / "double")
+    again = lora.load(make("llama").double(), tmp_path / "double")
+    assert all(torch.equal(p, training.trainable(again)[name]) for name, p in training.trainable(double).items())
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    model, stored = learned()
+    path = tmp_path / "adapter"
+    lora.save(model, path)
+
+    def refused(other, words, file=path, kept=None):
+        before = dict(other.named_parameters())
+        with pytest.raises(ValueError, match=words) as caught:
+            lora.load(other, file, kept)
+        assert "\n" not in str(caught.value)
+        assert dict(other.named_parameters()) == before
+        assert not lora.adapters(other)
+
+    name = "model.layers.0.self_attn.q_proj"
+    refused(make("llama-72-wide"), rf"is of another model: its {name} is \[64, 64\], the model's is \[72, 72\]")
+    refused(make("gpt-neox"), f"is of another model: the model has no such linear, {name}")
+    original, base, stored = quantized("nf4")
+    refused(original, f"was trained on another base: it kept {name} as BlockTensor, here it is torch.float32")
+    refused(base, f"it kept {name} as BlockTensor, here it is UniformTensor", kept=quantized("rtn")[2])
+    other = stored[name]
+    changed = stored | {name: nf4.quantize(other.dequantize() * 1.01, double_quant=True)}
+    refused(base, "another base: its sizes are the model's, its weights are not", kept=changed)
+    with torch.no_grad():
+        base.model.norm.weight[0] += 1
+    refused(base, "its weights are not", kept=stored)
+    refused(make("llama"), "nothing is no file", tmp_path / "nothing")
+    (tmp_path / "text").write_text("not a tensor")
+    refused(make("llama"), "text holds no adapters, or is damaged", tmp_path / "text")
+    files.save_tensors(tmp_path / "plain", {"w": torch.zeros(2)})
+    refused(make("llama"), "plain holds no adapters, or is damaged", tmp_path / "plain")
+    whole = path.read_bytes()
+    (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
+    refused(base, "half holds no adapters, or is damaged", tmp_path / "half", stored)
+    with pytest.raises(models.ModelError, match="has adapters already"):
+        lora.load(model, path)
+    with pytest.raises(models.ModelError, match="no adapters to save"):
+        lora.save(base, path)

@@ -8,19 +8,25 @@ gradient of x, W is read back a second time; its own gradient is never needed, s
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from labsupport.model import models
+from labsupport.model import files, models
 from labsupport.model.models import ModelError
+from labsupport.pipeline import training
 from labsupport.quant import checks
 from labsupport.quant.grid import QuantizedTensor
+
+PARTS = ("lora_a", "lora_b")
+ABOUT = "lora"  # the entry of a file's metadata
 
 
 class ReadBack(torch.autograd.Function):
@@ -141,6 +147,90 @@ def add(
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, (stored or {}).get(name), rank, alpha, generator))
     return model
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the adapters to a safetensors file; in its metadata their rank and alpha, and what base they belong to.
+
+    Raises ModelError for a model without adapters, WriteError where the file cannot be written.
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ModelError("the model has no adapters to save")
+    tensors = {f"{name}.{part}": getattr(layer, part).detach() for name, layer in layers.items() for part in PARTS}
+    rank = len(next(iter(layers.values())).lora_a)
+    about = {"rank": rank, "alpha": rank * next(iter(layers.values())).scaling} | _base(model)
+    files.save_tensors(Path(path), tensors, {ABOUT: json.dumps(about)})
+
+
+@torch.no_grad()
+def load(model: nn.Module, path: str | Path, stored: Mapping[str, QuantizedTensor] | None = None) -> nn.Module:
+    """Put the adapters of a file beside the linears of the base that they were trained on, in place. Returns the model.
+
+    stored: as in `add`. Raises ValueError for a file that holds no adapters, and for adapters of another model or another base;
+    and what `add` raises. The model is then as it was.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()[ABOUT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        rank, alpha, layers = about["rank"], about["alpha"], dict(about["layers"])
+        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        wanted = {f"{name}.lora_a": [rank, columns] for name, (_, columns, _) in layers.items()}
+        wanted |= {f"{name}.lora_b": [rows, rank] for name, (rows, _, _) in layers.items()}
+        if found != wanted:
+            raise ValueError("its tensors are not those that its metadata names")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no adapters, or is damaged") from error
+    if not adapters(model):
+        _check_base(path, about, _base(model, stored or {}))
+    add(model, stored, rank, alpha)
+    for name, layer in adapters(model).items():
+        for part in PARTS:
+            getattr(layer, part).copy_(tensors[f"{name}.{part}"])
+    return model
+
+
+def _base(model: nn.Module, stored: Mapping[str, QuantizedTensor] | None = None) -> dict[str, Any]:
+    """What an adapter is trained on: each linear's size and how it is kept, and a digest of all weights.
+
+    stored: for a model that has no adapters yet, what is kept of its linears.
+    """
+    packed = dict(stored or {}) | {name: layer.stored for name, layer in adapters(model).items() if layer.stored is not None}
+    learned = {f"{name}.{part}" for name in adapters(model) for part in PARTS}
+    weights = {name: parameter for name, parameter in model.named_parameters() if name not in learned}
+    layers = {}
+    for name, layer in (adapters(model) or models.linears(model)).items():
+        kept = weights.pop(f"{name}.weight", None)
+        if name in packed:
+            weights |= {f"{name}.{part}": tensor for part, tensor in packed[name].tensors.items()}
+        elif kept is not None:
+            weights[f"{name}.weight"] = kept
+        layers[name] = [
+            layer.out_features,
+            layer.in_features,
+            type(packed[name]).__name__ if name in packed else str(layer.weight.dtype),
+        ]
+    return {"layers": layers, "weights": training.digest(dict(sorted(weights.items())))}
+
+
+def _check_base(path: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name in [*wanted["layers"], *found["layers"]]:
+        trained, here = (about["layers"].get(name) for about in (wanted, found))
+        if here is None or trained is None:
+            place = "the model has no such linear" if here is None else "the file has no adapter for it"
+            raise ValueError(f"{path} is of another model: {place}, {name}")
+        if trained[:2] != here[:2]:
+            raise ValueError(f"{path} is of another model: its {name} is {trained[:2]}, the model's is {here[:2]}")
+        if trained[2] != here[2]:
+            raise ValueError(f"{path} was trained on another base: it kept {name} as {trained[2]}, here it is {here[2]}")
+    if wanted["weights"] != found["weights"]:
+        digests = f"sha256 {wanted['weights'][:12]}, here {found['weights'][:12]}"
+        raise ValueError(f"{path} was trained on another base: its sizes are the model's, its weights are not ({digests})")
 
 
 @torch.no_grad()

@@ -119,7 +119,8 @@ def fit(
     ids: int64 [tokens], longer than a window. state: a file that keeps the run; the same call goes on from there, and a finished
     run is read back. on_step(step, loss) is called after each step. The model is left in evaluation mode.
     Raises ValueError where nothing learns, and where `state` is of another run (schedule, text, what learns or what is frozen);
-    Diverged where a loss or a gradient is not finite: the model, and `state`, then hold the last weights whose loss was finite.
+    Diverged where a loss or a gradient is not finite: the model then holds the last weights whose loss was finite. `state` stays as
+    it was saved last, and the same call diverges again.
     """
     parameters = trainable(model)
     if not parameters:
@@ -155,8 +156,6 @@ def fit(
             value = loss.item()
             if not (math.isfinite(value) and math.isfinite(norm.item())):
                 _put_back(parameters, good)
-                if state is not None:
-                    save_state(state, parameters, optimizer, step, progress)
                 found = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
                 advice = f"a learning_rate below {schedule.learning_rate} may not diverge"
                 raise Diverged(f"{found} at step {step}: the model holds the weights from one step before; {advice}")
@@ -189,12 +188,13 @@ def _put_back(parameters: Mapping[str, Tensor], good: Mapping[str, Tensor]) -> N
 def _identity(model: nn.Module, ids: Tensor, schedule: Schedule) -> dict[str, Any]:
     """What must be equal for a state to be of this run. The model counts as it is before the first step."""
     return {
-        "schedule": asdict(schedule), "text": _digest({"ids": ids}),
-        "learns": _digest(trainable(model)), "frozen": _digest(frozen_tensors(model)),
+        "schedule": asdict(schedule), "text": digest({"ids": ids}),
+        "learns": digest(trainable(model)), "frozen": digest(frozen_tensors(model)),
     }  # fmt: skip
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors: their names, shapes and bytes, in their order."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)}\0".encode())
