@@ -119,8 +119,8 @@ def fit(
     ids: int64 [tokens], longer than a window. state: a file that keeps the run; the same call goes on from there, and a finished
     run is read back. on_step(step, loss) is called after each step. The model is left in evaluation mode.
     Raises ValueError where nothing learns, and where `state` is of another run (schedule, text, what learns or what is frozen);
-    Diverged where a loss or a gradient is not finite: the model then holds the last weights whose loss was finite. `state` stays as
-    it was saved last, and the same call diverges again.
+    Diverged where a loss or a gradient is not finite: the model then holds the last weights whose loss was finite. `state` holds
+    weights whose loss was finite, those of the step at which it was saved last: the same call diverges again.
     """
     parameters = trainable(model)
     if not parameters:
@@ -161,12 +161,14 @@ def fit(
                 raise Diverged(f"{found} at step {step}: the model holds the weights from one step before; {advice}")
             for name, parameter in parameters.items():
                 good[name].copy_(parameter.detach())
+            if state is not None and step > first and step % save_every == 0:  # weights whose loss is known
+                save_state(state, parameters, optimizer, step, progress)
             optimizer.step()
             losses.append(value)
-            if state is not None and ((step + 1) % save_every == 0 or step + 1 == schedule.steps):
-                save_state(state, parameters, optimizer, step + 1, progress)
             optimizer.zero_grad()
             on_step(step, value)
+        if state is not None and first < schedule.steps:
+            save_state(state, parameters, optimizer, schedule.steps, progress)
     finally:
         optimizer.zero_grad()
         model.eval()
