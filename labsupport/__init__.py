@@ -16,8 +16,8 @@ _FUNCTIONS = {
 }
 _MODULES = {
     "model": ("evaluate", "models", "peers", "text"),
-    "pipeline": ("budget", "cache", "calibrate", "fold", "listening"),
-    "evidence": ("claims", "machine", "planner", "roofline", "sink", "sweep"),
+    "pipeline": ("budget", "cache", "calibrate", "fold", "listening", "lora", "training"),
+    "evidence": ("claims", "machine", "planner", "roofline", "sink", "sweep", "training_memory"),
     "figures": ("widgets",),
 }
 _PACKAGE_OF = {name: package for package, names in _MODULES.items() for name in names}

@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scaling = layer.in_features, layer.out_features, alpha / rank
         weight = layer.weight
-        self.stored = stored
+        self.stored = None if stored is None else _moved(stored, weight.device)
         self.weight = None if stored is not None else nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         limit = 1 / math.sqrt(layer.in_features)

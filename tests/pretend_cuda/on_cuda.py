@@ -12,12 +12,13 @@ import sys
 import pytest
 import torch
 from test_figures import DRAWERS, SAMPLES, named, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from labsupport import kernels
 from labsupport.checkpoint import load, quantize
 from labsupport.course import train
-from labsupport.evidence import bench, machine, sweep, timing
+from labsupport.evidence import bench, machine, planner, sweep, timing, training_memory
 from labsupport.model import evaluate, models, text
 from labsupport.pipeline import cache, calibrate, fold, lora, training
 from labsupport.pipeline.quantize import quantize_model
@@ -279,6 +280,29 @@ def test_an_adapter_learns_beside_a_packed_base(here, ids, method):
         for layer in lora.adapters(model).values():
             assert layer.stored.dequantize().device == layer.lora_b.grad.device == model.device
     assert losses[GPU] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+def test_an_adapter_goes_through_its_file_to_the_device_and_trains_there(here, ids, tmp_path):
+    stored = {}
+    base = quantize_model(here, "nf4", double_quant=True, stored=stored)[0]
+    model = lora.add(models.duplicate(base), stored, rank=2)
+    schedule = training.Schedule(steps=3, batch=2, length=16)
+    there = models.duplicate(model).to(GPU)
+    losses = training.fit(there, ids.flatten(), schedule, tmp_path / "state")
+    assert losses == pytest.approx(training.fit(model, ids.flatten(), schedule), rel=1e-4)
+    lora.save(there, tmp_path / "adapter")
+    for device in ("cpu", GPU):
+        again = lora.load(models.duplicate(base).to(device), tmp_path / "adapter", stored)
+        assert all(torch.equal(p.cpu(), training.trainable(there)[name].cpu()) for name, p in training.trainable(again).items())
+    counted = training_memory.totals(
+        training_memory.count(
+            planner.shape_of(here.config, "tiny"), training_memory.Step("qlora", 2, 16, 2, "float32", attention="math")
+        )
+    )
+    window = training.batch_at(ids.flatten(), 2, 16, 0, 0)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = training_memory.measure_step(there, window.to(GPU))
+    assert found == {kind: counted[kind] for kind in found}
 
 
 def test_fake_quantizers(weight):
