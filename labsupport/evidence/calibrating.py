@@ -30,7 +30,7 @@ AT_ONCE = 32  # windows that are generated together
 
 
 def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The rows: GPTQ in groups of 128, in the order of activations."""
+    """The rows: GPTQ in the order of activations."""
     yield {"bits": 3, "method": "rtn"}
     yield {"bits": 4, "method": "rtn"}
     for text in TEXTS:
@@ -63,7 +63,7 @@ class Rows:
         given = {key: value for key, value in setting.items() if key not in ("method", "text", "samples", "draw", "bits")}
         if text := setting.get("text"):
             given["calibration"] = self._windows(text, setting["samples"], setting["draw"])
-        arguments = finetuning.settings_of(setting["method"], setting["bits"]) | given
+        arguments = finetuning.settings_of(self.model, setting["method"], setting["bits"]) | given
         quantized, _ = quantize_model(self.model, setting["method"], **arguments)
         return setting | finetuning.measured(self.fine_tuned, self.evaluations(quantized))
 

@@ -36,11 +36,12 @@ MEASURED = ("other_perplexity", "other_change", "other_loss", "survived", "moved
 Texts = Callable[[str, str], TokenStream]
 
 
-def settings_of(method: str, bits: int) -> dict[str, Any]:
-    """What `quantize_model` is given for a method at these bits."""
+def settings_of(model: nn.Module, method: str, bits: int) -> dict[str, Any]:
+    """What `quantize_model` is given for a method at these bits: the group size is the usual one of the model."""
     if method == "nf4":
         return {"double_quant": True}
-    return {"bits": bits, "group_size": 128} | ({"act_order": True, "static_groups": True} if method == "gptq" else {})
+    order = {"act_order": True, "static_groups": True} if method == "gptq" else {}
+    return {"bits": bits, "group_size": models.group_size(model)} | order
 
 
 def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -95,7 +96,7 @@ class Rows:
         stored: dict[str, QuantizedTensor] = {}
         if base == "float":
             return self.model, stored
-        return quantize_model(self.model, base, stored=stored, **settings_of(base, bits))[0], stored
+        return quantize_model(self.model, base, stored=stored, **settings_of(self.model, base, bits))[0], stored
 
     def _trained(self, base: str, bits: int, seed: int) -> nn.Module:
         """An adapter on its base, which stays packed."""
@@ -124,7 +125,7 @@ class Rows:
             more["moved"] = round_to(model, self.base(base, bits)[1])
         elif stored is not None:
             text = {} if stored in ("nf4", "rtn") else {"calibration": calibrate.windows(self.texts(DOMAIN, "train"), SAMPLES)}
-            quantize_model(model, stored, in_place=True, **settings_of(stored, bits), **text)
+            quantize_model(model, stored, in_place=True, **settings_of(self.model, stored, bits), **text)
         more["survived"] = survived(model, before, updates)
         return model, more
 

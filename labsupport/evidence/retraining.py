@@ -7,7 +7,7 @@ steps of further training in float; "qat" rows of the same steps with fake quant
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,29 @@ from labsupport.pipeline import calibrate, qat, training
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.grid import QuantizedTensor
 
-SCHEDULE = training.Schedule(steps=300, batch=2, length=512, learning_rate=5e-4, warmup=20)
+SCHEDULE = training.Schedule(steps=300, batch=2, length=512, warmup=20)
+# The fewer levels, the further a weight must go. "float" and 4 bits: more makes the model itself worse in so few steps.
+RATES = {16: 5e-5, 4: 5e-5, 3: 2e-4, 2: 1e-3, 1.58: 1e-3}
 SAMPLES = 32
 BITS = (4, 3, 2)
-GROUP = 128
 
 
 def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The rows."""
+    size = models.group_size(model)
     for further in (None, True):
         if further:
             yield {"method": "float", "further": True}
         for bits in BITS:
             for method in ("rtn", "gptq", "awq"):
-                yield {"method": method, "bits": bits, "group_size": GROUP} | ({"further": True} if further else {})
+                yield {"method": method, "bits": bits, "group_size": size} | ({"further": True} if further else {})
         if not further:
             for bits in reversed(BITS):
-                yield {"method": "qat", "bits": bits, "group_size": GROUP, "way": "straight-through"}
-    yield {"method": "qat", "bits": 1.58, "group_size": GROUP, "way": "ternary"}
+                yield {"method": "qat", "bits": bits, "group_size": size, "way": "straight-through"}
+    yield {"method": "qat", "bits": 1.58, "group_size": size, "way": "ternary"}
     for bits in reversed(BITS):
-        yield {"method": "qat", "bits": bits, "group_size": GROUP, "way": "learned steps"}
-    yield {"method": "qat", "bits": 2, "group_size": GROUP, "way": "soft"}
+        yield {"method": "qat", "bits": bits, "group_size": size, "way": "learned steps"}
+    yield {"method": "qat", "bits": 2, "group_size": size, "way": "soft"}
 
 
 def grid_of(setting: dict[str, Any]) -> qat.Grid:
@@ -63,7 +65,10 @@ class Rows:
     @property
     def about(self) -> dict[str, Any]:
         """What a file of these rows says beside what every sweep says."""
-        return {"training": asdict(SCHEDULE) | {"text": "code and prose", "samples": SAMPLES}}
+        return {
+            "training": asdict(SCHEDULE)
+            | {"learning_rate": {str(bits): rate for bits, rate in RATES.items()}, "text": "code and prose", "samples": SAMPLES}
+        }
 
     def row(self, setting: dict[str, Any]) -> dict[str, Any]:
         """One row. Raises training.Diverged where a model does not learn."""
@@ -77,20 +82,21 @@ class Rows:
             "loss": [round(nats, 4) for nats in result.loss.tolist()],
         }  # fmt: skip
 
-    def _fit(self, model: nn.Module, name: str) -> list[float]:
+    def _fit(self, model: nn.Module, name: str, bits: float) -> list[float]:
+        schedule = replace(SCHEDULE, learning_rate=RATES[bits])
         ids = torch.cat([self.texts(domain, "train").ids for domain in ("code", "prose")])
-        return training.fit(model, ids, SCHEDULE, self.folder / f"{name}.safetensors")
+        return training.fit(model, ids, schedule, self.folder / f"{name}.safetensors")
 
     def _further(self) -> nn.Module:
         model = models.duplicate(self.model).requires_grad_(True)
-        self._fit(model, "float")
+        self._fit(model, "float", 16)
         return model
 
     def _model(self, setting: dict[str, Any]) -> tuple[nn.Module, int]:
         """The model of a row, and the bytes of its linears."""
         if setting["method"] == "qat":
             model = qat.prepare(models.duplicate(self.model), grid_of(setting))
-            self._fit(model, f"{setting['way']}-{setting['bits']}".replace(" ", "-"))
+            self._fit(model, f"{setting['way']}-{setting['bits']}".replace(" ", "-"), setting["bits"])
             stored: dict[str, QuantizedTensor] = {}
             qat.convert(model, stored)
             return model, sum(tensor.nbytes for tensor in stored.values())
@@ -98,5 +104,7 @@ class Rows:
         if setting["method"] == "float":
             return model, 2 * sum(layer.weight.numel() for layer in models.linears(model).values())
         text = {} if setting["method"] == "rtn" else {"calibration": calibrate.windows(self.texts("code", "train"), SAMPLES)}
-        quantized, report = quantize_model(model, setting["method"], **settings_of(setting["method"], setting["bits"]), **text)
+        quantized, report = quantize_model(
+            model, setting["method"], **settings_of(model, setting["method"], setting["bits"]), **text
+        )
         return quantized, report.nbytes
