@@ -20,7 +20,7 @@ def tokenizer():
 @pytest.mark.parametrize("domain", text.DOMAINS)
 def test_split_follows_the_hash_of_the_name_alone(domain):
     held_out, train = text.documents(domain, "heldout"), text.documents(domain, "train")
-    limit = {"code": 26, "prose": 64}[domain]
+    limit = {"code": 26, "prose": 64, "numpy": 64}[domain]
     for document in held_out:
         assert hashlib.sha256(document.name.encode()).digest()[0] < limit
     for document in train:
@@ -161,7 +161,7 @@ def test_labs_text_names_a_dataset(tokenizer, tmp_path, monkeypatch):
     [
         (
             lambda _: text.documents("poetry"),
-            "domain is 'poetry', wanted one of code, prose, wiki, or a directory with train and heldout",
+            "domain is 'poetry', wanted one of code, prose, numpy, wiki, or a directory with train and heldout",
         ),
         (lambda _: text.documents("code", "dev"), "split is 'dev', wanted one of train, heldout"),
         (lambda t: text.tokenize(t, [], "nothing"), "the text 'nothing' is empty"),
@@ -178,7 +178,7 @@ def test_bad_input(tokenizer, call, message):
 
 def test_what_is_no_text_and_no_tokenizer(tokenizer):
     for wrong in (["code"], 3):
-        with pytest.raises(TypeError, match=r"^source is (list|int), wanted one of code, prose, wiki, a directory or a dataset id"):
+        with pytest.raises(TypeError, match=r"^source is (list|int), wanted one of code, prose, numpy, wiki, a directory"):
             text.load_text(tokenizer, wrong)
     with pytest.raises(TypeError, match=r"^the document 'a' is NoneType, wanted text"):
         text.tokenize(tokenizer, [text.Document("a", None)], "x")
@@ -201,3 +201,20 @@ def test_a_dataset_that_cannot_be_read_is_named_in_one_line(tokenizer, tmp_path,
 def test_directory_without_text(tokenizer, tmp_path):
     with pytest.raises(text.TextError, match="holds no text"):
         text.load_text(tokenizer, str(tmp_path))
+
+
+def test_documentation_of_numpy_is_read_and_not_run(monkeypatch, tmp_path):
+    package = tmp_path / "numpy"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text(f'raise SystemExit\nX = """{"Words.  " * 40}"""\nY = "short"\n')
+    (package / "lib.py").write_text(f'def f():\n    """{"A sum. " * 40}\n\n    Indented.\n    """\n')
+    (package / "tests" / "test_lib.py").write_text(f'"""{"A test. " * 40}"""\n')
+    (package / "empty.py").write_text("x = 1\n")
+    spec = type("Spec", (), {"origin": str(package / "__init__.py")})
+    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: spec)
+    found = {d.name: d.text for split in text.SPLITS for d in text.documents("numpy", split)}
+    assert found.keys() == {"numpy/__init__.py", "numpy/lib.py"}
+    assert found["numpy/lib.py"].endswith("\n\nIndented.")
+    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(text.TextError, match="NumPy is not installed: pip install numpy"):
+        text.documents("numpy", "train")

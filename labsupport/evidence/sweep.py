@@ -158,7 +158,7 @@ def run(
     rows: list[dict[str, Any]] = []
     if path.exists():
         about_before, rows = measurements.read(path)
-        other = [key for key in IDENTITY if about_before.get(key) != about[key]]
+        other = [key for key in IDENTITY if about_before.get(key) != about.get(key)]
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
     settings = list(sweeps[name](model))
