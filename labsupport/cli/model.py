@@ -67,7 +67,8 @@ def sweep(
     source: Annotated[
         str | None,
         typer.Option(
-            "--text", help="A name of labs fetch, code, prose, numpy or a directory; default LABS_TEXT or code; numpy for lora."
+            "--text",
+            help="A name of labs fetch, code, prose, numpy or a directory; default LABS_TEXT or code; numpy where adapters learn.",
         ),
     ] = None,
     out: Annotated[

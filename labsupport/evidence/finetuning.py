@@ -3,13 +3,14 @@
 Arms, as rows name them, of an adapter that was trained on a base: "a" beside its base, as trained; "b" merged into that base as it
 reads back, in float; "c" merged into the original float weights, on which it was not trained; "d" b or c stored again by a method,
 with new scales; "e" b rounded to the base's old grid; "f" c rounded to that grid, whose scales are used again; "g" an adapter
-trained on the float model, merged there and then stored.
+trained on the float model, merged there and then stored. `rate`: another learning rate than the schedule's. A tenth of it is a
+common one for large models, and makes updates that are small beside the distance between levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ RANK, ALPHA = 16, 32.0
 SCHEDULE = training.Schedule(steps=100, batch=2, length=512, learning_rate=3e-3)
 SAMPLES = 32  # windows of calibration text
 SEEDS = range(5)
+GENTLE = 3e-4
 BASES = (("nf4", 4), ("rtn", 3))
 MEASURED = ("other_perplexity", "other_change", "other_loss", "survived", "moved")
 # Called with a domain and a split.
@@ -60,6 +62,13 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
                     yield {"base": base, "bits": bits, "arm": "d", "merged": merged, "stored": method, "seed": seed}
             for method in again:
                 yield {"base": "float", "bits": bits, "arm": "g", "stored": method, "seed": seed}
+    for seed in SEEDS:
+        gentle = {"base": "nf4", "bits": 4, "seed": seed, "rate": GENTLE}
+        for arm in ("a", "c", "e", "f"):
+            yield gentle | {"arm": arm}
+        for merged in ("own", "original"):
+            for method in ("nf4", "gptq"):
+                yield gentle | {"arm": "d", "merged": merged, "stored": method}
 
 
 class Rows:
@@ -98,22 +107,31 @@ class Rows:
             return self.model, stored
         return quantize_model(self.model, base, stored=stored, **settings_of(self.model, base, bits))[0], stored
 
-    def _trained(self, base: str, bits: int, seed: int) -> nn.Module:
+    def _trained(self, base: str, bits: int, seed: int, rate: float | None = None) -> nn.Module:
         """An adapter on its base, which stays packed."""
         self.trained.cache_clear()  # one at a time
         model, stored = self.base(base, bits)
         adapted = lora.add(models.duplicate(model), stored, RANK, ALPHA, seed)
-        schedule = training.Schedule(**asdict(SCHEDULE) | {"seed": seed})
-        training.fit(adapted, self.texts(DOMAIN, "train").ids, schedule, self.folder / f"{base}-{bits}-{seed}.safetensors")
+        rate = SCHEDULE.learning_rate if rate is None else rate
+        schedule = replace(SCHEDULE, seed=seed, learning_rate=rate)
+        state = self.folder / f"{base}-{bits}-{seed}-{rate:g}.safetensors"
+        training.fit(adapted, self.texts(DOMAIN, "train").ids, schedule, state)
         return adapted
 
     def _model(
-        self, base: str, bits: int, arm: str, seed: int | None = None, merged: str | None = None, stored: str | None = None
+        self,
+        base: str,
+        bits: int,
+        arm: str,
+        seed: int | None = None,
+        merged: str | None = None,
+        stored: str | None = None,
+        rate: float | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The model of a row, and what else is measured of it."""
         if arm == "untuned" or seed is None:
             return self.base(base, bits)[0], {}
-        adapted = self.trained(base, 16 if base == "float" else bits, seed)
+        adapted = self.trained(base, 16 if base == "float" else bits, seed, rate)
         if arm == "a":
             return adapted, {}
         on_original = arm in ("c", "f", "g") or merged == "original"
