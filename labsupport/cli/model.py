@@ -96,7 +96,11 @@ def sweep(
 
             def on_row(done: int, total: int) -> None:
                 bar.total = total
+                bar.set_postfix_str("", refresh=False)
                 bar.update(done - bar.n)
+
+            def on_step(step: int, loss: float) -> None:
+                bar.set_postfix_str(f"training, step {step + 1}, loss {loss:.3f}")
 
             def calibration(domain: str, samples: int) -> torch.Tensor:
                 return calibrate.windows(text.load_text(tokenizer, domain if own else source, "train"), samples)
@@ -108,8 +112,9 @@ def sweep(
             path, label = out or sweeps.path_of(name, None if own else chosen), "course-model" if own else chosen
             windows = windows or WINDOWS.get(name, 256)
             measured = sweeps.run(
-                name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own, texts=texts
-            )
+                name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own, texts=texts,
+                on_step=on_step,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         fail("sweep", error)
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labsupport.evidence import finetuning
-from labsupport.evidence.finetuning import DOMAIN, OTHER, Texts
+from labsupport.evidence.finetuning import DOMAIN, OTHER, OnStep, Texts
 from labsupport.model import models
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import lora, training
@@ -49,8 +49,17 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
 class Rows:
     """Makes the rows of the sweep "calibration", one after the other."""
 
-    def __init__(self, model: nn.Module, stream: TokenStream, texts: Texts, length: int, windows: int | None, folder: Path):
-        learned = finetuning.Rows(model, stream, texts, length, windows, folder)
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        texts: Texts,
+        length: int,
+        windows: int | None,
+        folder: Path,
+        on_step: OnStep = lambda step, loss: None,
+    ):
+        learned = finetuning.Rows(model, stream, texts, length, windows, folder, on_step)
         self.texts, self.length, self.about = texts, length, learned.about
         self.model = lora.merge(models.duplicate(learned.trained("float", 16, 0)))
         self.evaluations = learned.evaluations

@@ -34,8 +34,9 @@ SEEDS = range(5)
 GENTLE = 3e-4
 BASES = (("nf4", 4), ("rtn", 3))
 MEASURED = ("other_perplexity", "other_change", "other_loss", "survived", "moved")
-# Called with a domain and a split.
+# Called with a domain and a split; with each step of a training and its loss.
 Texts = Callable[[str, str], TokenStream]
+OnStep = Callable[[int, float], None]
 
 
 def settings_of(model: nn.Module, method: str, bits: int) -> dict[str, Any]:
@@ -74,8 +75,18 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
 class Rows:
     """Makes the rows of the sweep "lora", one after the other; an adapter is trained once and its state kept in `folder`."""
 
-    def __init__(self, model: nn.Module, stream: TokenStream, texts: Texts, length: int, windows: int | None, folder: Path):
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        texts: Texts,
+        length: int,
+        windows: int | None,
+        folder: Path,
+        on_step: OnStep = lambda step, loss: None,
+    ):
         self.model, self.stream, self.texts, self.length, self.windows, self.folder = model, stream, texts, length, windows, folder
+        self.on_step = on_step
         self.other_windows = None if windows is None else max(1, windows // 2)
         self.baseline = self.evaluations(model)
         self.originals = {name: layer.weight.detach() for name, layer in models.linears(model).items()}
@@ -115,7 +126,7 @@ class Rows:
         rate = SCHEDULE.learning_rate if rate is None else rate
         schedule = replace(SCHEDULE, seed=seed, learning_rate=rate)
         state = self.folder / f"{base}-{bits}-{seed}-{rate:g}.safetensors"
-        training.fit(adapted, self.texts(DOMAIN, "train").ids, schedule, state)
+        training.fit(adapted, self.texts(DOMAIN, "train").ids, schedule, state, on_step=self.on_step)
         return adapted
 
     def _model(

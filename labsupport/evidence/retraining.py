@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.evidence.finetuning import Texts, settings_of
+from labsupport.evidence.finetuning import OnStep, Texts, settings_of
 from labsupport.model import models
 from labsupport.model.evaluate import evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
@@ -57,8 +57,18 @@ def grid_of(setting: dict[str, Any]) -> qat.Grid:
 class Rows:
     """Makes the rows of the sweep "qat", one after the other; states of training are kept in `folder`."""
 
-    def __init__(self, model: nn.Module, stream: TokenStream, texts: Texts, length: int, windows: int | None, folder: Path):
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        texts: Texts,
+        length: int,
+        windows: int | None,
+        folder: Path,
+        on_step: OnStep = lambda step, loss: None,
+    ):
         self.model, self.stream, self.texts, self.length, self.windows, self.folder = model, stream, texts, length, windows, folder
+        self.on_step = on_step
         self.baseline = evaluate(model, stream, length, windows)
         self.further = cache(self._further)
 
@@ -85,7 +95,7 @@ class Rows:
     def _fit(self, model: nn.Module, name: str, bits: float) -> list[float]:
         schedule = replace(SCHEDULE, learning_rate=RATES[bits])
         ids = torch.cat([self.texts(domain, "train").ids for domain in ("code", "prose")])
-        return training.fit(model, ids, schedule, self.folder / f"{name}.safetensors")
+        return training.fit(model, ids, schedule, self.folder / f"{name}.safetensors", on_step=self.on_step)
 
     def _further(self) -> nn.Module:
         model = models.duplicate(self.model).requires_grad_(True)

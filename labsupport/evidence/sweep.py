@@ -123,12 +123,13 @@ def run(
     on_row: Callable[[int, int], None] = lambda done, total: None,
     short: bool = False,
     texts: finetuning.Texts | None = None,
+    on_step: finetuning.OnStep = lambda step, loss: None,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
     calibration: gives the text for the methods that need it. texts: gives those to train on, for a sweep of LEARNING, which keeps
     the states of its training in a folder beside `path`, named after it, until its last row is there.
-    short: fewer settings, for a model larger than the course's.
+    on_step(step, loss) is called while it trains. short: fewer settings, for a model larger than the course's.
     Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
     OSError where nothing can be written there.
     """
@@ -153,7 +154,7 @@ def run(
     if name in LEARNING:
         if texts is None:
             raise ValueError(f"texts is missing, and the sweep {name!r} trains on them")
-        learning = LEARNING[name](model, stream, texts, length, windows, states)
+        learning = LEARNING[name](model, stream, texts, length, windows, states, on_step)
         about |= learning.about
     rows: list[dict[str, Any]] = []
     if path.exists():
