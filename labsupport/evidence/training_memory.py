@@ -1,10 +1,10 @@
 """Bytes of a training step: counted on paper from a model's shape, and measured from the tensors of a real step.
 
-Five kinds, for full fine-tuning, LoRA, and LoRA on a base in NF4 (QLoRA). Activations are what autograd keeps from the forward for
-the backward pass of transformers' Llama under SDPA, tensor by tensor; equal to what is measured, in float32 and in bfloat16.
-Temporary is what else is held at the busiest moment, an estimate.
+Five kinds, for full fine-tuning, LoRA, and LoRA on a base in NF4 (QLoRA). Activations are what autograd keeps of the forward pass
+for the backward pass, tensor by tensor, in transformers' Llama with SDPA: on a CPU they are what is measured, to the byte.
+Temporary is an estimate: what else is held at the busiest moment.
 
-Not in it: `training.fit` keeps one copy more of what learns, to go back to. peft's prepare_model_for_kbit_training casts all that
+Not counted: `training.fit` keeps one copy more of what learns, to go back to. peft's prepare_model_for_kbit_training casts all that
 is not quantized to float32. Where a model computes in 16 bits, peft's float32 adapters each keep a float32 copy of their input.
 """
 
