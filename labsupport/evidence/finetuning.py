@@ -55,7 +55,7 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         yield {"base": "float", "bits": 16, "arm": "a", "seed": seed}
         for base, bits in BASES:
-            again = (base, "gptq", "awq")
+            again = (base, "gptq", "awq") if bits == 4 else (base, "gptq")
             for arm in ("a", "b", "c", "e", "f"):
                 yield {"base": base, "bits": bits, "arm": arm, "seed": seed}
             for merged in ("own", "original"):
