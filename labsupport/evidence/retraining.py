@@ -43,9 +43,8 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
             for bits in reversed(BITS):
                 yield {"method": "qat", "bits": bits, "group_size": size, "way": "straight-through"}
     yield {"method": "qat", "bits": 1.58, "group_size": size, "way": "ternary"}
-    for bits in reversed(BITS):
-        yield {"method": "qat", "bits": bits, "group_size": size, "way": "learned steps"}
-    yield {"method": "qat", "bits": 2, "group_size": size, "way": "soft"}
+    for way in ("learned steps", "soft"):
+        yield {"method": "qat", "bits": 2, "group_size": size, "way": way}
 
 
 def grid_of(setting: dict[str, Any]) -> qat.Grid:
