@@ -19,6 +19,7 @@ CHAPTERS = {
     9: "kv_cache",
     10: "packing_and_checkpoints",
     11: "kernels",
+    12: "finetune_merge_requantize",
 }
 
 
