@@ -604,6 +604,68 @@ def payer_by_traces(weight, x, attention, hessians, solve):
     return int(lost[1 - better].argmax()), better
 
 
+def gradients_token_by_token(x, gradient, codes, absmax, levels, a, b, alpha):
+    """In float64, a token at a time, through the merged weight; the weight by blocks."""
+    x, gradient, a, b = x.double(), gradient.double(), a.double(), b.double()
+    size, scaling = codes.shape[1] // absmax.shape[1], alpha / a.shape[0]
+    blocks = [levels[part.long()] * absmax[:, i : i + 1] for i, part in enumerate(codes.split(size, dim=1))]
+    merged = torch.cat(blocks, dim=1).double() + scaling * b @ a
+    of_weight = sum(torch.outer(dy, token) for dy, token in zip(gradient, x, strict=True))
+    return torch.stack([dy @ merged for dy in gradient]), scaling * b.T @ of_weight, scaling * of_weight @ a.T
+
+
+def bytes_of_tensors(linears, rank):
+    """From tensors on the meta device, as they would be kept."""
+    base = learned = 0
+    for rows, columns in linears:
+        codes = torch.empty((rows * columns + 1) // 2, dtype=torch.uint8, device="meta")
+        magnitudes = torch.empty((rows * columns + 63) // 64, dtype=torch.uint8, device="meta")
+        beside = torch.empty((len(magnitudes) + 255) // 256 + 1, device="meta")
+        base += codes.nbytes + magnitudes.nbytes + beside.nbytes
+        for shape in ((rank, columns), (rows, rank)):
+            learned += 4 * torch.empty(shape, device="meta").nbytes
+    return base, learned
+
+
+def moves_by_rounding(codes, absmax, levels, update):
+    """What moved by rounding anew; the threshold weight by weight."""
+    size = absmax.repeat_interleave(codes.shape[1] // absmax.shape[1], 1)
+    share = levels[codes.long()] + update / size
+    moved = (share[..., None] - levels).abs().argmin(-1) != codes
+    threshold = torch.full_like(update, torch.inf)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            neighbor = int(codes[i, j]) + (1 if update[i, j] > 0 else -1)
+            if 0 <= neighbor <= 15:
+                threshold[i, j] = abs(levels[neighbor] - levels[int(codes[i, j])]) * size[i, j] / 2
+    return threshold, moved
+
+
+def survivor_of_random_signs(weight, scale, zero_point, bits):
+    return 0.3 * scale * torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)).sign()
+
+
+def survivor_of_rank_one(weight, scale, zero_point, bits):
+    return torch.outer(0.45 * scale[:, 0], torch.linspace(0.9, 1, weight.shape[1]))
+
+
+def text_by_traces(base, update, texts, domain, solve):
+    """By tr(E H E^T), which is the same sum; Hessians without their factor."""
+    merged, held_out = base + update, domain.T @ domain
+    errors = [solve(merged, text.T @ text) - merged for text in texts]
+    found = torch.stack([((e @ held_out) * e).sum() / (len(domain) * len(base)) for e in errors])
+    return found, found.argsort()[0].item()
+
+
+def comparison_draw_by_draw(loss, other_loss, tokens, draws):
+    first, second = loss.mean(0), other_loss.mean(0)
+    ratios = [math.exp(((second - first)[draw].sum() / tokens[draw].sum()).item()) - 1 for draw in draws]
+    low, high = torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    change = math.exp((second.sum() / tokens.sum() - first.sum() / tokens.sum()).item()) - 1
+    seeds = {bool(other.sum() > one.sum()) for one, other in zip(loss, other_loss, strict=True)}
+    return change, low, high, low * high > 0 and len(seeds) == 1
+
+
 ANSWERS = [
     ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),
     ("6.4", factor_from_the_far_end), ("6.5", loop_with_shrinking_inverses), ("6.6", hessians_of_inputs),
@@ -627,6 +689,9 @@ ANSWERS = [
     ("10.3", three_bit_by_bit), ("10.4", zeros_in_a_loop), ("10.5", layer_multiplied_out), ("10.6", awq_scattered),
     ("10.7", diagnosed_otherwise), ("11.2", tiled_row_by_row), ("11.3", dialect_multiplied_out), ("11.4", kernel_of_columns),
     ("11.5", crossover_tried_out),
+    ("12.1", gradients_token_by_token), ("12.2", bytes_of_tensors), ("12.3", moves_by_rounding),
+    ("12.4", survivor_of_random_signs), ("12.4", survivor_of_rank_one), ("12.5", text_by_traces),
+    ("12.6", comparison_draw_by_draw),
 ]  # fmt: skip
 
 

@@ -394,15 +394,21 @@ SEEDS, DOCUMENTS, DRAWS = 5, 14, 400
 
 
 def comparison_inputs(seed: int) -> dict:
-    """Two arms' nats, [seeds, documents] each, and what both share. Four cases: real; an interval that lies on one side of 0 and a
-    seed that disagrees; seeds that agree and an interval that holds 0; and neither. Tokens differ tenfold between documents.
+    """Two arms' nats, [seeds, documents] each, and what both share. Five cases: a real fall; an interval on one side of 0 and a
+    seed that disagrees; seeds that agree and an interval that holds 0; neither; a real rise. Tokens differ up to tenfold.
     """
     g = generator(seed)
     tokens = torch.randint(300, 3000, (DOCUMENTS,), generator=g)
     draws = torch.randint(0, DOCUMENTS, (DRAWS, DOCUMENTS), generator=g)
     hard = (2 + torch.rand(DOCUMENTS, generator=g, dtype=torch.float64)) * tokens
-    effects = {"a": (-0.04, 0.004, 0.01), "b": (-0.04, 0.06, 0.01), "c": (-0.02, 0.002, 0.12), "d": (0.0, 0.02, 0.05)}
-    wanted = {"a": (True, True), "b": (True, False), "c": (False, True), "d": (False, False)}
+    effects = {
+        "a": (-0.04, 0.004, 0.01),
+        "b": (-0.04, 0.06, 0.01),
+        "c": (-0.02, 0.002, 0.12),
+        "d": (0.0, 0.02, 0.05),
+        "e": (0.04, 0.004, 0.01),
+    }
+    wanted = {"a": (True, True), "b": (True, False), "c": (False, True), "d": (False, False), "e": (True, True)}
     found: dict[str, Any] = {}
     for name, (effect, by_seed, by_document) in effects.items():
         while name not in found:
@@ -469,7 +475,7 @@ COMPARE = Exercise(
     # Of float64, whose sums of 14 terms are right to 1e-14.
     allowed=lambda given, want: 1e-9,
     mistakes=mistakes_by_option(_compare, {
-        "the two arms are drawn apart, so that a hard document drawn for one makes it look worse: draw the same documents for both": {
+        "the two arms are drawn apart, so that the one with the harder documents looks worse: draw the same documents for both": {
             "paired": False},
         "every document counts the same, long or short: divide the sum of nats by the sum of tokens": {"weighted": False},
         "this is the difference in nats a token: the change in perplexity is exp of it, minus 1": {"percent": False},
