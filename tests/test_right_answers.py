@@ -690,8 +690,8 @@ ANSWERS = [
     ("10.7", diagnosed_otherwise), ("11.2", tiled_row_by_row), ("11.3", dialect_multiplied_out), ("11.4", kernel_of_columns),
     ("11.5", crossover_tried_out),
     ("12.1", gradients_token_by_token), ("12.2", bytes_of_tensors), ("12.3", moves_by_rounding),
-    ("12.4", survivor_of_random_signs), ("12.4", survivor_of_rank_one), ("12.5", text_by_traces),
-    ("12.6", comparison_draw_by_draw),
+    ("12.4", survivor_of_random_signs), ("12.4", survivor_of_rank_one), ("12.5", comparison_draw_by_draw),
+    ("12.6", text_by_traces),
 ]  # fmt: skip
 
 

@@ -279,6 +279,114 @@ SURVIVOR = Exercise(
 
 
 # 12.5 -----------------------------------------------------------------------------------------------------------------
+SEEDS, DOCUMENTS, DRAWS = 5, 14, 400
+
+
+def comparison_inputs(seed: int) -> dict:
+    """Two arms' nats, [seeds, documents] each, and what both share. Five cases: a real fall; an interval on one side of 0 and a
+    seed that disagrees; seeds that agree and an interval that holds 0; neither; a real rise. Tokens differ up to tenfold.
+    """
+    g = generator(seed)
+    tokens = torch.randint(300, 3000, (DOCUMENTS,), generator=g)
+    draws = torch.randint(0, DOCUMENTS, (DRAWS, DOCUMENTS), generator=g)
+    hard = (2 + torch.rand(DOCUMENTS, generator=g, dtype=torch.float64)) * tokens
+    effects = {
+        "a": (-0.04, 0.004, 0.01),
+        "b": (-0.04, 0.06, 0.01),
+        "c": (-0.02, 0.002, 0.12),
+        "d": (0.0, 0.02, 0.05),
+        "e": (0.04, 0.004, 0.01),
+    }
+    wanted = {"a": (True, True), "b": (True, False), "c": (False, True), "d": (False, False), "e": (True, True)}
+    found: dict[str, Any] = {}
+    for name, (effect, by_seed, by_document) in effects.items():
+        while name not in found:
+            noise = 0.002 * torch.randn(2, SEEDS, DOCUMENTS, generator=g, dtype=torch.float64)
+            seeds = by_seed * torch.randn(SEEDS, 1, generator=g, dtype=torch.float64)
+            documents = by_document * torch.randn(DOCUMENTS, generator=g, dtype=torch.float64)
+            first, second = hard + tokens * noise[0], hard + tokens * (noise[1] + effect + seeds + documents)
+            given = (first, second, tokens, draws)
+            _, low, high, _ = _compare(*given)
+            narrow = _compare(*given, level=0.9)[1:3]
+            apart = (low > 0 or high < 0, _seeds_agree(first, second, tokens))
+            same = apart == wanted[name] and (narrow[0] > 0 or narrow[1] < 0) == apart[0]
+            if same and min(abs(low), abs(high)) > 1e-4:
+                found[name] = given
+    return found
+
+
+def compare(loss, other_loss, tokens, draws) -> tuple[float, float, float, bool]:
+    """The interval of labsupport's sweeps over the mean of the seeds; and each seed's own change."""
+    low, high = paired_interval(loss.mean(0), other_loss.mean(0), tokens, draws)
+    by_seed = (other_loss - loss).sum(1)
+    change = math.expm1((by_seed.mean() / tokens.sum()).item())
+    return change, low, high, bool((low > 0 or high < 0) and by_seed.sign().sum().abs() == len(by_seed))
+
+
+def _seeds_agree(loss, other_loss, tokens) -> bool:
+    return len((other_loss - loss).sum(1).sign().unique()) == 1
+
+
+def _compare(
+    loss, other_loss, tokens, draws, paired=True, weighted=True, percent=True, seeds=slice(None), level=0.95, turn=1,
+    real=lambda low, high, agree: (low > 0 or high < 0) and agree,
+):  # fmt: skip
+    """The same in the open, and ways to get it wrong."""
+    agree = _seeds_agree(loss, other_loss, tokens)
+    first, second = loss[seeds].mean(0), other_loss[seeds].mean(0)
+    counts = tokens if weighted else torch.ones_like(tokens)
+    if not weighted:
+        first, second = first / tokens, second / tokens
+    others = draws if paired else draws.flip(0)
+    changes = turn * (second[others].sum(1) / counts[others].sum(1) - first[draws].sum(1) / counts[draws].sum(1))
+    change = turn * (second - first).sum() / counts.sum()
+    if percent:
+        changes, change = changes.expm1(), change.expm1()
+    tail = (1 - level) / 2
+    low, high = torch.quantile(changes, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return change.item(), low, high, bool(real(low, high, agree))
+
+
+def _reading_differs(given: dict, got: dict, want: dict) -> str | None:
+    for case, (*numbers, real) in got.items():
+        *wanted, verdict = want[case]
+        if all(abs(a - b) <= 1e-9 for a, b in zip(numbers, wanted, strict=True)) and real != verdict:
+            loss, other_loss, tokens, _ = given[case]
+            signs = "agree" if _seeds_agree(loss, other_loss, tokens) else "do not agree"
+            place = "lies on one side of 0" if wanted[1] > 0 or wanted[2] < 0 else "holds 0"
+            return f"case {case!r} is called {'real' if real else 'not real'}: its interval {place}, and its seeds {signs}"
+    return None
+
+
+COMPARE = Exercise(
+    id="12.5", name="compare", title="Read the comparison", minutes=15, difficulty=3, points=4,
+    returns=("comparison",), inputs=comparison_inputs, reference=compare, drive=drive_cases, otherwise=_reading_differs,
+    # Of float64, whose sums of 14 terms are right to 1e-14.
+    allowed=lambda given, want: 1e-9,
+    mistakes=mistakes_by_option(_compare, {
+        "the two arms are drawn apart, so that the one with the harder documents looks worse: draw the same documents for both": {
+            "paired": False},
+        "every document counts the same, long or short: divide the sum of nats by the sum of tokens": {"weighted": False},
+        "this is the difference in nats a token: the change in perplexity is exp of it, minus 1": {"percent": False},
+        "the change is from the second arm to the first: wanted is from loss to other_loss": {"turn": -1},
+        "this is the interval of 90 %: 2.5 % lie beyond each end of one of 95 %": {"level": 0.9},
+        "this is the first seed alone: the arms are compared by the mean of all seeds": {"seeds": slice(0, 1)},
+        "real looks at the interval alone: it is over documents, and knows nothing of a seed that disagrees": {
+            "real": lambda low, high, agree: low > 0 or high < 0},
+        "real looks at the seeds alone: they share their documents, and one document can carry them all": {
+            "real": lambda low, high, agree: agree},
+        "real is either of the two, wanted both: the interval and the seeds": {
+            "real": lambda low, high, agree: low > 0 or high < 0 or agree},
+        "real is turned round": {"real": lambda low, high, agree: not ((low > 0 or high < 0) and agree)},
+    }),
+    others=(
+        Mutant(lambda *given: (*_compare(*given)[:3], False), "case 'a' is called not real"),
+        Mutant(lambda *given: (1.5 * _compare(*given)[0], *_compare(*given)[1:]), "a[0]"),
+    ),
+)  # fmt: skip
+
+
+# 12.6 -----------------------------------------------------------------------------------------------------------------
 OUT, IN, TEXTS = 12, 10, 4
 DECIDES = 1.15  # the best text leaves this many times less error than any other
 
@@ -361,7 +469,7 @@ def _other_text(given: dict, got: dict, want: dict) -> str | None:
 
 
 CHOOSE_TEXT = Exercise(
-    id="12.5", name="choose_text", title="Calibrate on the right text", minutes=12, difficulty=3, points=4,
+    id="12.6", name="choose_text", title="Calibrate on the right text", minutes=12, difficulty=3, points=4,
     returns=("errors", "best"), inputs=texts_inputs, reference=choose_text, drive=drive_choice, otherwise=_other_text,
     # The codes are the same whoever adds up the Hessian (see the inputs); a mean of squares of float32 sums of ten products.
     allowed=lambda given, want: {"errors": 1e-4 * want["errors"], "best": 0.0},
@@ -388,112 +496,4 @@ CHOOSE_TEXT = Exercise(
     ),
 )  # fmt: skip
 
-
-# 12.6 -----------------------------------------------------------------------------------------------------------------
-SEEDS, DOCUMENTS, DRAWS = 5, 14, 400
-
-
-def comparison_inputs(seed: int) -> dict:
-    """Two arms' nats, [seeds, documents] each, and what both share. Five cases: a real fall; an interval on one side of 0 and a
-    seed that disagrees; seeds that agree and an interval that holds 0; neither; a real rise. Tokens differ up to tenfold.
-    """
-    g = generator(seed)
-    tokens = torch.randint(300, 3000, (DOCUMENTS,), generator=g)
-    draws = torch.randint(0, DOCUMENTS, (DRAWS, DOCUMENTS), generator=g)
-    hard = (2 + torch.rand(DOCUMENTS, generator=g, dtype=torch.float64)) * tokens
-    effects = {
-        "a": (-0.04, 0.004, 0.01),
-        "b": (-0.04, 0.06, 0.01),
-        "c": (-0.02, 0.002, 0.12),
-        "d": (0.0, 0.02, 0.05),
-        "e": (0.04, 0.004, 0.01),
-    }
-    wanted = {"a": (True, True), "b": (True, False), "c": (False, True), "d": (False, False), "e": (True, True)}
-    found: dict[str, Any] = {}
-    for name, (effect, by_seed, by_document) in effects.items():
-        while name not in found:
-            noise = 0.002 * torch.randn(2, SEEDS, DOCUMENTS, generator=g, dtype=torch.float64)
-            seeds = by_seed * torch.randn(SEEDS, 1, generator=g, dtype=torch.float64)
-            documents = by_document * torch.randn(DOCUMENTS, generator=g, dtype=torch.float64)
-            first, second = hard + tokens * noise[0], hard + tokens * (noise[1] + effect + seeds + documents)
-            given = (first, second, tokens, draws)
-            _, low, high, _ = _compare(*given)
-            narrow = _compare(*given, level=0.9)[1:3]
-            apart = (low > 0 or high < 0, _seeds_agree(first, second, tokens))
-            same = apart == wanted[name] and (narrow[0] > 0 or narrow[1] < 0) == apart[0]
-            if same and min(abs(low), abs(high)) > 1e-4:
-                found[name] = given
-    return found
-
-
-def compare(loss, other_loss, tokens, draws) -> tuple[float, float, float, bool]:
-    """The interval of labsupport's sweeps over the mean of the seeds; and each seed's own change."""
-    low, high = paired_interval(loss.mean(0), other_loss.mean(0), tokens, draws)
-    by_seed = (other_loss - loss).sum(1)
-    change = math.expm1((by_seed.mean() / tokens.sum()).item())
-    return change, low, high, bool((low > 0 or high < 0) and by_seed.sign().sum().abs() == len(by_seed))
-
-
-def _seeds_agree(loss, other_loss, tokens) -> bool:
-    return len((other_loss - loss).sum(1).sign().unique()) == 1
-
-
-def _compare(
-    loss, other_loss, tokens, draws, paired=True, weighted=True, percent=True, seeds=slice(None), level=0.95, turn=1,
-    real=lambda low, high, agree: (low > 0 or high < 0) and agree,
-):  # fmt: skip
-    """The same in the open, and ways to get it wrong."""
-    agree = _seeds_agree(loss, other_loss, tokens)
-    first, second = loss[seeds].mean(0), other_loss[seeds].mean(0)
-    counts = tokens if weighted else torch.ones_like(tokens)
-    if not weighted:
-        first, second = first / tokens, second / tokens
-    others = draws if paired else draws.flip(0)
-    changes = turn * (second[others].sum(1) / counts[others].sum(1) - first[draws].sum(1) / counts[draws].sum(1))
-    change = turn * (second - first).sum() / counts.sum()
-    if percent:
-        changes, change = changes.expm1(), change.expm1()
-    tail = (1 - level) / 2
-    low, high = torch.quantile(changes, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return change.item(), low, high, bool(real(low, high, agree))
-
-
-def _reading_differs(given: dict, got: dict, want: dict) -> str | None:
-    for case, (*numbers, real) in got.items():
-        *wanted, verdict = want[case]
-        if all(abs(a - b) <= 1e-9 for a, b in zip(numbers, wanted, strict=True)) and real != verdict:
-            loss, other_loss, tokens, _ = given[case]
-            signs = "agree" if _seeds_agree(loss, other_loss, tokens) else "do not agree"
-            place = "lies on one side of 0" if wanted[1] > 0 or wanted[2] < 0 else "holds 0"
-            return f"case {case!r} is called {'real' if real else 'not real'}: its interval {place}, and its seeds {signs}"
-    return None
-
-
-COMPARE = Exercise(
-    id="12.6", name="compare", title="Read the comparison", minutes=15, difficulty=3, points=4,
-    returns=("comparison",), inputs=comparison_inputs, reference=compare, drive=drive_cases, otherwise=_reading_differs,
-    # Of float64, whose sums of 14 terms are right to 1e-14.
-    allowed=lambda given, want: 1e-9,
-    mistakes=mistakes_by_option(_compare, {
-        "the two arms are drawn apart, so that the one with the harder documents looks worse: draw the same documents for both": {
-            "paired": False},
-        "every document counts the same, long or short: divide the sum of nats by the sum of tokens": {"weighted": False},
-        "this is the difference in nats a token: the change in perplexity is exp of it, minus 1": {"percent": False},
-        "the change is from the second arm to the first: wanted is from loss to other_loss": {"turn": -1},
-        "this is the interval of 90 %: 2.5 % lie beyond each end of one of 95 %": {"level": 0.9},
-        "this is the first seed alone: the arms are compared by the mean of all seeds": {"seeds": slice(0, 1)},
-        "real looks at the interval alone: it is over documents, and knows nothing of a seed that disagrees": {
-            "real": lambda low, high, agree: low > 0 or high < 0},
-        "real looks at the seeds alone: they share their documents, and one document can carry them all": {
-            "real": lambda low, high, agree: agree},
-        "real is either of the two, wanted both: the interval and the seeds": {
-            "real": lambda low, high, agree: low > 0 or high < 0 or agree},
-        "real is turned round": {"real": lambda low, high, agree: not ((low > 0 or high < 0) and agree)},
-    }),
-    others=(
-        Mutant(lambda *given: (*_compare(*given)[:3], False), "case 'a' is called not real"),
-        Mutant(lambda *given: (1.5 * _compare(*given)[0], *_compare(*given)[1:]), "a[0]"),
-    ),
-)  # fmt: skip
-
-EXERCISES = (BACKWARD, QLORA_BYTES, MOVES, SURVIVOR, CHOOSE_TEXT, COMPARE)
+EXERCISES = (BACKWARD, QLORA_BYTES, MOVES, SURVIVOR, COMPARE, CHOOSE_TEXT)
