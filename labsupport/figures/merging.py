@@ -34,7 +34,7 @@ def places(bases: Mapping[str, tuple[torch.Tensor, torch.Tensor]], title: str) -
         axis.set_yscale("symlog", linthresh=1)
         scales.plain_numbers(axis.yaxis)
         base.label(axis, f"{name}: {100 * shares[name]:.2g} % pass a middle", "place (gaps to the next level)", "weights (%)")
-    base.legend(axes[0, -1], loc="upper right")
+    base.legend(axes[0, 0], loc="upper right")
     figure.suptitle(title, fontsize=base.FONT + 1, x=0.01, ha="left")
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
@@ -83,7 +84,9 @@ def load_with_peft(start: Mapping[str, Tensor], alpha: float, name: str | None =
         raise ValueError(f"start names {missing[0]}, which is no linear of the model's blocks")
     rank = len(next(iter(layers.values())))
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():  # peft asks transformers for something by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = peft.get_peft_model(model, settings)
     parameters = {}
     with torch.no_grad():
         for layer in layers:
