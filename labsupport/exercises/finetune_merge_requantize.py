@@ -33,7 +33,7 @@ def backward_inputs(seed: int) -> dict:
     }  # fmt: skip
 
 
-def backward(x, gradient, codes, absmax, levels, a, b, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(x, gradient, codes, absmax, levels, a, b, alpha: float) -> tuple[Tensor, ...]:
     """By autograd, through the layer that labsupport trains with."""
     packed, block_size = nf4.pack_nibbles(codes.flatten()), codes.shape[1] // absmax.shape[1]
     stored = nf4.BlockTensor(packed, absmax.flatten(), tuple(levels.tolist()), "", block_size, tuple(codes.shape))
@@ -56,8 +56,8 @@ def _backward(
 
 def _backward_allowed(given: dict, want: dict) -> Limits:
     """Each sum has at most 7 + 3 * 7 products of at most four factors; every rounding is at most 2**-24 of the sum of |terms|."""
-    sizes = [value.abs() if value.is_floating_point() else value for value in list(given.values())[:-1]]
-    return dict(zip(want, (40 * 2.0**-24 * terms for terms in _backward(*sizes, given["alpha"])), strict=True))
+    of_magnitudes = {name: value if name in ("codes", "alpha") else value.abs() for name, value in given.items()}
+    return dict(zip(want, (40 * 2.0**-24 * terms for terms in _backward(**of_magnitudes)), strict=True))
 
 
 BACKWARD = Exercise(
