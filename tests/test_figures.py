@@ -35,6 +35,7 @@ from labsupport.figures import (
     outliers,
     roofline,
     saliency,
+    straight_through,
 )
 from labsupport.figures.base import CourseFigure
 from labsupport.model.evaluate import Evaluation
@@ -176,6 +177,18 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
         {"GPTQ": {"as trained": (0.02, 0.01, 0.03), "planted": (0.2, 0.1, 0.3)}},
         "Who wins",
         ("GPTQ", "planted", 0.25),
+    ),
+    straight_through.passes: (
+        torch.linspace(-3, 3, 61),
+        {"rounding": (torch.linspace(-3, 3, 61).round(), torch.zeros(61)), "soft": (torch.linspace(-3, 3, 61), torch.ones(61))},
+    ),
+    straight_through.restless: ([0.1, 0.3, 0.45, 0.52, 0.49, 0.53, 0.5, 0.51], 0.7, "A weight"),
+    straight_through.step_slope: (torch.linspace(-5, 5, 21), torch.linspace(-4, 3, 21), torch.linspace(-4, 3, 21).round(), (-4, 3)),
+    straight_through.losses: ({"straight-through": [0.5, 0.3, 0.2], "soft": [0.4, 0.3, 0.25]}, "Losses", "the float model"),
+    straight_through.worth: (
+        {"4 bits": {"GPTQ": (0.02, 0.01, 0.03), "QAT": (-0.01, -0.02, 0.0)}, "2 bits": {"GPTQ": (0.7, 0.6, 0.8)}},
+        "Worth",
+        {"GPTQ": "as it is", "QAT": "trained"},
     ),
     saliency.one_sided: (WEIGHT[0].abs() + 3, {"ours": WEIGHT[0].abs() + 3, "other": WEIGHT[0].abs()}, "One side"),
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from labsupport.model import models
 from labsupport.quant import qat, rtn
 
 WEIGHT = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
@@ -39,8 +39,8 @@ def test_gives_what_rounding_stores_and_a_gradient_where_nothing_is_clipped(bits
 
 
 def test_equals_torchao():
-    """Its values to the last bit, its gradient within one rounding of float32: golden file of tests/interop/run_torchao.py."""
-    theirs = load_file(Path(__file__).parent / "interop" / "golden" / "torchao.safetensors")
+    """Its values to the last bit, its gradient within one rounding of float32. tests/interop/run_torchao.py writes the file."""
+    theirs = load_file(models.data_dir() / "golden" / "torchao.safetensors")
     weight = theirs["weight"].requires_grad_()
     values = qat.fake_quantize(weight, 4, 32)
     assert torch.equal(values, theirs["values"])

@@ -666,7 +666,86 @@ def comparison_draw_by_draw(loss, other_loss, tokens, draws):
     return change, low, high, low * high > 0 and len(seeds) == 1
 
 
+def fake_in_float64(weight, bits):
+    """Divided by the scale, with a mask on the gradient: w times the mask, and the rest of the value without a gradient."""
+    largest = weight.detach().double().abs().max(dim=1, keepdim=True).values
+    scale = torch.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 0.5)
+    codes = (weight.detach() / scale).round()
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    learns = weight * ((codes >= low) & (codes <= high))
+    return learns + (codes.clip(low, high) * scale - learns).detach()
+
+
+def fake_with_tiny_scales(weight, bits):
+    """A row of zeros gets a tiny scale: its values are 0 and its gradient passes as well."""
+    scale = (weight.abs().amax(1, keepdim=True) * 2 / (2**bits - 1)).clamp(min=1e-9).detach()
+    x = weight * (1 / scale)
+    rounded = x + (x.round() - x).detach()
+    return torch.clamp(rounded, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+def step_by_autograd(weight, step, gradient, bits):
+    """By PyTorch, with the quotient clipped first; and in float64."""
+    s = step.double().requires_grad_()
+    largest = 2 ** (bits - 1) - 1
+    x = (weight.double() / s).clamp(-largest - 1, largest)
+    values = (x + (x.round() - x).detach()) * s
+    (found,) = torch.autograd.grad(values, s, gradient.double())
+    return found / math.sqrt(weight.shape[1] * largest)
+
+
+def wrong_way_far_from_zero(scale, rate):
+    """Below a middle among negative levels: the target is nearer to the lower level, and the pull is up."""
+    return -41.5 * scale - rate * 0.5 * scale, -41.7 * scale
+
+
+def train_by_autograd(weight, x, y, quantize, rate, steps):
+    """A module's parameter holds rounded values for the forward pass, and the float ones are put back before the update."""
+    parameter, losses = torch.nn.Parameter(weight.clone()), []
+    optimizer = torch.optim.SGD([parameter], lr=rate)
+    for _ in range(steps):
+        kept = parameter.detach().clone()
+        parameter.data = quantize(kept)
+        loss = torch.nn.functional.mse_loss(x @ parameter.t(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        parameter.data = kept
+        optimizer.step()
+        losses.append(loss.item())
+    return parameter.detach(), losses
+
+
+def convert_group_by_group(weight, bits, group_size):
+    codes, scale = torch.zeros(weight.shape, dtype=torch.int64), []
+    for row, values in enumerate(weight.double()):
+        for start in range(0, len(values), group_size):
+            group = values[start : start + group_size]
+            scale.append((group.abs().max() / (2 ** (bits - 1) - 0.5)).half())
+            signed = (group / scale[-1].double()).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            codes[row, start : start + group_size] = signed.long() + 2 ** (bits - 1)
+    return codes, torch.stack(scale).view(len(weight), -1)
+
+
+def ternary_by_horner(codes, group_size):
+    digits, packed = codes.flatten().tolist(), []
+    for start in range(0, len(digits), 5):
+        byte = 0
+        for digit in reversed(digits[start : start + 5]):
+            byte = 3 * byte + digit
+        packed.append(byte)
+    return packed, (len(packed) + 2 * len(digits) / group_size) * 8 / len(digits)
+
+
+def worth_by_sorting(rows, bits):
+    of_bits = sorted((row for row in rows if row.get("bits") == bits), key=lambda row: row["perplexity"])
+    ours = next(row for row in of_bits if row["method"] == "qat")
+    best = next(row for row in of_bits if "further" in row and row["group_size"] == ours["group_size"])
+    return best["method"], (ours["perplexity"] - best["perplexity"]) / best["perplexity"]
+
+
 ANSWERS = [
+    ("13.1", fake_in_float64), ("13.1", fake_with_tiny_scales), ("13.2", wrong_way_far_from_zero), ("13.3", step_by_autograd),
+    ("13.4", train_by_autograd), ("13.5", convert_group_by_group), ("13.6", ternary_by_horner), ("13.7", worth_by_sorting),
     ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),
     ("6.4", factor_from_the_far_end), ("6.5", loop_with_shrinking_inverses), ("6.6", hessians_of_inputs),
     ("7.1", blocks_as_autogptq), ("7.2", order_scattered_back), ("7.3", groups_filled_one_by_one), ("7.4", prepared_in_float64),

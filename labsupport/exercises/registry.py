@@ -20,6 +20,7 @@ CHAPTERS = {
     10: "packing_and_checkpoints",
     11: "kernels",
     12: "finetune_merge_requantize",
+    13: "quantization_aware_training",
 }
 
 

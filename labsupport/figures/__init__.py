@@ -16,6 +16,7 @@ from labsupport.figures import (
     outliers,
     roofline,
     saliency,
+    straight_through,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "outliers",
     "roofline",
     "saliency",
+    "straight_through",
 ]

@@ -1,4 +1,4 @@
-"""torchao's fake quantizer on one weight, for the golden file that tests/test_qat.py compares with.
+"""torchao's fake quantizer on one weight, for the golden file that tests/test_qat.py and notebook 13 compare with.
 
     pip install --no-deps --target DIR torchao==0.18.0
     PYTHONPATH=.:DIR python tests/interop/run_torchao.py
@@ -21,5 +21,5 @@ values = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, group_size=32, is_
 factors = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
 (factors * values).sum().backward()
 tensors = {"weight": weight, "values": values, "factors": factors, "gradient": weight.grad}
-path = Path(__file__).resolve().parent / "golden" / "torchao.safetensors"
+path = Path(__file__).resolve().parents[2] / "data" / "golden" / "torchao.safetensors"
 save_file({name: tensor.detach() for name, tensor in tensors.items()}, path, {"torchao": torchao.__version__})
