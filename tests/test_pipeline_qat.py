@@ -149,3 +149,11 @@ def test_models_that_cannot_be_prepared_or_converted_are_named():
     converted = qat.convert(qat.prepare(make("llama"), grid))
     with pytest.raises(ModelError, match="has no fake quantizers to convert"):
         qat.convert(converted)
+
+
+def test_a_state_of_another_grid_is_another_run(tmp_path):
+    model, ids = make("llama"), torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(0))
+    few = training.Schedule(steps=1, batch=1, length=16)
+    training.fit(qat.prepare(models.duplicate(model), qat.Grid(bits=3, group_size=32)), ids, few, tmp_path / "state")
+    with pytest.raises(ValueError, match="holds a run with another kind of layers: choose another file"):
+        training.fit(qat.prepare(model, qat.Grid(bits=4, group_size=32)), ids, few, tmp_path / "state")

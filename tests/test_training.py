@@ -93,7 +93,8 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     refused("schedule", start(), schedule=replace(SCHEDULE, seed=1))
     refused("text", start(), ids=IDS.flip(0))
     refused("start of what learns", start(seed=1))
-    refused("start of what learns", lora.add(models.duplicate(BASE), STORED, rank=3))
+    refused("start of what learns, kind of layers", lora.add(models.duplicate(BASE), STORED, rank=3))
+    refused("kind of layers", lora.add(models.duplicate(BASE), STORED, rank=4, alpha=17.0))
     other = start()
     with torch.no_grad():
         next(iter(lora.adapters(other).values())).stored.packed_codes[0] ^= 1

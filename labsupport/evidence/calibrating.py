@@ -85,17 +85,17 @@ class Rows:
             return torch.randint(models.vocabulary(self.model), (samples, self.length), generator=generator)
         return training.batch_at(self.texts(text, "train").ids, samples, self.length, draw, 0)[:, :-1]
 
+    @torch.no_grad()
     def _generated(self, samples: int, draw: int) -> Tensor:
-        """What the fine-tuned model writes, drawn from its own probabilities."""
-        device, end = next(self.model.parameters()).device, self.model.config.eos_token_id
-        written = []
-        with torch.random.fork_rng():
-            torch.manual_seed(draw)
-            for start in range(0, samples, AT_ONCE):
-                prompt = torch.full((min(AT_ONCE, samples - start), 1), end, device=device)
-                ids = self.model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=self.length - 1,
-                    min_new_tokens=self.length - 1, eos_token_id=-1, pad_token_id=end,
-                )  # fmt: skip
-                written.append(ids.cpu())
+        """What the fine-tuned model writes after an end-of-text token, drawn from its own probabilities as they are."""
+        device, end, written = next(self.model.parameters()).device, self.model.config.eos_token_id, []
+        generator = torch.Generator(device).manual_seed(draw)
+        for start in range(0, samples, AT_ONCE):
+            ids, held = torch.full((min(AT_ONCE, samples - start), 1), end, device=device), None
+            for _ in range(self.length - 1):
+                output = self.model(ids[:, -1:], past_key_values=held, use_cache=True)
+                held = output.past_key_values
+                drawn = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+                ids = torch.cat([ids, drawn], 1)
+            written.append(ids.cpu())
         return torch.cat(written)

@@ -89,6 +89,10 @@ class LoRALinear(nn.Module):
         adapter = F.linear(Narrow.apply(x, self.lora_a), self.lora_b)
         return base + (self.scaling * adapter).to(base.dtype)
 
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={len(self.lora_a)}"
+        return f"{shape}, scaling={self.scaling:g}, base={'float' if self.stored is None else type(self.stored).__name__}"
+
     @property
     def update(self) -> Tensor:
         """What the adapter adds to the weight: (alpha / r) B A, [out_features, in_features]."""

@@ -69,6 +69,9 @@ class QATLinear(nn.Module):
         steps = qat.first_steps(self.weight, grid.bits, grid.group_size) if grid.way == "learned steps" else None
         self.step = None if steps is None else nn.Parameter(steps)
 
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}"
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, WAYS[self.grid.way](self, self.grid).to(x.dtype), self.bias)
 

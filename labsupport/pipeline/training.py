@@ -192,6 +192,7 @@ def _identity(model: nn.Module, ids: Tensor, schedule: Schedule) -> dict[str, An
     return {
         "schedule": asdict(schedule), "text": digest({"ids": ids}),
         "learns": digest(trainable(model)), "frozen": digest(frozen_tensors(model)),
+        "layers": hashlib.sha256(repr(model).encode()).hexdigest(),  # kinds of layers and their settings, as extra_repr gives them
     }  # fmt: skip
 
 
@@ -216,7 +217,6 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _check_same(path: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     found = before.get("run", {})
     if other := [key for key in run if found.get(key) != run[key]]:
-        words = {"schedule": "schedule", "text": "text", "learns": "start of what learns", "frozen": "frozen model"}
-        raise ValueError(
-            f"{path} holds a run with another {', '.join(words[key] for key in other)}: choose another file or delete it"
-        )
+        words = {"learns": "start of what learns", "frozen": "frozen model", "layers": "kind of layers"}
+        named = ", ".join(words.get(key, key) for key in other)
+        raise ValueError(f"{path} holds a run with another {named}: choose another file or delete it")
