@@ -7,8 +7,8 @@ import torch
 from architectures import make
 from torch import nn
 
-from labsupport.model import files, models
-from labsupport.pipeline import lora, training
+from labsupport.model import files, models, peers
+from labsupport.pipeline import lora, qat, training
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import awq, gptq, nf4, rtn
 
@@ -127,6 +127,13 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=f"base lacks {name}"):
         lora.merge(with_adapters, {})
     weights = {name: layer.base_weight() for name, layer in lora.adapters(with_adapters).items()}
+    last = list(weights)[-1]
+    for base, kind in ((stored[last], "UniformTensor"), (stored[last].codes, "torch.uint8")):
+        with pytest.raises(ValueError, match=f"base has {last} packed, as {kind}: an adapter is added to a float weight"):
+            lora.merge(with_adapters, weights | {last: base})
+    assert lora.adapters(with_adapters).keys() == weights.keys()  # nothing was merged
+    with pytest.raises(ValueError, match=rf"stored has {name} of shape \[96, 64\], and the model has it of \[64, 64\]"):
+        lora.add(models.duplicate(model), stored | {name: rtn.quantize(torch.randn(96, 64), 4, 32)})
     with pytest.raises(ValueError, match=r"of shape \[2, 2\], and its adapter is for \[64, 64\]"):
         lora.merge(with_adapters, weights | {name: torch.zeros(2, 2)})
     shared = models.duplicate(model)
@@ -197,3 +204,12 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         lora.load(model, path)
     with pytest.raises(models.ModelError, match="no adapters to save"):
         lora.save(base, path)
+
+
+def test_layers_that_are_packed_already_are_refused():
+    bnb = peers.bitsandbytes()
+    model = make("llama").eval()
+    model.model.layers[1].mlp.up_proj = bnb.nn.Linear4bit(64, 96, bias=False, quant_type="nf4").to("cpu")
+    for work in (lora.add, lambda packed: qat.prepare(packed, qat.Grid(bits=4, group_size=32))):
+        with pytest.raises(models.ModelError, match=r"model\.layers\.1\.mlp\.up_proj keeps its weight packed: "):
+            work(model)

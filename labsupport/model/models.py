@@ -178,6 +178,17 @@ def shared(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def packed(model: nn.Module) -> str | None:
+    """The name of the first linear inside the blocks whose weight is not the plain float matrix of its shape; None without one.
+
+    bitsandbytes' layers, for one, are linears whose weight is a column of bytes.
+    """
+    for name, layer in linears(model).items():
+        if not layer.weight.is_floating_point() or tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+            return name
+    return None
+
+
 def role(name: str) -> str:
     """ "attention" or "mlp": which half of its block a linear belongs to, by its name."""
     return "attention" if "attn" in name or "attention" in name else "mlp"

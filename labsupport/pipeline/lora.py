@@ -134,16 +134,22 @@ def add(
 
     stored: what quantize_model(..., stored=) kept of each linear, by full name, for a base that stays packed; a linear that it does
     not name, and every one without `stored`, keeps its float weight. Raises ValueError for a rank that is not from 1 to the smaller
-    side of every weight, and for a name that is no linear; ModelError where adapters are there already, or a linear is shared.
+    side of every weight, and for what is stored of no linear or of another shape; ModelError where adapters are there already, a
+    linear is shared, or its weight is packed.
     """
     alpha = checks.number(alpha, "alpha", 0)
     if adapters(model):
         raise ModelError("the model has adapters already: merge them, or take a model without")
+    if (name := models.packed(model)) is not None:
+        raise ModelError(f"{name} keeps its weight packed: take the model in float, and pass what is stored of it as `stored`")
     layers = models.linears(model)
     smallest = min(min(layer.weight.shape) for layer in layers.values())
     rank = checks.whole(rank, "rank", 1, smallest, f"a whole number from 1 to {smallest}, the smaller side of the smallest weight")
     if unknown := [name for name in stored or {} if name not in layers]:
         raise ValueError(f"stored names {unknown[0]}, which is no linear of the model's blocks")
+    for name, tensor in (stored or {}).items():
+        if tuple(tensor.shape) != (wanted := tuple(layers[name].weight.shape)):
+            raise ValueError(f"stored has {name} of shape {list(tensor.shape)}, and the model has it of {list(wanted)}")
     if pair := models.shared(model):
         raise ModelError(f"{pair[0]} and {pair[1]} are one weight: an adapter beside it would be two")
     model.requires_grad_(False)
@@ -243,18 +249,23 @@ def merge(model: nn.Module, base: Mapping[str, Tensor] | None = None) -> nn.Modu
 
     base: weights to add to, by the linear's full name: those of the original float model, of which the adapter was *not* trained
     on top. Without it each is added to its own base as it reads back, and the model computes what it computed.
-    Raises ModelError for a model without adapters, ValueError for a base that lacks a weight or has it in another shape.
+    Raises ModelError for a model without adapters, ValueError for a base that lacks a weight, or has it packed or in another shape;
+    the model is then as it was.
     """
     layers = adapters(model)
     if not layers:
         raise ModelError("the model has no adapters to merge")
-    for name, layer in layers.items():
-        if base is not None and name not in base:
+    for name, layer in layers.items() if base is not None else ():  # before anything is changed
+        if name not in base:
             raise ValueError(f"base lacks {name}, which has an adapter")
-        weight = layer.base_weight() if base is None else base[name]
-        if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        if not isinstance(base[name], Tensor) or not base[name].is_floating_point():
+            kind = base[name].dtype if isinstance(base[name], Tensor) else type(base[name]).__name__
+            raise ValueError(f"base has {name} packed, as {kind}: an adapter is added to a float weight, dequantize it first")
+        if tuple(base[name].shape) != (layer.out_features, layer.in_features):
             wanted = [layer.out_features, layer.in_features]
-            raise ValueError(f"base has {name} of shape {list(weight.shape)}, and its adapter is for {wanted}")
+            raise ValueError(f"base has {name} of shape {list(base[name].shape)}, and its adapter is for {wanted}")
+    for name, layer in layers.items():
+        weight = layer.base_weight() if base is None else base[name]
         merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         merged.weight = nn.Parameter((weight.to(layer.lora_a) + layer.update), requires_grad=False)
         merged.bias = layer.bias

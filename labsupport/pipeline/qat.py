@@ -100,6 +100,8 @@ def prepare(model: nn.Module, grid: Grid) -> nn.Module:
     if layers(model):
         raise ModelError("the model has fake quantizers already: convert them, or take a model without")
     models.check_values(model)
+    if (name := models.packed(model)) is not None:
+        raise ModelError(f"{name} keeps its weight packed: only a float weight can learn, take the model in float")
     if pair := models.shared(model):
         raise ModelError(f"{pair[0]} and {pair[1]} are one weight: a fake quantizer in one place would not be in the other")
     linears = models.linears(model)
