@@ -245,7 +245,7 @@ def test_a_calibration_file_that_is_no_text_or_too_short(source, tmp_path, conte
     [
         (
             "missing.txt",
-            "the calibration text 'missing.txt' does not exist: wanted a file, a directory, code, prose, wiki or a dataset",
+            "the calibration text 'missing.txt' does not exist: wanted a file, a directory, code, prose, numpy, wiki or a dataset",
         ),
         ("", "the calibration text '' does not exist"),
         ("someone/dataset", "no text 'someone/dataset': neither a directory nor a dataset that can be read"),

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from labsupport import kernels
 from labsupport.checkpoint import load, quantize
 from labsupport.course import train
-from labsupport.evidence import bench, machine, planner, sweep, timing, training_memory
+from labsupport.evidence import bench, finetuning, machine, planner, retraining, sweep, timing, training_memory
 from labsupport.model import evaluate, models, text
 from labsupport.pipeline import cache, calibrate, fold, lora, training
 from labsupport.pipeline.quantize import quantize_model
@@ -163,9 +163,11 @@ def test_a_sweep(there, ids, stream, name, tmp_path, monkeypatch):
     fits = [row for row in sweep.SWEEPS[name](there) if row.get("group_size") not in (64, 128)]  # some layers have 96 inputs
     rows = [fits[0], fits[-1]] if fits else [{"method": "rtn", "bits": 4, "group_size": 32}]
     monkeypatch.setitem(sweep.SWEEPS, name, lambda model: iter(rows))
-    measured = sweep.run(
-        name, there, stream, tmp_path / "rows.json", "tiny", 2, 64, calibration=lambda domain, count: ids.view(2, 64)
-    )
+    for module in (finetuning, retraining):
+        monkeypatch.setattr(module, "SCHEDULE", training.Schedule(steps=2, batch=2, length=16))
+        monkeypatch.setattr(module, "SAMPLES", 1)
+    given = {"calibration": lambda domain, count: ids.view(2, 64), "texts": lambda domain, split: stream}
+    measured = sweep.run(name, there, stream, tmp_path / "rows.json", "tiny", 2, 64, **given)
     assert len(measured.rows) == len(rows)
     assert (measured.about["device"], measured.about["dtype"]) == ("cuda", "float32")
 
