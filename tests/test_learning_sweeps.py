@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def rows(tiny, tmp_path):
-    return finetuning.Rows(tiny, stream(0), texts, TOKENS, WINDOWS, tmp_path / "states")
+    return finetuning.Rows(finetuning.Given(tiny, stream(0), texts, TOKENS, WINDOWS, tmp_path / "states"))
 
 
 def weights(model) -> dict[str, torch.Tensor]:

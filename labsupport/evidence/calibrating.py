@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labsupport.evidence import finetuning
-from labsupport.evidence.finetuning import DOMAIN, OTHER, OnStep, Texts
+from labsupport.evidence.finetuning import DOMAIN, OTHER, Given
 from labsupport.model import models
-from labsupport.model.text import TokenStream
 from labsupport.pipeline import lora, training
 from labsupport.pipeline.quantize import quantize_model
 
@@ -49,18 +47,9 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
 class Rows:
     """Makes the rows of the sweep "calibration", one after the other."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: TokenStream,
-        texts: Texts,
-        length: int,
-        windows: int | None,
-        folder: Path,
-        on_step: OnStep = lambda step, loss: None,
-    ):
-        learned = finetuning.Rows(model, stream, texts, length, windows, folder, on_step)
-        self.texts, self.length, self.about = texts, length, learned.about
+    def __init__(self, given: Given):
+        learned = finetuning.Rows(given)
+        self.texts, self.length, self.about = given.texts, given.length, learned.about
         self.model = lora.merge(models.duplicate(learned.trained("float", 16, 0)))
         self.evaluations = learned.evaluations
         self.fine_tuned = self.evaluations(self.model)

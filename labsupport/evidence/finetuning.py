@@ -10,7 +10,7 @@ common one for large models, and makes updates that are small beside the distanc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from labsupport.model import models
 from labsupport.model.evaluate import Evaluation, evaluate, paired_bootstrap
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate, lora, training
+from labsupport.pipeline.methods import METHODS
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant import old_grid
 from labsupport.quant.grid import QuantizedTensor
@@ -72,24 +73,26 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield gentle | {"arm": "d", "merged": merged, "stored": method}
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a sweep that trains is given. stream: held-out text, in windows of `length` tokens. folder: for states of training."""
+
+    model: nn.Module
+    stream: TokenStream
+    texts: Texts
+    length: int
+    windows: int | None
+    folder: Path
+    on_step: OnStep = lambda step, loss: None
+
+
 class Rows:
     """Makes the rows of the sweep "lora", one after the other; an adapter is trained once and its state kept in `folder`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: TokenStream,
-        texts: Texts,
-        length: int,
-        windows: int | None,
-        folder: Path,
-        on_step: OnStep = lambda step, loss: None,
-    ):
-        self.model, self.stream, self.texts, self.length, self.windows, self.folder = model, stream, texts, length, windows, folder
-        self.on_step = on_step
-        self.other_windows = None if windows is None else max(1, windows // 2)
-        self.baseline = self.evaluations(model)
-        self.originals = {name: layer.weight.detach() for name, layer in models.linears(model).items()}
+    def __init__(self, given: Given):
+        self.given, self.model = given, given.model
+        self.baseline = self.evaluations(given.model)
+        self.originals = {name: layer.weight.detach() for name, layer in models.linears(given.model).items()}
         self.base = cache(self._base)
         self.trained = cache(self._trained)
 
@@ -109,8 +112,10 @@ class Rows:
         return setting | measured(self.baseline, self.evaluations(model)) | more
 
     def evaluations(self, model: nn.Module) -> tuple[Evaluation, Evaluation]:
-        other = self.texts(OTHER, "heldout")
-        return evaluate(model, self.stream, self.length, self.windows), evaluate(model, other, self.length, self.other_windows)
+        """Of the text that is learned, and of the other, on half as many windows."""
+        given, other = self.given, self.given.texts(OTHER, "heldout")
+        half = None if given.windows is None else max(1, given.windows // 2)
+        return evaluate(model, given.stream, given.length, given.windows), evaluate(model, other, given.length, half)
 
     def _base(self, base: str, bits: int) -> tuple[nn.Module, dict[str, QuantizedTensor]]:
         stored: dict[str, QuantizedTensor] = {}
@@ -125,8 +130,8 @@ class Rows:
         adapted = lora.add(models.duplicate(model), stored, RANK, ALPHA, seed)
         rate = SCHEDULE.learning_rate if rate is None else rate
         schedule = replace(SCHEDULE, seed=seed, learning_rate=rate)
-        state = self.folder / f"{base}-{bits}-{seed}-{rate:g}.safetensors"
-        training.fit(adapted, self.texts(DOMAIN, "train").ids, schedule, state, on_step=self.on_step)
+        state = self.given.folder / f"{base}-{bits}-{seed}-{rate:g}.safetensors"
+        training.fit(adapted, self.given.texts(DOMAIN, "train").ids, schedule, state, on_step=self.given.on_step)
         return adapted
 
     def _model(
@@ -153,8 +158,10 @@ class Rows:
         if arm in ("e", "f"):
             more["moved"] = round_to(model, self.base(base, bits)[1])
         elif stored is not None:
-            text = {} if stored in ("nf4", "rtn") else {"calibration": calibrate.windows(self.texts(DOMAIN, "train"), SAMPLES)}
-            quantize_model(model, stored, in_place=True, **settings_of(self.model, stored, bits), **text)
+            arguments = settings_of(self.model, stored, bits)
+            if METHODS[stored].needs_text:
+                arguments["calibration"] = calibrate.windows(self.given.texts(DOMAIN, "train"), SAMPLES)
+            quantize_model(model, stored, in_place=True, **arguments)
         more["survived"] = survived(model, before, updates)
         return model, more
 

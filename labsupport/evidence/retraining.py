@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from labsupport.evidence.finetuning import OnStep, Texts, settings_of
+from labsupport.evidence.finetuning import Given, settings_of
 from labsupport.model import models
-from labsupport.model.evaluate import evaluate, paired_bootstrap
-from labsupport.model.text import TokenStream
+from labsupport.model.evaluate import Evaluation, evaluate, paired_bootstrap
 from labsupport.pipeline import calibrate, qat, training
+from labsupport.pipeline.methods import METHODS
 from labsupport.pipeline.quantize import quantize_model
 from labsupport.quant.grid import QuantizedTensor
 
@@ -56,19 +55,9 @@ def grid_of(setting: dict[str, Any]) -> qat.Grid:
 class Rows:
     """Makes the rows of the sweep "qat", one after the other; states of training are kept in `folder`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: TokenStream,
-        texts: Texts,
-        length: int,
-        windows: int | None,
-        folder: Path,
-        on_step: OnStep = lambda step, loss: None,
-    ):
-        self.model, self.stream, self.texts, self.length, self.windows, self.folder = model, stream, texts, length, windows, folder
-        self.on_step = on_step
-        self.baseline = evaluate(model, stream, length, windows)
+    def __init__(self, given: Given):
+        self.given, self.model = given, given.model
+        self.baseline = self._evaluation(given.model)
         self.further = cache(self._further)
 
     @property
@@ -82,7 +71,7 @@ class Rows:
     def row(self, setting: dict[str, Any]) -> dict[str, Any]:
         """One row. Raises training.Diverged where a model does not learn."""
         model, nbytes = self._model(setting)
-        result = evaluate(model, self.stream, self.length, self.windows)
+        result = self._evaluation(model)
         change = paired_bootstrap(self.baseline, result)
         weights = sum(layer.weight.numel() for layer in models.linears(model).values())
         return setting | {
@@ -91,10 +80,13 @@ class Rows:
             "loss": [round(nats, 4) for nats in result.loss.tolist()],
         }  # fmt: skip
 
+    def _evaluation(self, model: nn.Module) -> Evaluation:
+        return evaluate(model, self.given.stream, self.given.length, self.given.windows)
+
     def _fit(self, model: nn.Module, name: str, bits: float) -> list[float]:
         schedule = replace(SCHEDULE, learning_rate=RATES[bits])
-        ids = torch.cat([self.texts(domain, "train").ids for domain in ("code", "prose")])
-        return training.fit(model, ids, schedule, self.folder / f"{name}.safetensors", on_step=self.on_step)
+        ids = torch.cat([self.given.texts(domain, "train").ids for domain in ("code", "prose")])
+        return training.fit(model, ids, schedule, self.given.folder / f"{name}.safetensors", on_step=self.given.on_step)
 
     def _further(self) -> nn.Module:
         model = models.duplicate(self.model).requires_grad_(True)
@@ -112,8 +104,8 @@ class Rows:
         model = self.further() if setting.get("further") else self.model
         if setting["method"] == "float":
             return model, 2 * sum(layer.weight.numel() for layer in models.linears(model).values())
-        text = {} if setting["method"] == "rtn" else {"calibration": calibrate.windows(self.texts("code", "train"), SAMPLES)}
-        quantized, report = quantize_model(
-            model, setting["method"], **settings_of(model, setting["method"], setting["bits"]), **text
-        )
+        arguments = settings_of(model, setting["method"], setting["bits"])
+        if METHODS[setting["method"]].needs_text:
+            arguments["calibration"] = calibrate.windows(self.given.texts("code", "train"), SAMPLES)
+        quantized, report = quantize_model(model, setting["method"], **arguments)
         return quantized, report.nbytes

@@ -154,7 +154,7 @@ def run(
     if name in LEARNING:
         if texts is None:
             raise ValueError(f"texts is missing, and the sweep {name!r} trains on them")
-        learning = LEARNING[name](model, stream, texts, length, windows, states, on_step)
+        learning = LEARNING[name](finetuning.Given(model, stream, texts, length, windows, states, on_step))
         about |= learning.about
     rows: list[dict[str, Any]] = []
     if path.exists():
