@@ -78,21 +78,30 @@ def configs(draw, kinds=tuple(FAMILIES)):
         values |= {"sliding_window": draw(st.integers(2, 12))}
     if kind in ("qwen2", "qwen3"):
         layers = draw(st.integers(0, 7))
-        values |= {"sliding_window": draw(st.integers(2, 12)), "use_sliding_window": draw(st.booleans()), "max_window_layers": layers}
+        values |= {
+            "sliding_window": draw(st.integers(2, 12)),
+            "use_sliding_window": draw(st.booleans()),
+            "max_window_layers": layers,
+        }
+    if kind in ("mixtral", "gpt_oss", "qwen3_moe", "deepseek_v2", "deepseek_v3"):  # grouped products want rows of 16 bytes
+        heads = values["num_attention_heads"]
+        values |= {
+            name: 8 * heads * draw(st.integers(1, 3)) for name in ("hidden_size", "intermediate_size", "moe_intermediate_size")
+        }
     if kind in ("mixtral", "gpt_oss"):
         values |= {"num_local_experts": draw(st.integers(2, 5)), "num_experts_per_tok": 2}
     if kind == "qwen3_moe":
         values |= {
-            "num_experts": draw(st.integers(2, 5)), "num_experts_per_tok": 2, "moe_intermediate_size": draw(st.integers(3, 20)),
+            "num_experts": draw(st.integers(2, 5)), "num_experts_per_tok": 2,
             "decoder_sparse_step": draw(st.integers(1, 3)), "mlp_only_layers": draw(st.lists(st.integers(0, 6), max_size=2)),
         }  # fmt: skip
     if kind in ("deepseek_v2", "deepseek_v3"):
         values |= {
-            "num_key_value_heads": values["num_attention_heads"], "kv_lora_rank": draw(st.integers(3, 20)),
+            "num_key_value_heads": values["num_attention_heads"], "kv_lora_rank": 4 * draw(small),
             "q_lora_rank": draw(st.none() | st.integers(3, 20)), "qk_rope_head_dim": 2 * draw(small),
-            "qk_nope_head_dim": draw(st.integers(3, 20)), "v_head_dim": draw(st.integers(3, 20)),
+            "qk_nope_head_dim": 4 * draw(small), "v_head_dim": 4 * draw(small),
             "n_routed_experts": 4 * draw(st.integers(1, 2)), "n_shared_experts": draw(st.integers(1, 3)), "num_experts_per_tok": 2,
-            "moe_intermediate_size": draw(st.integers(3, 20)), "first_k_dense_replace": draw(st.integers(0, 3)), "n_group": 1,
+            "first_k_dense_replace": draw(st.integers(0, 3)), "n_group": 1,
             "topk_group": 1,
         }  # fmt: skip
     if kind == "falcon":
