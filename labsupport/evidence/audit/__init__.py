@@ -39,6 +39,7 @@ class Given:
         """where: begins every error. directory: in place of data/measurements."""
         self.where = where
         self.directory = directory or models.data_dir() / "measurements"
+        self.tested_on = verdict.tested_on
         self._of = {piece.what: piece for piece in verdict.evidence}
         self._read: set[str] = set()
 
@@ -81,6 +82,8 @@ class Given:
         for name, said, found in (("command", piece.command, about.get("command")), ("version", piece.version, version_of(about))):
             if said != found:
                 raise ClaimError(f"{self.where} was settled from {file} of {name} {said!r}, and the file is of {found!r}")
+        if (device := device_of(about)) not in self.tested_on:
+            raise ClaimError(f"{self.where} names {file}, of a {device}, and was tested on: {self.tested_on}")
         return about, rows
 
 
@@ -105,6 +108,15 @@ def version_of(about: Mapping[str, Any]) -> str:
     torch = about.get("torch") or about.get("versions", {}).get("torch")
     model = f", {about['model']} {about['model_sha256'][:8]}" if "model_sha256" in about else ""
     return f"{about.get('date')}, torch {torch}{model}"
+
+
+def device_of(about: Mapping[str, Any]) -> str:
+    """ "CPU", or what a GPU is called for short: "H100"."""
+    if about.get("device") == "cpu":
+        return "CPU"
+    name = str(about.get("name") or about.get("processor"))
+    short = re.search(r"[A-Z]+\d+\w*", name)
+    return short[0] if short else name
 
 
 def all_or_some(flags: Iterable[bool]) -> bool | None:
@@ -162,9 +174,8 @@ def check(number: int, model: str | None, where: str, kept: Verdict, directory: 
         raise ClaimError(f"{where} {found.verdict} by its evidence, and data/claims.yaml says it {kept.verdict}")
     if list(found.figures) != list(kept.figures):
         raise ClaimError(f"{where} has other figures in data/claims.yaml than its audit: run `labs claims --write`")
-    exact = set(kept.kinds) <= {"arithmetic", "citation"}
     for label, figure in found.figures.items():
-        if not same(kept.figures[label], figure, exact):
+        if not same(kept.figures[label], figure, kept.exact):
             raise ClaimError(f"{where}, {label}: {figure} by its evidence, and data/claims.yaml says {kept.figures[label]}")
 
 

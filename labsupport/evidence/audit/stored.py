@@ -105,7 +105,9 @@ def _against_awq(given: Given, bits: int) -> dict[str, Interval]:
     for name, factor in PLANTED.items():
         reference = awq.find(method="awq", bits=4, group_size=128, planted=factor, **BARE)
         for order, setting in ORDERS.items():
-            row = gptq.find(**absent | {"method": "gptq", "bits": bits, "group_size": 128, "planted": factor, "samples": 64} | setting)
+            row = gptq.find(
+                **absent | {"method": "gptq", "bits": bits, "group_size": 128, "planted": factor, "samples": 64} | setting
+            )
             found[f"{name}, {order}"] = awq.paired(reference, row)
     return found
 
@@ -167,8 +169,8 @@ def awq_beats_gptq(given: Given) -> Finding:
             gptq["act-order"] = ordered.find(method="gptq", samples=64, token_weights=None, **at, **IN_ORDER)
             to_awq |= {f"{name}, {bits} bits, {order}": rows.paired(row, awq) for order, row in gptq.items()}
     said = given.says("AWQ, arXiv:2306.00978")
-    published = {f"published, Llama-2-7B, {bits} bits": f"{100 * (said[f'AWQ, {bits} bits'] / said[f'GPTQ, {bits} bits'] - 1):+.2f} %"
-                 for bits in (4, 3)}  # fmt: skip
+    ratios = {bits: said[f"AWQ, {bits} bits"] / said[f"GPTQ, {bits} bits"] for bits in (4, 3)}
+    published = {f"published, Llama-2-7B, {bits} bits": f"{100 * (ratio - 1):+.2f} %" for bits, ratio in ratios.items()}
     return Finding(all_or_some(change.high < 0 for change in to_awq.values()), texts(to_awq) | published)
 
 
@@ -195,7 +197,9 @@ def eight_bits(given: Given) -> Finding:
     shares = {name: _share_in_int8(shape) for name, shape in shapes.items()}
     flags = [change.high < 0.005 for change in tried.values()], [abs(share - 0.5) < 0.05 for share in shares.values()]
     holds = True if all(map(all, flags)) else None if all(map(any, flags)) else False
-    return Finding(holds, texts(tried) | {f"bytes of {name}, of those in 16 bits": f"{100 * s:.1f} %" for name, s in shares.items()})
+    return Finding(
+        holds, texts(tried) | {f"bytes of {name}, of those in 16 bits": f"{100 * s:.1f} %" for name, s in shares.items()}
+    )
 
 
 def _share_in_int8(shape: planner.Shape) -> float:
@@ -260,7 +264,9 @@ def merge_then_quantize(given: Given) -> Finding:
             arm = {"arm": "g", "base": "float", "bits": bits, "stored": method}
             gained[f"{bits} bits, in float, then {method}"] = _over_seeds(rows, beside, arm)
     figures = {at: f"{change}{'' if real else ', not real'}" for at, (change, real) in gained.items()}
-    reaches, cannot = ([test(change) for change, _ in gained.values()] for test in (lambda c: c.high <= -0.05, lambda c: c.low > -0.05))
+    reaches, cannot = (
+        [test(change) for change, _ in gained.values()] for test in (lambda c: c.high <= -0.05, lambda c: c.low > -0.05)
+    )
     return Finding(True if all(reaches) else False if all(cannot) else None, figures)
 
 
