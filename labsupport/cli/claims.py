@@ -29,6 +29,7 @@ def print_claims(
         raise typer.BadParameter("it goes alone: all claims are written together", param_hint="--write")
 
     from labsupport.evidence import claims
+    from labsupport.model import files, models
 
     try:
         found = claims.claims()
@@ -42,7 +43,7 @@ def print_claims(
             _table(list(found.values()))
         else:
             _whole(found[number])
-    except (claims.ClaimError, OSError) as error:
+    except (claims.ClaimError, models.ModelError, files.WriteError) as error:
         fail("claims", error)
 
 
@@ -86,7 +87,7 @@ def _check(chosen: list[Claim]) -> None:
         for model, where, kept in audit.verdicts(claim):
             audit.check(claim.number, model, where, kept)
             count += kept.verdict != claims.OPEN
-    if len(chosen) > 1 and page.path().read_text("utf-8") != page.markdown(claims.claims()):
+    if len(chosen) > 1 and (not page.path().is_file() or page.path().read_text("utf-8") != page.markdown(claims.claims())):
         raise claims.ClaimError("data/claims.md is not what data/claims.yaml makes: run `labs claims --write`")
     still_open = sum(claim.verdict == claims.OPEN for claim in chosen)
     echo(f"{count} verdict{'s' * (count != 1)} with all figures as the evidence gives them; {still_open} open.")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labsupport.evidence import bench, claims, measurements, sweep
+from labsupport.evidence import claims, measurements, sweep
 from labsupport.evidence.claims import OPEN, VERDICTS, Claim, ClaimError, Evidence, Holds, Verdict
+from labsupport.evidence.timing import Product
 from labsupport.model import models
 from labsupport.model.evaluate import Interval
 
@@ -50,7 +51,7 @@ class Given:
     def products(self, file: str) -> tuple[Mapping[str, Any], dict[tuple[str, int], float]]:
         """Of rows of `labs bench`: about the machine, and the seconds of a 4096 x 4096 product by kernel and batch."""
         about, rows = self._file(file)
-        products = [bench.Product(**row) for row in rows]
+        products = [Product(**row) for row in rows]
         square = [p for p in products if (p.out_features, p.in_features) == (4096, 4096)]
         read = {p.kernel: p.read for p in square}
         return about | {"read": read}, {(p.kernel, p.batch): p.seconds for p in square}

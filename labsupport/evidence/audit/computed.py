@@ -115,7 +115,7 @@ def protects_one_percent(given: Given) -> Finding:
         return paired_bootstrap(baseline, evaluate(copy, text, windows=8)).change
 
     def loudest_only(name: str, found: awq.Search) -> torch.Tensor:
-        scale, chosen = torch.full_like(found.scale, found.scale.median()), top(loudness[name])
+        scale, chosen = torch.full_like(found.scale, found.scale.median().item()), top(loudness[name])
         scale[chosen] = found.scale[chosen]
         return scale
 
@@ -189,7 +189,7 @@ def multiply_in_higher_precision(given: Given) -> Finding:
     def off(found: torch.Tensor, truth: torch.Tensor) -> float:
         return ((found.double() - truth).norm() / truth.norm()).item()
 
-    backends = {"labsupport": "twin", "PyTorch's int4": "cpu"}
+    backends: dict[str, kernels.Backend] = {"labsupport": "twin", "PyTorch's int4": "cpu"}
     errors = {name: off(kernels.matmul(x, kernels.prepare(stored, torch.bfloat16, kind)), exact) for name, kind in backends.items()}
     dense, rounding = off(x @ weight.bfloat16().T, in_float), off(exact, in_float)
     figures = {f"error of the product, {name}": f"{error:.1e}" for name, error in errors.items()}

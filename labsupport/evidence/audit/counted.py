@@ -128,7 +128,7 @@ def layout_of_gptq(given: Given) -> Finding:
     quantized = rtn.quantize(torch.randn(64, 128, generator=g), 4, 128)
     theirs, ours = packing.write_gptq(quantized), packing.write_awq(quantized)
     same = {name: theirs[name].shape == ours[name].shape and torch.equal(theirs[name], ours[name]) for name in ours}
-    first = [state["qzeros"].flatten()[0].item() & 15 for state in (theirs, ours)]
+    first = [int(state["qzeros"].flatten()[0]) & 15 for state in (theirs, ours)]
     kernels = given.says("vLLM, pull request 6612")
     figures = {
         "equal of the same codes": ", ".join(name for name, equal in same.items() if equal),

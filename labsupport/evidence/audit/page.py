@@ -68,7 +68,7 @@ def write(yaml_path: Path | None = None, on_claim: Callable[[int], None] = lambd
 
     place = yaml_path or claims.default_path()
     kept, text = claims.read(place), place.read_text("utf-8")
-    rows, changed = yaml.safe_load(text), []
+    rows, changed = yaml.safe_load(text), list[str]()
     for row in rows:
         for model, where, verdict in audit.verdicts(kept[row["number"]]):
             if verdict.verdict != OPEN:
