@@ -202,7 +202,7 @@ SERVED = Exercise(
     }),
     others=(
         Mutant(lambda *given: _served(*given) / 1e9, "in bytes"),
-        Mutant(lambda *given: _served(*given[:5], given[5] + 1, *given[6:]), "in bytes"),
+        Mutant(lambda weights, *given: _served(weights + 1000, *given), "in bytes"),
     ),
 )  # fmt: skip
 
