@@ -14,10 +14,12 @@ from labsupport.figures import (
     listening,
     merging,
     outliers,
+    planning,
     roofline,
     saliency,
     straight_through,
 )
+from labsupport.figures import tables as tables  # no figures
 
 __all__ = [
     "cache",
@@ -33,6 +35,7 @@ __all__ = [
     "listening",
     "merging",
     "outliers",
+    "planning",
     "roofline",
     "saliency",
     "straight_through",
