@@ -46,8 +46,8 @@ class Recipe:
         **choices: Any,
     ) -> Recipe:
         """bits: None for 4, or for the only number there is. group_size: None for the only one that the layout has, or one that is
-        chosen for the model; -1 for a grid for each whole row. layout: None for the method's own. Where a layout has symmetric grids
-        alone, they are the default.
+        chosen for the model; -1 for a grid for each whole row. layout: None for the method's own. Where a layout has symmetric
+        grids alone, they are the default.
 
         Raises CheckpointError for what does not go together.
         """
