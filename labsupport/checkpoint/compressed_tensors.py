@@ -140,12 +140,17 @@ def settings_of(quantization: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         wanted = "channel" if layout == INT8 else "channel, or group and a positive whole number"
         raise ValueError(f"strategy is {strategy!r} and group_size {size!r}, wanted {wanted}")
     tokens = group.get("input_activations")
-    by_token = isinstance(tokens, dict) and (tokens.get("num_bits"), tokens.get("strategy"), tokens.get("dynamic")) == (
-        8,
-        "token",
-        True,
-    )
-    if by_token != (layout == INT8) or (tokens is not None and not by_token) or (by_token and not tokens.get("symmetric", True)):
+    if not _wanted_activations(layout, tokens):
         wanted = "8 bits, symmetric, dynamic, by token" if layout == INT8 else "none"
         raise ValueError(f"input_activations is {tokens!r}, wanted {wanted}")
     return layout, {"bits": bits, "group_size": size, "symmetric": symmetric}
+
+
+def _wanted_activations(layout: str, tokens: object) -> bool:
+    """Whether what a config says of activations is what the layout has."""
+    if layout != INT8:
+        return tokens is None
+    if not isinstance(tokens, dict):
+        return False
+    kept = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True, "type": "int"}
+    return {"symmetric": True, "type": "int", **tokens}.items() >= kept.items()

@@ -168,12 +168,12 @@ def _add_tokenizer(writer: GGUFWriter, source: Path, config: Mapping[str, Any]) 
     from labsupport.checkpoint.tokenizers import read_tokenizer
 
     loaded = read_tokenizer(source)
-    for kind, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
+    for role, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
                       ("unk", writer.add_unk_token_id)):  # fmt: skip
-        number = getattr(loaded, f"{kind}_token_id")
-        number = config.get(f"{kind}_token_id") if number is None else number
-        if isinstance(number, int):
-            add(number)
+        token = getattr(loaded, f"{role}_token_id")
+        token = config.get(f"{role}_token_id") if token is None else token
+        if isinstance(token, int):
+            add(token)
     first = loaded("")["input_ids"]
     writer.add_add_bos_token(first[:1] == [loaded.bos_token_id])
     writer.add_add_eos_token(False)

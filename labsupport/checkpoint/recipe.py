@@ -111,7 +111,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What goes to the method."""
-        values = {"bits": self.bits, self.storage.group_setting: self.group_size, **self.choices}
+        size = {} if self.storage.group_setting is None else {self.storage.group_setting: self.group_size}
+        values = {"bits": self.bits, **size, **self.choices}
         return {name: value for name, value in values.items() if name in self.method.settings}
 
     def about(self) -> dict[str, Any]:
