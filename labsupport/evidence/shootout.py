@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import labsupport
+from labsupport import __version__
 from labsupport.evidence.tasks import Tasks
 from labsupport.model import models, opened
 from labsupport.model.comparison import Comparison, Reference
@@ -302,5 +302,5 @@ def versions() -> dict[str, str]:
 
     return {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "labsupport": labsupport.__version__,
+        "labsupport": __version__,
     }  # fmt: skip
