@@ -279,7 +279,10 @@ def test_greedy_is_what_transformers_generates(tiny):
 
 
 def test_headers_are_first_lines_of_functions():
-    content = "class A:\n    def f(self, a={1: 2}):\n        def g(): return 1\n    async def h(): pass\n\ndef k(\n    x,\n) -> dict:\n    ...\n"
+    content = (
+        "class A:\n    def f(self, a={1: 2}):\n        def g(): return 1\n    async def h(): pass\n\n"
+        "def k(\n    x,\n) -> dict:\n    ...\n"
+    )
     source = tasks.Source(content, [], [], True)
     assert [content[begin:end] for begin, end in source.headers()] == [
         "    def f(self, a={1: 2}):",
@@ -343,7 +346,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", ["as measured", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])])
+@pytest.mark.parametrize("case", CASES)
 def test_intervals_cover_the_truth_as_often_as_they_say(case):
     tokens = torch.tensor(sweep.load("qat").about["tokens"], dtype=torch.float64)
     tokens = tokens[tokens > 0]

@@ -140,7 +140,7 @@ def test_metrics_are_paired_by_document_within_a_file_and_across_two(measured):
     ("content", "message"),
     [
         ("{", "is neither JSON nor YAML"),
-        ("{}", "holds {}, wanted a list of settings"),
+        ("{}", "holds dict, wanted a list of settings"),
         ("[]", "wanted a list of settings"),
         ("- rtn", "a configuration is 'rtn', wanted a mapping with a method"),
         ("- {method: magic}", "method is 'magic', wanted one of rtn, nf4"),
@@ -220,11 +220,6 @@ def alone(job, own_settings, tmp_path_factory):
 
 def without_times(rows):
     return [{key: value for key, value in row.items() if key not in ("seconds", "quantizing")} for row in rows]
-
-
-@pytest.fixture
-def fewer_samples(monkeypatch):
-    """Windows of calibration text have 512 tokens, as in every sweep; one is enough here."""
 
 
 @pytest.mark.slow
@@ -314,3 +309,30 @@ def nullcontext_with(context, **methods):
         setattr(context, name, method)
     context.__class__ = type("Client", (type(context),), {"__enter__": lambda self: self})
     return context
+
+
+# Rows that are shipped.
+
+
+def test_shipped_rows_are_enough_and_say_what_they_are_of():
+    course = sweep.load("shootout")
+    assert len(course.rows) >= 60
+    assert sum(row["seconds"] for row in course.rows) < 2 * 30 * 60  # of one core: half an hour on two
+    for row in course.rows:
+        assert {"nbytes", "kl_p999", "identifiers", "copies", "parses", "versions"} <= set(row)
+        for metric in shootout.METRICS:
+            sums, counts = shootout.by_document(course.about, row, metric)
+            if metric != "loss":
+                assert sums.sum() / counts.sum() == pytest.approx(row[metric], abs=1e-5)
+    whole = course.find(planted=None, method="float", embedding=None)
+    worst = course.find(planted=None, method="rtn", bits=2, group_size="row")
+    assert course.difference(whole, worst, "identifiers").high < 0
+    assert course.paired(whole, worst).change == pytest.approx(worst["change"], abs=1e-5)
+
+
+def test_shipped_rows_pair_with_those_of_learning_on_the_grid():
+    course, learned = sweep.load("shootout"), sweep.load("qat")
+    setting = {"method": "rtn", "bits": 4, "group_size": 128}
+    here = course.find(planted=None, symmetric=None, embedding=None, **setting)
+    there = learned.find(further=None, **setting)
+    assert course.paired(here, there, learned).change == pytest.approx(0, abs=1e-5)  # of losses kept to 1e-4 nats a document
