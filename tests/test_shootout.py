@@ -130,6 +130,10 @@ def test_metrics_are_paired_by_document_within_a_file_and_across_two(measured):
     assert files[0].paired(one, rounded, files[1]) == measured.paired(whole, rounded)
     with pytest.raises(ValueError, match="metric is 'copies', wanted one of loss, kl_mean, agreement, identifiers, parses"):
         files[0].difference(one, two, "copies")
+    larger = sweep.Measurements(about | {"model_sha256": "larger"}, [two])
+    assert files[0].difference(one, two, "identifiers", larger).change == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="kl_mean is against the float model of each file, and these are two"):
+        files[0].difference(one, two, "kl_mean", larger)
     other = sweep.Measurements(about | {"text_sha256": "another"}, [two])
     for compare in (lambda: files[0].difference(one, two, "agreement", other), lambda: files[0].paired(one, two, other)):
         with pytest.raises(ValueError, match="so they cannot be paired"):
@@ -336,3 +340,18 @@ def test_shipped_rows_pair_with_those_of_learning_on_the_grid():
     here = course.find(planted=None, symmetric=None, embedding=None, **setting)
     there = learned.find(further=None, **setting)
     assert course.paired(here, there, learned).change == pytest.approx(0, abs=1e-5)  # of losses kept to 1e-4 nats a document
+
+
+def test_both_course_models_are_paired_document_by_document():
+    large, small = sweep.load("shootout"), sweep.load("shootout", "course-model-small")
+    whole = [measured.find(planted=None, method="float", embedding=None) for measured in (large, small)]
+    found = large.paired(*whole, small)
+    assert found.low < found.change < found.high
+    assert found.change == pytest.approx(small.baseline / large.baseline - 1, abs=1e-5)
+    assert large.difference(*whole, "identifiers", small).change == pytest.approx(
+        whole[1]["identifiers"] - whole[0]["identifiers"], abs=1e-9
+    )
+    assert {small.about[key] == large.about[key] for key in ("text_sha256", "tokens", "items", "windows")} == {True}
+    # At equal bytes: the large model in 4 bits with a rounded embedding takes what the small one takes in float.
+    near = large.find(planted=None, method="rtn", bits=4, embedding=4)
+    assert near["nbytes"] == pytest.approx(whole[1]["nbytes"], rel=0.01)
