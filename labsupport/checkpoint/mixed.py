@@ -1,7 +1,7 @@
 """The course's own layout, "labs": every matrix with bits and groups of its own, the embedding as well.
 
-Loaders of the field know one number of bits for a whole model, and leave the embedding in float. Here a matrix NAME.weight is either
-stored as it is, in float16, or as
+Loaders of the field know one number of bits for a whole model, and leave the embedding in float. Here a matrix NAME.weight is
+either stored as it is, in float16, or as
 
     NAME.codes   uint8, the stream of all codes row by row, lowest bit first (`grid.pack_bits`): 1 to 8 bits each
     NAME.scales  float16 [out_features, groups]; groups are neighbors along in_features

@@ -106,9 +106,7 @@ def _accepts(given: dict, got: dict, want: dict):
 
 def _why_not(given: dict, got: dict, want: dict) -> str | None:
     if over := _over(given, got, want):
-        return "{name}: it takes {spent} bytes, {over} more than the budget. Codes, scales and zero-points of every matrix".format(
-            **over
-        )
+        return "{name}: it takes {spent} bytes, {over} more than the budget".format(**over)
     missing = _missing_loss(given, got, want)
     if missing is None:
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ SCHEDULE = training.Schedule(steps=200, batch=2, length=512, warmup=20)
 # By the bits that most matrices have: the fewer levels, the further a weight must go. As in data/measurements/qat.json.
 RATES = {4: 5e-5, 3: 2e-4, 2: 1e-3}
 # Bytes of a submission that are in no matrix: norms, the file's header with the names of all tensors, config.json.
-BESIDE = 28_000
+BESIDE = 22_500
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Given:
     ids: Tensor
     folder: Path
     on_step: Callable[[int, float], None] = lambda step, loss: None
+
+    @cached_property
+    def information(self) -> dict[str, Tensor]:
+        """See `fisher`."""
+        return fisher(self.model, self.calibration)
 
 
 def given(folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None) -> Given:
@@ -97,11 +103,11 @@ def losses(model: nn.Module, information: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def allocation(model: nn.Module, ids: Tensor, budget: int) -> dict[str, Choice]:
+def allocation(given: Given, budget: int) -> dict[str, Choice]:
     """Bits and group size of each matrix, so that all of them take at most `budget` bytes. Raises ValueError where nothing fits."""
-    found = matrices(model)
+    found = matrices(given.model)
     shapes = torch.tensor([list(module.weight.shape) for module in found.values()])
-    chosen = budgets.allocate(losses(model, fisher(model, ids)), shapes, torch.tensor(CHOICES), budget)
+    chosen = budgets.allocate(losses(given.model, given.information), shapes, torch.tensor(CHOICES), budget)
     return {name: Choice(*CHOICES[place]) for name, place in zip(found, chosen.tolist(), strict=True)}
 
 
@@ -151,5 +157,5 @@ def trained(given: Given, choices: Mapping[str, Choice], state: str) -> tuple[nn
 
 def answer(given: Given, budget: int, train: bool) -> tuple[nn.Module, dict[str, QuantizedTensor]]:
     """The reference answer for a submission of `budget` bytes: its model, and what is stored of it."""
-    choices = allocation(given.model, given.calibration, budget - BESIDE)
+    choices = allocation(given, budget - BESIDE)
     return trained(given, choices, f"mixed-{budget}") if train else by_gptq(given, choices)

@@ -185,6 +185,8 @@ def _places(evaluation: Evaluation, budget: str | None) -> tuple[list[Place], st
     """Among the baselines of a budget; and a remark where there is nothing to compare with."""
     if budget is None:
         return [], ""
+    if not rows_path().is_file():
+        return [], "no places: no baselines have been measured. labs capstone --baselines does"
     about, rows = measurements.read(rows_path())
     if about["text_sha256"] != evaluation.sha256 or about["tokens"] != evaluation.tokens.tolist():
         return [], (

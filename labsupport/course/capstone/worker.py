@@ -49,8 +49,8 @@ def read(directory: Path) -> tuple[nn.Module, str, dict[str, int]]:
 
     Raises Refused for what is not the whole course model, and CheckpointError for files that cannot be read.
     """
-    model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    course = Weights(models.course_model_dir())
+    shapes = {name: tuple(course.shape(name)) for name in course}
     settings = read_json(directory / "config.json").get("quantization_config")
     weights = Weights(directory, any_name=True)
     method = None if settings is None else settings.get("quant_method")
@@ -66,6 +66,7 @@ def read(directory: Path) -> tuple[nn.Module, str, dict[str, int]]:
         values = mixed.parameters_of(loaded)
         if foreign := sorted(values.keys() - shapes.keys()):
             raise Refused(f"{foreign[0]} is a matrix of its own: the course model's head is its embedding")
+    model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])
