@@ -80,7 +80,7 @@ def _totals(case: tuple, choice: torch.Tensor) -> tuple[float, int]:
     """Loss and bytes of an allocation."""
     loss, shapes, options, _ = case
     nbytes = budgets.stored_bytes(shapes, options)
-    return tuple(table.gather(1, choice[:, None]).sum().item() for table in (loss.double(), nbytes))
+    return loss.double().gather(1, choice[:, None]).sum().item(), int(nbytes.gather(1, choice[:, None]).sum())
 
 
 def _over(given: dict, got: dict, want: dict) -> dict | None:
