@@ -102,6 +102,22 @@ def test_planted_outliers_do_not_change_the_float_model(tiny, stream, tmp_path):
     assert abs(row["change"]) < 1e-4
 
 
+def test_only_missing_rows_are_measured_and_a_file_of_other_items_is_refused(tmp_path):
+    path, wanted, asked = tmp_path / "rows.json", [{"bits": bits} for bits in (4, 3, 2)], []
+
+    def measure(missing):
+        asked.append(list(missing))
+        return ({**setting, "seconds": float(len(asked))} for setting in reversed(missing))
+
+    about = {"items": {"copies": [1]}}
+    sweep.collect(path, about, [wanted[1]], measure)
+    measured = sweep.collect(path, about, wanted, measure)
+    assert asked == [[wanted[1]], [wanted[0], wanted[2]]]
+    assert [(row["bits"], row["seconds"]) for row in measured.rows] == [(4, 2.0), (3, 1.0), (2, 2.0)]
+    with pytest.raises(ValueError, match="rows measured with another items"):
+        sweep.collect(path, {"items": {"copies": [2]}}, wanted, measure)
+
+
 def test_items_are_packed_into_digits():
     items = [True, False, False, True, True, False]
     assert shootout.pack(items) == "98"
