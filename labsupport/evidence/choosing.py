@@ -1,4 +1,4 @@
-"""Which method for this model on this card: the first rule of data/planner/rules.yaml that fits, its reason, and the evidence for it."""
+"""Which method for this model on this card: the first rule of data/planner/rules.yaml that fits, its reason, and its evidence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from labsupport.evidence.shapes import Shape
 from labsupport.evidence.tables import QUALITIES, TASKS, Card, Format, Rule
 from labsupport.model import models
 
+RANK = 16  # of the adapters that fine-tuning is planned with
+ASSUMPTIONS = (
+    "A GB is 10**9 bytes, for cards too; most have up to 7 % more.",
+    f"Adapters of rank {RANK} beside every linear of the blocks, AdamW with paged states of 8 bits; of a block its input alone is "
+    "kept, and its backward pass computes the rest again. The base is NF4 with double quantization, the rest bf16.",
+    "Temporary is an estimate of what else is held at the busiest moment: labsupport/evidence/training_memory.py.",
+)
 SHOOTOUT = "shootout"  # the sweep in which every method stands; its rows come before those of a method's own sweep
 
 
@@ -119,7 +126,7 @@ def _planned(shape: Shape, card: Card, form: Format, context: int, users: int, t
     return finetuning(shape, card, form, context, users)
 
 
-def finetuning(shape: Shape, card: Card, form: Format, context: int, batch: int = 1, rank: int = 16) -> Finetuning:
+def finetuning(shape: Shape, card: Card, form: Format, context: int, batch: int = 1, rank: int = RANK) -> Finetuning:
     """Bytes of a step of QLoRA with checkpointing and a paged optimizer in 8 bits, on `batch` windows of `context` tokens.
 
     Raises ValueError for a model whose blocks are not those of a Llama, as training_memory counts no other.
@@ -127,7 +134,9 @@ def finetuning(shape: Shape, card: Card, form: Format, context: int, batch: int 
     from labsupport.evidence import training_memory
 
     if not shape.is_llama:
-        raise ValueError(f"{shape.name} has other blocks than a Llama, and the bytes of a training step are counted for Llamas alone")
+        raise ValueError(
+            f"{shape.name} has other blocks than a Llama, and the bytes of a training step are counted for Llamas alone"
+        )
     step = training_memory.Step("qlora", batch, context, rank, optimizer="adamw-8bit", paged=True, checkpointing=True)
     parts = {**training_memory.totals(training_memory.count(shape, step)), "reserve": card.reserve * card.memory}
     return Finetuning(shape, card, form, context, batch, MappingProxyType(parts))
@@ -142,7 +151,8 @@ def _what_would_fit(
         return f"no rule is about {task} on {card.name} ({card.family}); there are rules for {', '.join(known)}"
     name, least = min(tried, key=lambda each: each[1])
     who = f"{users} user{'s' * (users > 1)}" if task == "serve" else f"a batch of {users}"
-    said = f"{shape.name} does not fit {card.name}: {name} with {who}, {context:,} tokens each, takes {least / 1e9:,.1f} of {card.memory / 1e9:,.0f} GB"
+    takes = f"{name} with {who} of {context:,} tokens takes {least / 1e9:,.1f} of {card.memory / 1e9:,.0f} GB"
+    said = f"{shape.name} does not fit {card.name}: {takes}"
     fits = list(_fitting(shape, card, context, users, quality, task, cache, name))
     return f"{said}. What would fit: {'; '.join(fits) if fits else 'nothing on one card of the table'}"
 
@@ -160,7 +170,9 @@ def _fitting(
         if cache == "bf16" and planner.plan(shape, card, form, context, users, "fp8").fits:
             yield "an fp8 cache"
         for lower in QUALITIES[QUALITIES.index(quality) + 1 :]:
-            smaller = next((f for f in _formats(shape, card, lower) if planner.plan(shape, card, f, context, users, cache).fits), None)
+            smaller = next(
+                (f for f in _formats(shape, card, lower) if planner.plan(shape, card, f, context, users, cache).fits), None
+            )
             if smaller:
                 yield f"{smaller.name}, where the quality may be {lower}"
                 break
@@ -179,14 +191,15 @@ def _said(evidence: Mapping[str, Any]) -> str:
     if "cite" in evidence:
         return str(evidence["cite"])
     claim = claims.claims()[evidence["claim"]]
-    return f"claim {claim.number}, which {'is open' if claim.verdict == 'open' else claim.verdict}: {claim.claim}"
+    return f"claim {claim.number} ({claim.verdict}): {claim.claim}"
 
 
 @cache
 def measured(form: Format) -> tuple[Measured, ...]:
     """What the course measured of a format's quality, for each model and method; empty where it has no such method.
 
-    Rows of the shootout come before those of a method's own sweep. Raises ValueError where formats.yaml names rows that are not there.
+    Rows of the shootout come before those of a method's own sweep. Raises ValueError where formats.yaml names rows that are not
+    there.
     """
     return tuple(_measured(**each) for each in form.measured)
 

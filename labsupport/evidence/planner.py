@@ -6,7 +6,7 @@ assumptions that ASSUMPTIONS says. The sizes of models come from shapes.py and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -17,13 +17,15 @@ from labsupport.evidence.tables import Card, Format
 
 __all__ = [
     "ASSUMPTIONS", "CACHES", "GB", "GIB", "LLAMA_7B", "LLAMA_34B", "LLAMA_70B", "PARTS", "SHAPES", "Plan", "Shape", "cache_bytes",
-    "model_bytes", "plan", "read_bytes", "shape_of", "step_bytes", "stored_bytes", "weight_bytes",
+    "group_size", "model_bytes", "plan", "read_bytes", "shape_of", "step_bytes", "stored_bytes", "weight_bytes",
 ]  # fmt: skip
 
 GB, GIB = 10**9, 2**30
 SCALE_BITS = 16
 CHUNK = 2048  # tokens of prompts that a server computes at once: vLLM's max_num_batched_tokens for small cards
 CACHES: Mapping[str, float] = MappingProxyType({"bf16": 16, "fp8": 8})  # bits of a number in the cache
+# What llama.cpp stores a row in that is no multiple of 256 (src/llama-quant.cpp): Q3_K, Q4_K, Q6_K become IQ4_NL, Q5_0, Q8_0.
+FALLBACK: Mapping[float, float] = MappingProxyType({3.4375: 4.5, 4.5: 5.5, 6.5625: 8.5})
 PARTS = ("linears", "embedding and head", "KV cache", "activations", "reserve")
 ASSUMPTIONS = (
     "A GB is 10**9 bytes, for cards too; most have up to 7 % more.",
@@ -61,11 +63,25 @@ def step_bytes(shape: Shape, bits: int, group_size: int = 128) -> float:
 
 def weight_bytes(shape: Shape, form: Format) -> dict[str, float]:
     """Stored bytes of "linears", and of "embedding and head", with which norms, biases and routers are counted, in 16 bits."""
-    tables_bits = shape.embedding_parameters * (form.head if shape.tied else form.embedding + form.head)
+    head, embedding = (_bits(form, bits, shape.hidden) for bits in (form.head, form.embedding))
+    bits = shape.embedding_parameters * (head if shape.tied else embedding + head)
     return {
         "linears": sum(_linear_bytes(shape, form).values()),
-        "embedding and head": (tables_bits + 16 * shape.small_parameters) / 8,
+        "embedding and head": (bits + 16 * shape.small_parameters) / 8,
     }
+
+
+def group_size(shape: Shape, form: Format) -> int | str | None:
+    """The format's groups, halved until they divide the inputs of every linear, as `labs quantize` does."""
+    group = form.group
+    while isinstance(group, int) and group > 1 and any(each.columns % group for each in shape.linears):
+        group //= 2
+    return group
+
+
+def _bits(form: Format, bits: float, columns: int) -> float:
+    """Of a weight in a row of so many columns."""
+    return FALLBACK.get(bits, bits) if form.block and columns % form.block else bits
 
 
 def read_bytes(shape: Shape, form: Format, batch: int = 1) -> float:
@@ -75,24 +91,22 @@ def read_bytes(shape: Shape, form: Format, batch: int = 1) -> float:
     """
     stored = _linear_bytes(shape, form)
     read = sum(stored[each.name] * (1 - (1 - each.used / each.times) ** batch) for each in shape.linears)
-    return read + (shape.embedding_parameters * form.head + 16 * shape.small_parameters) / 8
+    return read + (shape.embedding_parameters * _bits(form, form.head, shape.hidden) + 16 * shape.small_parameters) / 8
 
 
 def _linear_bytes(shape: Shape, form: Format) -> dict[str, float]:
     """Of all linears of a kind, with their scales and zero-points."""
-    found = {}
+    found, group = {}, group_size(shape, form)
     for each in shape.linears:
         if form.only == "experts" and not each.name.startswith("experts."):
             found[each.name] = 2.0 * each.values * each.times
             continue
-        bits = each.values * form.bits
-        if form.group is not None:
-            bits += (form.scale + form.zero) * (each.rows if form.group == "row" else each.values / float(form.group))
-        total = bits * each.times
+        bits = _bits(form, form.bits, each.columns)
         if form.more and each.name.rsplit(".", 1)[-1] in form.more["names"]:
             share = sum(_gets_more(layer, shape.layers) for layer in range(shape.layers)) / shape.layers
-            total += share * each.times * each.values * (form.more["bits"] - form.bits)
-        found[each.name] = total / 8
+            bits += share * (_bits(form, form.more["bits"], each.columns) - bits)
+        groups = 0.0 if group is None else each.rows if isinstance(group, str) else each.values / group
+        found[each.name] = each.times * (each.values * bits + groups * (form.scale + form.zero)) / 8
     return found
 
 
@@ -119,7 +133,10 @@ def activation_bytes(shape: Shape, context: int, users: int) -> float:
     tokens = max(users, min(CHUNK, users * context))
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.width
     e = shape.experts
-    mlp = 3 * (shape.intermediate if e is None else max(shape.intermediate * (e.layers < shape.layers), e.active * e.width + e.shared))
+    width = shape.intermediate if e is None else e.active * e.width + e.shared
+    if e is not None and e.layers < shape.layers:
+        width = max(width, shape.intermediate)
+    mlp = 3 * width
     return 2 * tokens * (2 * shape.hidden + max(attention, mlp)) + 4 * users * shape.vocab
 
 
@@ -150,22 +167,22 @@ class Plan:
     def fits(self) -> bool:
         return self.total <= self.card.memory
 
-    def _fitting(self, **changes: int) -> bool:
-        parts = bytes_by_part(self.shape, self.card, self.form, **{"context": self.context, "users": self.users, **changes}, cache=self.cache)
+    def _would_fit(self, context: int, users: int) -> bool:
+        parts = bytes_by_part(self.shape, self.card, self.form, context, users, self.cache)
         return sum(parts.values()) <= self.card.memory
 
     @property
     def most_users(self) -> int:
         """How many would fit, with this context; 0 where not even one does."""
-        return _most(lambda users: self._fitting(users=users))
+        return _most(lambda users: self._would_fit(self.context, users))
 
     @property
     def longest_context(self) -> int:
-        """How long it could be, with this many users."""
-        return _most(lambda context: self._fitting(context=context))
+        """How long it could be, with this many users; 0 where not even a token fits."""
+        return _most(lambda context: self._would_fit(context, self.users))
 
 
-def _most(fits) -> int:
+def _most(fits: Callable[[int], bool]) -> int:
     """The largest number up to 2**30 for which `fits` is true: it is true up to some number and then no more."""
     if not fits(1):
         return 0
@@ -186,9 +203,7 @@ def bytes_by_part(shape: Shape, card: Card, form: Format, context: int, users: i
     }
 
 
-def plan(
-    shape: Shape, card: Card, form: Format | str = "bf16", context: int = 8192, users: int = 1, cache: str = "bf16"
-) -> Plan:
+def plan(shape: Shape, card: Card, form: Format | str = "bf16", context: int = 8192, users: int = 1, cache: str = "bf16") -> Plan:
     """What this takes and how fast it could be, fitting or not. Raises ValueError for sizes below 1 and for unknown names."""
     for name, value in (("context", context), ("users", users)):
         if value < 1:

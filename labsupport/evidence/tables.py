@@ -90,6 +90,7 @@ class Format:
     arithmetic: str = "half"
     only: str | None = None
     more: Mapping[str, Any] | None = None
+    block: int | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
 
 
