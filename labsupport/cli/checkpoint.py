@@ -49,7 +49,7 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist.")],
     method: Annotated[str, typer.Option(help=f"{', '.join(stored_methods())}.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; the formats awq and bitsandbytes have 4 alone.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="4, 3, 8 or 2. Default: 4, or the only number that the method and the format have.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Default: {_sizes()}."),

@@ -124,3 +124,4 @@ SERVE = Environment(
     variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
     chatty=True,
 )
+LLAMA = Environment("llama", "llama.cpp on a CPU (1 GB)", named=("cyllama", "torch", "numpy"))
