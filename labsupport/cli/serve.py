@@ -23,7 +23,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for one that is free.")] = 8000,
     kv_cache: Annotated[
         str,
-        typer.Option(help="fp8, which is vLLM's on a GPU; model, for the model's dtype; auto: fp8 where the GPU computes in it."),
+        typer.Option(help="fp8, which vLLM has; model, for the model's dtype; auto: fp8 where a GPU computes in it."),
     ] = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Ask it through the OpenAI client, store tokens a second and memory, and stop.")

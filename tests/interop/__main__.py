@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from interop import cases, compare, environment, golden, live, load, ours, pack, tiny
+from interop import cases, compare, environment, golden, live, load, ours, pack, served, tiny
 
 from labsupport.install import InstallError
 
@@ -109,6 +109,7 @@ def main() -> int:
     parser.add_argument(
         "--load", action="store_true", help="only load checkpoints written here in other libraries, vLLM among them"
     )
+    parser.add_argument("--serve", action="store_true", help="only `labs serve` with vLLM, on 20 prompts")
     parser.add_argument("--threads", type=int, default=1, help="of the peers and of labsupport; the golden files are of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -121,6 +122,8 @@ def main() -> int:
             parts = [speed(options.time, options.threads)]
         elif options.load:
             parts = [load.lines(options.threads)]
+        elif options.serve:
+            parts = [served.lines(options.threads)]
         elif options.awq:
             parts = [quality(options.awq, options.threads)]
         else:

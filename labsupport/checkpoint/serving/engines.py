@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,59 @@ class Transformers:
         new = whole[0, len(ids) :].tolist()
         ended = end is not None and bool(new) and new[-1] in end
         return new[:-1] if ended else new, ended
+
+
+class Cyllama:
+    """llama.cpp as the package cyllama carries it, in this process."""
+
+    has_tokenizer = True
+
+    def __init__(self, path: Path):
+        from cyllama.llama import llama_cpp
+
+        llama_cpp.disable_logging()
+        self.lib, self.model = llama_cpp, llama_cpp.LlamaModel(str(path), verbose=False)
+        self.vocab, self.context = self.model.get_vocab(), int(self.model.n_ctx_train)
+        self.vocabulary = int(self.vocab.n_vocab)
+        settings = llama_cpp.LlamaContextParams()
+        settings.n_ctx, settings.n_threads = self.context, torch.get_num_threads()
+        settings.n_threads_batch = settings.n_threads
+        self.state = llama_cpp.LlamaContext(self.model, settings, verbose=False)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.vocab.tokenize(text, True, True))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.vocab.detokenize(list(ids)))
+
+    def generate(self, ids: Sequence[int], sampling: Sampling) -> tuple[list[int], bool]:
+        self.state.kv_cache_clear()  # every request begins anew, so that no answer depends on the one before
+        sampler, new = self._sampler(sampling), list[int]()
+        for start in range(0, len(ids), self.state.n_batch):
+            self._read(list(ids[start : start + self.state.n_batch]), start)
+        while True:
+            token = int(sampler.sample(self.state, -1))
+            if self.vocab.is_eog(token) and not sampling.ignore_end:
+                return new, True
+            new.append(token)
+            if len(new) == sampling.limit:
+                return new, False
+            self._read([token], len(ids) + len(new) - 1)
+
+    def _sampler(self, sampling: Sampling) -> Any:
+        sampler = self.lib.LlamaSampler(self.lib.LlamaSamplerChainParams())
+        if sampling.temperature == 0:
+            sampler.add_greedy()
+        else:
+            sampler.add_top_p(sampling.top_p, 1)
+            sampler.add_temp(sampling.temperature)
+            sampler.add_dist(random.getrandbits(32) if sampling.seed is None else sampling.seed)
+        return sampler
+
+    def _read(self, ids: list[int], position: int) -> None:
+        """Raises OSError where llama.cpp does not take them."""
+        if code := self.state.decode(self.lib.llama_batch_get_one(ids, position)):
+            raise OSError(f"llama.cpp's decode ended with code {code}")
 
 
 class Node:

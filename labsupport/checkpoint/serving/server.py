@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from labsupport.checkpoint.serving.engines import Engine, Node, Sampling, Transformers
+from labsupport.checkpoint.serving.engines import Cyllama, Engine, Node, Sampling, Transformers
 
 LARGEST_BODY = 2**22  # bytes
 TIMEOUT = 60  # seconds that a client may take to send its request
@@ -202,18 +202,22 @@ def _end_with_the_launcher() -> None:
     os._exit(0)
 
 
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.engine == "node":
+        return Node(options.path, options.node, options.package)
+    return Cyllama(options.path) if options.engine == "cyllama" else Transformers(options.path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("engine", choices=("transformers", "node"))
+    parser.add_argument("engine", choices=("transformers", "cyllama", "node"))
     parser.add_argument("path", type=Path)
     for option in ("--name", "--host", "--node", "--package"):
         parser.add_argument(option)
     parser.add_argument("--port", type=int)
     options = parser.parse_args(arguments)
     try:
-        node = options.engine == "node"
-        engine: Engine = Node(options.path, options.node, options.package) if node else Transformers(options.path)
-        server = Server(options.host, options.port, engine, options.name)
+        server = Server(options.host, options.port, _engine(options), options.name)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
