@@ -178,6 +178,7 @@ def _file(g: torch.Generator, kind: str, shape: tuple[int, int]) -> tuple[torch.
         scale[row], scale[row - 1, group] = 0.5, 2.0**-11
     if kind == "infinite":
         scale[row, group] = 7e4
+        steps[steps == 0] = 1.0  # 0 times infinity would be NaN
     if kind == "nan":
         steps[row, first : first + GROUP] = 0
     stored = scale.bfloat16().float() if kind == "coarse" else scale.half().float()
@@ -200,13 +201,16 @@ def _file(g: torch.Generator, kind: str, shape: tuple[int, int]) -> tuple[torch.
 
 
 def prove_inputs(seed: int) -> dict:
-    """A tensor of each kind, of different sizes and in any order, and a norm, which has one axis and came back exactly."""
+    """A tensor of each kind, of different sizes and in any order, and a norm, which has one axis and came back exactly.
+
+    They are large enough that one wrong code of one weight does not move the mean by 2**-11.
+    """
     g = generator(seed)
     order = [list(KINDS)[i] for i in torch.randperm(len(KINDS), generator=g).tolist()]
     meant, read, kinds = {"norm": torch.randn(24, generator=g)}, {}, {"norm": "exact"}
     for number, kind in enumerate(order):
         name = f"linear {number}"
-        meant[name], back = _file(g, kind, (6 + 2 * number, GROUP * (2 + number % 5 + (number == 0) * 5)))
+        meant[name], back = _file(g, kind, (40 + 2 * number, GROUP * (4 + number % 4)))
         kinds[name] = kind
         if back is not None:
             read[name] = back
@@ -229,7 +233,7 @@ def prove(meant: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> dict
             verdicts[name] = "faithful"
         else:
             near = ((back[:, None] - right).abs() <= HALF * right.abs()).all(2)  # row of the file, row that was meant
-            verdicts[name] = "rows" if near.any(0).all() and near.any(1).all() else "different"
+            verdicts[name] = "rows" if near.any(0).all() else "different"
     return verdicts
 
 
@@ -238,8 +242,7 @@ def _within(back: torch.Tensor, right: torch.Tensor, limit: float = HALF) -> tor
 
 
 def _in_another_order(back: torch.Tensor, right: torch.Tensor, limit: float = HALF) -> bool:
-    near = _within(back[:, None], right, limit).all(2)
-    return bool(near.any(0).all() and near.any(1).all())
+    return bool(_within(back[:, None], right, limit).all(2).any(0).all())
 
 
 def _proved(
