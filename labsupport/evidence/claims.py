@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields as names_of
+from dataclasses import dataclass, field
+from dataclasses import fields as names_of
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +69,11 @@ class Verdict:
         """How it was settled, each way once."""
         return list(dict.fromkeys(e.kind for e in self.evidence))
 
+    @property
+    def exact(self) -> bool:
+        """Whether its figures are the same on every machine: nothing is computed in floating point."""
+        return set(self.kinds) <= {"arithmetic", "citation"}
+
 
 @dataclass(frozen=True)
 class Claim(Verdict):
@@ -97,12 +103,23 @@ def read(path: Path) -> Mapping[int, Claim]:
         rows = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise ClaimError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    return parse(rows, path.name)
+
+
+def parse(rows: Any, name: str) -> Mapping[int, Claim]:
+    """The claims of rows as YAML holds them. name: of the file, for errors. Raises ClaimError, see `read`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ClaimError(f"{path.name} does not hold a list of claims")
+        raise ClaimError(f"{name} does not hold a list of claims")
     found = {claim.number: claim for claim in map(_claim, rows)}
     if len(found) != len(rows):
-        raise ClaimError(f"{path.name} has {len(rows)} claims with {len(found)} numbers: each wants its own")
+        raise ClaimError(f"{name} has {len(rows)} claims with {len(found)} numbers: each wants its own")
     return MappingProxyType(found)
+
+
+def verdict_of(where: str, row: Mapping[str, Any]) -> Verdict:
+    """The verdict in a row of a claim, or in one of its `elsewhere`. where: begins every error. Raises ClaimError."""
+    own = {each.name for each in names_of(Verdict)}
+    return _verdict(where, Verdict, {key: value for key, value in row.items() if key in own})
 
 
 def _claim(row: dict[str, Any]) -> Claim:
@@ -137,7 +154,9 @@ def _evidence(where: str, fields: dict[str, Any]) -> Evidence:
     kind = next(iter(fields), "")
     if kind not in KINDS:
         raise ClaimError(f"{where} has evidence of the kind {kind!r}, wanted one of {', '.join(KINDS)}")
-    piece = Evidence(kind, fields.pop(kind), **{key: fields.pop(key) for key in ("command", "where", "version", "says") if key in fields})
+    piece = Evidence(
+        kind, fields.pop(kind), **{key: fields.pop(key) for key in ("command", "where", "version", "says") if key in fields}
+    )
     if fields:
         raise ClaimError(f"{where}: evidence {piece.what!r} has {', '.join(fields)}, which no evidence has")
     if missing := [key for key in KINDS[kind] if not getattr(piece, key)]:

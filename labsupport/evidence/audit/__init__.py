@@ -1,7 +1,7 @@
 """Every verdict of data/claims.yaml once more, with its figures, from the evidence that the file names: `labs claims --check`.
 
 A function for each claim, by what it is settled from: `counted` (arithmetic, and what others have published), `stored` (rows of
-`labs sweep` and `labs bench`), `shootout` (the rows of that one sweep), `computed` (on the course model, in seconds).
+`labs sweep` and `labs bench`), `computed` (on the course model, in seconds).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labsupport.evidence import bench, claims, measurements, sweep
+from labsupport.evidence import claims, measurements, sweep
 from labsupport.evidence.claims import OPEN, VERDICTS, Claim, ClaimError, Evidence, Holds, Verdict
+from labsupport.evidence.timing import Product
 from labsupport.model import models
 from labsupport.model.evaluate import Interval
 
@@ -39,6 +40,7 @@ class Given:
         """where: begins every error. directory: in place of data/measurements."""
         self.where = where
         self.directory = directory or models.data_dir() / "measurements"
+        self.tested_on = verdict.tested_on
         self._of = {piece.what: piece for piece in verdict.evidence}
         self._read: set[str] = set()
 
@@ -49,7 +51,7 @@ class Given:
     def products(self, file: str) -> tuple[Mapping[str, Any], dict[tuple[str, int], float]]:
         """Of rows of `labs bench`: about the machine, and the seconds of a 4096 x 4096 product by kernel and batch."""
         about, rows = self._file(file)
-        products = [bench.Product(**row) for row in rows]
+        products = [Product(**row) for row in rows]
         square = [p for p in products if (p.out_features, p.in_features) == (4096, 4096)]
         read = {p.kernel: p.read for p in square}
         return about | {"read": read}, {(p.kernel, p.batch): p.seconds for p in square}
@@ -81,6 +83,8 @@ class Given:
         for name, said, found in (("command", piece.command, about.get("command")), ("version", piece.version, version_of(about))):
             if said != found:
                 raise ClaimError(f"{self.where} was settled from {file} of {name} {said!r}, and the file is of {found!r}")
+        if (device := device_of(about)) not in self.tested_on:
+            raise ClaimError(f"{self.where} names {file}, of a {device}, and was tested on: {self.tested_on}")
         return about, rows
 
 
@@ -105,6 +109,15 @@ def version_of(about: Mapping[str, Any]) -> str:
     torch = about.get("torch") or about.get("versions", {}).get("torch")
     model = f", {about['model']} {about['model_sha256'][:8]}" if "model_sha256" in about else ""
     return f"{about.get('date')}, torch {torch}{model}"
+
+
+def device_of(about: Mapping[str, Any]) -> str:
+    """ "CPU", or what a GPU is called for short: "H100"."""
+    if about.get("device") == "cpu":
+        return "CPU"
+    name = str(about.get("name") or about.get("processor"))
+    short = re.search(r"[A-Z]+\d+\w*", name)
+    return short[0] if short else name
 
 
 def all_or_some(flags: Iterable[bool]) -> bool | None:
@@ -139,7 +152,7 @@ def verdicts(claim: Claim) -> Iterator[tuple[str | None, str, Verdict]]:
 
 def recompute(number: int, model: str | None, where: str, kept: Verdict, directory: Path | None = None) -> Finding:
     """The verdict and its figures from its evidence. Raises ClaimError where a file is missing, or not the one that was read."""
-    from labsupport.evidence.audit import computed, counted, shootout, stored  # noqa: F401  each marks its audits
+    from labsupport.evidence.audit import computed, counted, stored  # noqa: F401  each marks its audits
 
     if (number, model) not in AUDITS:
         raise ClaimError(f"{where} has a verdict, and no audit computes it")
@@ -162,9 +175,8 @@ def check(number: int, model: str | None, where: str, kept: Verdict, directory: 
         raise ClaimError(f"{where} {found.verdict} by its evidence, and data/claims.yaml says it {kept.verdict}")
     if list(found.figures) != list(kept.figures):
         raise ClaimError(f"{where} has other figures in data/claims.yaml than its audit: run `labs claims --write`")
-    exact = set(kept.kinds) <= {"arithmetic", "citation"}
     for label, figure in found.figures.items():
-        if not same(kept.figures[label], figure, exact):
+        if not same(kept.figures[label], figure, kept.exact):
             raise ClaimError(f"{where}, {label}: {figure} by its evidence, and data/claims.yaml says {kept.figures[label]}")
 
 

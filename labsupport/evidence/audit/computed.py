@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -51,10 +52,10 @@ def _fed(model: nn.Module, see: Any) -> dict[str, Any]:
 
 @audits(6)
 def equal_quantiles(given: Given) -> Finding:
-    """Places of the levels in a normal distribution whose quantile at 0.9677083 is 1; and how often blocks of weights use a code."""
+    """Places of the levels in a normal distribution whose quantile at 0.9677083 is 1; how often blocks of weights use a code."""
     curve, levels = NormalDist(), nf4.levels_of("nf4")
     places = [curve.cdf(level * curve.inv_cdf(0.9677083)) for level in levels.double().tolist()]
-    between = [100 * (b - a) for a, b in zip(places, places[1:])]
+    between = [100 * (b - a) for a, b in pairwise(places)]
     negative, positive = between[:7], between[7:]
     blocks = torch.cat([w.reshape(-1, 64) for w in _weights(_course()[0]).values()])
     codes = torch.bucketize((blocks / blocks.abs().amax(1, keepdim=True)).flatten(), (levels[1:] + levels[:-1]) / 2)
@@ -114,7 +115,7 @@ def protects_one_percent(given: Given) -> Finding:
         return paired_bootstrap(baseline, evaluate(copy, text, windows=8)).change
 
     def loudest_only(name: str, found: awq.Search) -> torch.Tensor:
-        scale, chosen = torch.full_like(found.scale, found.scale.median()), top(loudness[name])
+        scale, chosen = torch.full_like(found.scale, found.scale.median().item()), top(loudness[name])
         scale[chosen] = found.scale[chosen]
         return scale
 
@@ -122,7 +123,9 @@ def protects_one_percent(given: Given) -> Finding:
     few = rise({name: loudest_only(name, found) for name, found in searched.items()})
     scaled = rise({name: found.scale for name, found in searched.items()})
     gone = [1 - each / rounded for each in (kept, few, scaled)]
-    apart = torch.cat([(f.scale / f.scale.median() - 1).abs() > 0.01 for f in searched.values() if f.ratio > 0]).float().mean().item()
+    apart = (
+        torch.cat([(f.scale / f.scale.median() - 1).abs() > 0.01 for f in searched.values() if f.ratio > 0]).float().mean().item()
+    )
     what = ("with 1 % kept in floating point", "with the scales of that 1 % alone", "with all scales")
     figures = {f"gone of the rise, {how}": f"{100 * share:.0f} %" for how, share in zip(what, gone, strict=True)}
     figures["channels with a scale apart from the median"] = f"{100 * apart:.0f} %"
@@ -186,7 +189,7 @@ def multiply_in_higher_precision(given: Given) -> Finding:
     def off(found: torch.Tensor, truth: torch.Tensor) -> float:
         return ((found.double() - truth).norm() / truth.norm()).item()
 
-    backends = {"labsupport": "twin", "PyTorch's int4": "cpu"}
+    backends: dict[str, kernels.Backend] = {"labsupport": "twin", "PyTorch's int4": "cpu"}
     errors = {name: off(kernels.matmul(x, kernels.prepare(stored, torch.bfloat16, kind)), exact) for name, kind in backends.items()}
     dense, rounding = off(x @ weight.bfloat16().T, in_float), off(exact, in_float)
     figures = {f"error of the product, {name}": f"{error:.1e}" for name, error in errors.items()}
@@ -229,7 +232,11 @@ def all_weight_only(given: Given) -> Finding:
         module.load_state_dict({"weight": weight})
         module.to("cpu")  # this is when bitsandbytes quantizes
     grouped = rtn.quantize(weight, 4, GROUP).dequantize()
-    layers = {"bitsandbytes in 8 bits": eight.eval(), "bitsandbytes in 4 bits": four.train(), "GPTQ's and AWQ's grouped format": lambda x: x @ grouped.T}
+    layers = {
+        "bitsandbytes in 8 bits": eight.eval(),
+        "bitsandbytes in 4 bits": four.train(),
+        "GPTQ's and AWQ's grouped format": lambda x: x @ grouped.T,
+    }
     a, b = torch.randn(2, 8, weight.shape[1], generator=_seeded())
     linear = {}
     with torch.no_grad():

@@ -58,7 +58,11 @@ def bytes_of_groups(given: Given) -> Finding:
 
     by_size = {size: [added(size, True), added(size, False)] for size in (128, 32)}
     near = [any(abs(value / said - 1) <= 0.2 for value in by_size[size]) for size, said in ((128, 3), (32, 10))]
-    figures = {f"g{size}, {kind}": f"{v:.1f} %" for size, vs in by_size.items() for kind, v in zip(("symmetric", "zero-points"), vs)}
+    figures = {
+        f"g{size}, {kind}": f"{v:.1f} %"
+        for size, vs in by_size.items()
+        for kind, v in zip(("symmetric", "zero-points"), vs, strict=True)
+    }
     return Finding(all(near), figures)
 
 
@@ -99,6 +103,7 @@ def standard_stack(given: Given) -> Finding:
     figures = {
         "schemes with 4-bit weights that vLLM's own quantizer writes": ", ".join(offered["schemes"]),
         "what can choose the codes there": ", ".join(offered["algorithms"]),
+        "recommended there for accuracy at 4 bits": " or ".join(offered["at 4 bits"]),
         "vLLM loads files of AutoAWQ": "yes" if "AutoAWQ" in kernels["formats"] else "no",
         "AutoAWQ is maintained": "no" if libraries.named("AutoAWQ").retired else "yes",
     }
@@ -123,11 +128,13 @@ def layout_of_gptq(given: Given) -> Finding:
     quantized = rtn.quantize(torch.randn(64, 128, generator=g), 4, 128)
     theirs, ours = packing.write_gptq(quantized), packing.write_awq(quantized)
     same = {name: theirs[name].shape == ours[name].shape and torch.equal(theirs[name], ours[name]) for name in ours}
-    first = [state["qzeros"].flatten()[0].item() & 15 for state in (theirs, ours)]
+    first = [int(state["qzeros"].flatten()[0]) & 15 for state in (theirs, ours)]
     kernels = given.says("vLLM, pull request 6612")
     figures = {
         "equal of the same codes": ", ".join(name for name, equal in same.items() if equal),
-        "qweight of 64 x 128": " and ".join(f"{list(state['qweight'].shape)} by {name}" for name, state in (("GPTQ", theirs), ("AWQ", ours))),
+        "qweight of 64 x 128": " and ".join(
+            f"{list(state['qweight'].shape)} by {name}" for name, state in (("GPTQ", theirs), ("AWQ", ours))
+        ),
         "in a word of AWQ, columns in the order": ", ".join(map(str, packing.AWQ_ORDER)),
         f"a zero-point of {quantized.zero_point[0].item():g} is stored as": f"{first[0]} by GPTQ, {first[1]} by AWQ",
         "in vLLM, after a repacking each of its own": kernels["multiplied by"],

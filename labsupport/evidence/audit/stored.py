@@ -52,7 +52,8 @@ def four_times_the_speed(given: Given) -> Finding:
 @audits(4)
 def dequantization_is_negligible(given: Given) -> Finding:
     """At most half as long again: fused at one token over reading its bytes, at 64 and unfused over the 16-bit product."""
-    figures, small = {}, []
+    figures: dict[str, str] = {}
+    small: list[bool] = []
     for name, (about, times) in _machines(given).items():
         found = {
             "fused, one token, over reading its bytes": times["int4", 1] / (about["read"]["int4"] / about["bandwidth"]),
@@ -79,7 +80,7 @@ def nf4_beats_int4(given: Given) -> Finding:
     rivals = {f"g128, {name}": {"method": "rtn", "group_size": 128, "symmetric": symmetric}
               for name, symmetric in (("symmetric", True), ("zero-points", False))}  # fmt: skip
     rivals["b64, double"] = {"codebook": "int4", "block_size": 64, "absmax": "double"}
-    to_nf4 = {}
+    to_nf4: dict[str, Interval] = {}
     for name, factor in PLANTED.items():
         ours = rows.find(planted=factor, codebook="nf4", block_size=64, absmax="double")
         to_nf4 |= {f"from int4, {rival}, {name}": rows.paired(rows.find(planted=factor, **setting), ours)
@@ -105,7 +106,9 @@ def _against_awq(given: Given, bits: int) -> dict[str, Interval]:
     for name, factor in PLANTED.items():
         reference = awq.find(method="awq", bits=4, group_size=128, planted=factor, **BARE)
         for order, setting in ORDERS.items():
-            row = gptq.find(**absent | {"method": "gptq", "bits": bits, "group_size": 128, "planted": factor, "samples": 64} | setting)
+            row = gptq.find(
+                **absent | {"method": "gptq", "bits": bits, "group_size": 128, "planted": factor, "samples": 64} | setting
+            )
             found[f"{name}, {order}"] = awq.paired(reference, row)
     return found
 
@@ -158,7 +161,8 @@ def three_bit_gptq_on_smollm2(given: Given) -> Finding:
 
 @audits(13)
 def awq_beats_gptq(given: Given) -> Finding:
-    rows, ordered, to_awq = given.rows("awq.json"), given.rows("gptq.json"), {}
+    rows, ordered = given.rows("awq.json"), given.rows("gptq.json")
+    to_awq: dict[str, Interval] = {}
     for name, factor in PLANTED.items():
         for bits in (4, 3):
             at = {"bits": bits, "group_size": 128, "planted": factor}
@@ -167,8 +171,8 @@ def awq_beats_gptq(given: Given) -> Finding:
             gptq["act-order"] = ordered.find(method="gptq", samples=64, token_weights=None, **at, **IN_ORDER)
             to_awq |= {f"{name}, {bits} bits, {order}": rows.paired(row, awq) for order, row in gptq.items()}
     said = given.says("AWQ, arXiv:2306.00978")
-    published = {f"published, Llama-2-7B, {bits} bits": f"{100 * (said[f'AWQ, {bits} bits'] / said[f'GPTQ, {bits} bits'] - 1):+.2f} %"
-                 for bits in (4, 3)}  # fmt: skip
+    ratios = {bits: said[f"AWQ, {bits} bits"] / said[f"GPTQ, {bits} bits"] for bits in (4, 3)}
+    published = {f"published, Llama-2-7B, {bits} bits": f"{100 * (ratio - 1):+.2f} %" for bits, ratio in ratios.items()}
     return Finding(all_or_some(change.high < 0 for change in to_awq.values()), texts(to_awq) | published)
 
 
@@ -182,7 +186,7 @@ def awq_beats_gptq_on_smollm2(given: Given) -> Finding:
 def eight_bits(given: Given) -> Finding:
     """Under 0.5 % in every form, and within a twentieth of half the bytes."""
     rows = given.rows("int8.json")
-    forms = {
+    forms: dict[str, dict[str, Any]] = {
         "weights alone": {"method": "int8-weights", "granularity": "row"},
         "both sides, a row": {"method": "int8", "granularity": "row", "threshold": 0.0},
         "both sides, a tensor": {"method": "int8", "granularity": "tensor", "threshold": 0.0},
@@ -195,7 +199,9 @@ def eight_bits(given: Given) -> Finding:
     shares = {name: _share_in_int8(shape) for name, shape in shapes.items()}
     flags = [change.high < 0.005 for change in tried.values()], [abs(share - 0.5) < 0.05 for share in shares.values()]
     holds = True if all(map(all, flags)) else None if all(map(any, flags)) else False
-    return Finding(holds, texts(tried) | {f"bytes of {name}, of those in 16 bits": f"{100 * s:.1f} %" for name, s in shares.items()})
+    return Finding(
+        holds, texts(tried) | {f"bytes of {name}, of those in 16 bits": f"{100 * s:.1f} %" for name, s in shares.items()}
+    )
 
 
 def _share_in_int8(shape: planner.Shape) -> float:
@@ -260,7 +266,9 @@ def merge_then_quantize(given: Given) -> Finding:
             arm = {"arm": "g", "base": "float", "bits": bits, "stored": method}
             gained[f"{bits} bits, in float, then {method}"] = _over_seeds(rows, beside, arm)
     figures = {at: f"{change}{'' if real else ', not real'}" for at, (change, real) in gained.items()}
-    reaches, cannot = ([test(change) for change, _ in gained.values()] for test in (lambda c: c.high <= -0.05, lambda c: c.low > -0.05))
+    reaches, cannot = (
+        [test(change) for change, _ in gained.values()] for test in (lambda c: c.high <= -0.05, lambda c: c.low > -0.05)
+    )
     return Finding(True if all(reaches) else False if all(cannot) else None, figures)
 
 
@@ -289,7 +297,8 @@ def qat_beats_ptq(given: Given) -> Finding:
 @audits(29)
 def fp8_cache_is_additive(given: Given) -> Finding:
     """Half: fp8 adds from 0.5 to 1 %, as far as the intervals tell. The other half: weights and cache do not interact."""
-    rows, figures, amount, adds_up = given.rows("kv.json"), {}, [], []
+    rows, figures = given.rows("kv.json"), dict[str, str]()
+    amount, adds_up = [], []
     absent = dict.fromkeys(("planted", "key_axis", "value_axis", "before_rope", "residual", "bins"))
     for name, weights in (("AWQ", "awq4"), ("rounding", "rtn4")):
         neither, cache, alone, both = (rows.find(weights=w, keys=kept, values=kept, **absent)
