@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,10 +119,13 @@ def configs(draw, kinds=tuple(FAMILIES)):
 
 @given(values=configs())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_any_shape_has_the_weights_that_transformers_builds(values):
     shape = shape_of(values, "any")
     assert (shape.parameters, shape.linear_parameters) == counted(built(values)), values
-    assert shape_of(config_of(values), "any").parameters == shape.parameters
+    assert (
+        shape_of(config_of(values), "any").parameters == shape_of(SimpleNamespace(**values), "any").parameters == shape.parameters
+    )
 
 
 @given(values=configs(), tokens=st.integers(1, 20), batch=st.integers(1, 3))

@@ -12,11 +12,13 @@ Config = Mapping[str, Any]
 
 
 def shape_of(config: Any, name: str) -> Shape:
-    """The shape that a config.json describes: a mapping, or a config of transformers. Of a model that also sees or hears, its text.
+    """The shape that a config.json describes: a mapping, a config of transformers, or an object with these attributes.
 
+    Of a model that also sees or hears it is the shape of its language model.
     Raises ValueError for a model_type that is not in FAMILIES, and for a size that is missing or no whole number above 0.
     """
-    config = config if isinstance(config, Mapping) else config.to_dict()
+    if not isinstance(config, Mapping):
+        config = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     native = (config.get("quantization_config") or {}).get("quant_method")
     if isinstance(config.get("text_config"), Mapping):
         config = config["text_config"]

@@ -22,7 +22,7 @@ __all__ = [
 
 GB, GIB = 10**9, 2**30
 SCALE_BITS = 16
-CHUNK = 2048  # tokens of prompts that a server computes at once: vLLM's max_num_batched_tokens for small cards
+CHUNK = 2048  # tokens of prompts that a server computes at once; vLLM calls it max_num_batched_tokens
 CACHES: Mapping[str, float] = MappingProxyType({"bf16": 16, "fp8": 8})  # bits of a number in the cache
 # What llama.cpp stores a row in that is no multiple of 256 (src/llama-quant.cpp): Q3_K, Q4_K, Q6_K become IQ4_NL, Q5_0, Q8_0.
 FALLBACK: Mapping[float, float] = MappingProxyType({3.4375: 4.5, 4.5: 5.5, 6.5625: 8.5})
@@ -31,7 +31,8 @@ ASSUMPTIONS = (
     "A GB is 10**9 bytes, for cards too; most have up to 7 % more.",
     "Every user has a sequence of the whole context in the cache; nobody shares a prompt.",
     f"Activations: {CHUNK:,} tokens of prompts at once, and a float32 for each word of the vocabulary and user.",
-    "Reserve: a tenth of the memory for driver, kernels and fragments, as vLLM leaves; a quarter where the system shares it.",
+    "Reserve: a tenth of the memory for driver, kernels and fragments, as vLLM leaves it with gpu_memory_utilization 0.9; a "
+    "quarter where the system shares the memory.",
     "Tokens a second: an upper bound, the longer of reading weights and cache once a step and of multiplying. Operations of "
     "attention, and time between kernels, are not in it; `labs plan --check` shows what share of it published speeds reach.",
     "A batch finds its experts by chance: each token asks for some, all equally likely.",

@@ -19,7 +19,7 @@ from labsupport.evidence.shapes import Shape
 from labsupport.model import models
 
 T = TypeVar("T")
-RESERVE = 0.10  # of a card's memory: vLLM's default gpu_memory_utilization leaves as much to the driver, kernels and fragments
+RESERVE = 0.10  # of a card's memory: what gpu_memory_utilization 0.9 in vLLM leaves to the driver, kernels and fragments
 QUALITIES = ("near-lossless", "little-loss", "smallest")
 TASKS = ("serve", "finetune")
 UNITS = ("half", "int8", "fp8", "fp4")
