@@ -630,6 +630,7 @@ def test_the_course_model_is_served_and_measured(bare, tmp_path: Path) -> None:
     assert 0 < row["tokens"] <= 4 * row["prompts"]
     assert row["peak"] > row["nbytes"]
     assert row["rate"] == row["tokens"] / row["seconds"]
+    assert row["cpu_seconds"] > 0
 
 
 # What is measured ----------------------------------------------------------------------------------------------------------
@@ -641,7 +642,9 @@ def test_tokens_are_those_of_the_answers(counting: str) -> None:
     assert found.answers == ["345678", "6789"]
     assert found.seconds > 0
     assert found.peak > 2**20
-    assert serving.measure(counting, ["1"], 2).peak is None
+    assert 0 <= found.cpu_seconds <= serving.cpu_seconds(os.getpid())
+    unwatched = serving.measure(counting, ["1"], 2)
+    assert (unwatched.peak, unwatched.cpu_seconds) == (None, None)
     with pytest.raises(ValueError, match="prompts is empty"):
         serving.measure(counting, [])
 

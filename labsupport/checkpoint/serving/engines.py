@@ -16,6 +16,7 @@ from labsupport.checkpoint import stored
 from labsupport.checkpoint.serving import choose
 from labsupport.model import models
 
+BEFORE = "a"
 SCRIPT = Path(__file__).with_name("llama.mjs")
 
 
@@ -98,7 +99,7 @@ class Cyllama:
         llama_cpp.disable_logging()
         self.lib, self.model = llama_cpp, llama_cpp.LlamaModel(str(path), verbose=False)
         self.vocab, self.context = self.model.get_vocab(), int(self.model.n_ctx_train)
-        self.vocabulary = int(self.vocab.n_vocab)
+        self.vocabulary, self.before = int(self.vocab.n_vocab), list(self.vocab.tokenize(BEFORE, False, False))
         settings = llama_cpp.LlamaContextParams()
         settings.n_ctx, settings.n_threads = self.context, torch.get_num_threads()
         settings.n_threads_batch = settings.n_threads
@@ -108,7 +109,8 @@ class Cyllama:
         return list(self.vocab.tokenize(text, True, True))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.vocab.detokenize(list(ids)))
+        # It strips spaces from the start of a text, so another text stands before this one, and is taken away again.
+        return str(self.vocab.detokenize([*self.before, *ids])).removeprefix(BEFORE)
 
     def generate(self, ids: Sequence[int], sampling: Sampling) -> tuple[list[int], bool]:
         self.state.kv_cache_clear()  # every request begins anew, so that no answer depends on the one before
