@@ -21,7 +21,7 @@ from torch import nn
 
 from labsupport.checkpoint import mixed
 from labsupport.checkpoint.weights import SINGLE
-from labsupport.course.capstone import reference, rules, texts, worker
+from labsupport.course.capstone import reference, rules, scoring, texts, worker
 from labsupport.course.capstone.reference import RATES, SAMPLES, SCHEDULE, TABLE, Choice, Given, matrices
 from labsupport.evidence import measurements
 from labsupport.evidence.sweep import model_digest
@@ -140,6 +140,7 @@ def measure(
         "budgets": rules.BUDGETS, "python": platform.python_version(), "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
+    others = {worker.OWN: texts.held_out(tokenizer, None), worker.OTHER: texts.other_code(tokenizer, "baselines")}
     rows: list[dict[str, Any]] = []
     if path.exists():
         before, rows = measurements.read(path)
@@ -157,9 +158,16 @@ def measure(
                 raise ValueError(f"{name} takes {nbytes:,} bytes, over the budget {budget}")
             result = evaluate(read, stream, windows=windows)
             change = paired_bootstrap(course, result)
-            rows.append({
+            row = {
                 "budget": budget, "name": name, "nbytes": nbytes, "perplexity": result.perplexity, "change": change.change,
                 "low": change.low, "high": change.high, "loss": [round(nats, 4) for nats in result.loss.tolist()],
-            })  # fmt: skip
+            }  # fmt: skip
+            if name.startswith("03"):  # what a model that never saw the text loses here and there
+                on_texts = [
+                    {name: evaluate(each, s, windows=windows // 2) for name, s in others.items()} for each in (read, have.model)
+                ]
+                pair = [found | {worker.SCORED: each} for found, each in zip(on_texts, (result, course), strict=True)]
+                row["gaps"] = [asdict(scoring.gap(*pair, text)) for text in (worker.SCORED, worker.OWN)]
+            rows.append(row)
             measurements.write(path, about, rows)
         on_row(number + 1, len(wanted))

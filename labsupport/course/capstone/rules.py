@@ -50,9 +50,9 @@ What is scored
   text.load_text(tokenizer, "code", "train"), and "prose".
   One submission is better than another only where the 95 % interval of the paired difference in perplexity, over documents, leaves
   out 0. Otherwise they are tied.
-  A model that has learned the held-out text is refused: against the course model in float it is better there than on the same
-  modules with names drawn afresh in every run. That shows text learned by heart. It does not show a model that was trained on
-  the held-out modules under many other names, nor one that was only chosen by its score here. Who gives marks runs this command
+  A model that has learned the held-out text is refused: against the course model in float it is better there than on modules of
+  installed packages, which are drawn afresh in every run. That shows text learned by heart. It does not show a model that learned
+  those packages as well, one that learned little, or one that was only chosen by its score here. Who gives marks runs this command
   on a machine of their own, with --text DIRECTORY, a text that nobody has.
 """
 

@@ -18,20 +18,20 @@ import torch
 from labsupport import PACKAGE
 from labsupport.course.capstone import rules, worker
 from labsupport.course.capstone.rules import BUDGETS, Count, Refused
-from labsupport.course.capstone.worker import FRESH, OWN, SCORED, Spec
+from labsupport.course.capstone.worker import OTHER, OWN, SCORED, Spec
 from labsupport.evidence import measurements
 from labsupport.model import models
 from labsupport.model.evaluate import Evaluation, Interval, paired_bootstrap
 
 SECONDS = 1800  # that the process may take
 # In nats a token. A quantized model loses a little more or less on one text than on another, and the more it loses the more it
-# differs; what was measured of the baselines lies inside.
-ALLOWED, ALLOWED_SHARE = 0.02, 0.25
+# differs. Rows of data/measurements/capstone.json hold what was measured of models that never saw the text, under "gaps".
+ALLOWED, ALLOWED_SHARE = 0.02, 0.5
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How much less a submission loses against the course model in float on one text than on fresh names, in nats a token.
+    """How much less a submission loses against the course model in float on one text than on other code, in nats a token.
 
     difference: negative where it loses less. low, high: 95 % interval over documents. allowed: how far below 0 it may be.
     """
@@ -44,7 +44,8 @@ class Gap:
 
     @property
     def is_learned(self) -> bool:
-        return self.high < -self.allowed
+        """More than honest models differ, and not by chance."""
+        return self.difference < -self.allowed and self.high < 0
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ def score(
     if "refused" in answer:
         raise Refused(answer["refused"])
     submission, course = ({k: worker.from_json(v) for k, v in answer[who].items()} for who in ("submission", "float"))
-    gaps = [gap(submission, course, name) for name in (SCORED, OWN) if FRESH in submission]
+    gaps = [gap(submission, course, name) for name in (SCORED, OWN) if OTHER in submission]
     for each in gaps:
         if each.is_learned:
             raise Refused(
                 f"it has learned the held-out text ({each.text}): there it loses {-each.difference:.3f} nats a token less, against "
-                f"the course model, than on the same modules with fresh names; {each.allowed:.3f} are allowed"
+                f"the course model, than on other code; {each.allowed:.3f} are allowed"
             )
     evaluation, places, remark = submission[SCORED], [], ""
     if text is None:
@@ -143,11 +144,10 @@ def score(
 
 def _in_a_process(spec: Path, out: Path) -> dict[str, Any]:
     """Raises Refused where the process dies or takes too long: nothing but the submission differs from one run to another."""
-    # Nothing of this process's settings, and no module from a folder that it happens to stand in (-P).
+    # Nothing of this process's settings, no module from a folder that it happens to stand in (-P), and no tokens that were kept.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LABS_", "HF_", "PYTHON", "CUDA_"))}
-    environment = kept | {"PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if cache := os.environ.get("LABS_CACHE"):
-        environment["LABS_CACHE"] = cache
+    environment = kept | {"PYTHONPATH": str(PACKAGE.parent), "LABS_CACHE": str(spec.parent), "HF_HUB_OFFLINE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-P", "-m", "labsupport.course.capstone.worker", str(spec)]
     try:
         done = subprocess.run(command, cwd=spec.parent, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -160,20 +160,17 @@ def _in_a_process(spec: Path, out: Path) -> dict[str, Any]:
 
 
 def gap(submission: dict[str, Evaluation], course: dict[str, Evaluation], name: str, samples: int = 2000) -> Gap:
-    """Of text `name` against fresh names. The documents are the same ones in the same order, and are drawn together."""
-    known, fresh = (name, FRESH)
-    extra = {each: (submission[each].loss - course[each].loss) for each in (known, fresh)}
-    tokens = {each: course[each].tokens for each in (known, fresh)}
-    both = ((tokens[known] > 0) & (tokens[fresh] > 0)).nonzero().flatten()
-    draws = both[torch.randint(0, len(both), (samples, len(both)), generator=torch.Generator().manual_seed(0))]
-
-    def difference(rows: torch.Tensor) -> torch.Tensor:
-        per_token = [extra[each][rows].sum(-1) / tokens[each][rows].sum(-1) for each in (known, fresh)]
-        return per_token[0] - per_token[1]
-
-    low, high = torch.quantile(difference(draws), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    lost = (extra[fresh][both].sum() / tokens[fresh][both].sum()).item()
-    return Gap(name, difference(both).item(), low, high, ALLOWED + ALLOWED_SHARE * max(0.0, lost))
+    """Of text `name` against other code. The documents of either are drawn by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    means, drawn = [], []
+    for each in (name, OTHER):
+        used = course[each].tokens > 0
+        extra, tokens = (submission[each].loss - course[each].loss)[used], course[each].tokens[used]
+        draws = torch.randint(0, len(tokens), (samples, len(tokens)), generator=generator)
+        means.append((extra.sum() / tokens.sum()).item())
+        drawn.append(extra[draws].sum(1) / tokens[draws].sum(1))
+    low, high = torch.quantile(drawn[0] - drawn[1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Gap(name, means[0] - means[1], low, high, ALLOWED + ALLOWED_SHARE * max(0.0, means[1]))
 
 
 def rows_path() -> Path:

@@ -1,7 +1,8 @@
-"""The texts of the capstone: held-out modules in which every name has been changed, so that nobody has them by name.
+"""The texts of the capstone: held-out modules in which names have been changed, and code that is no part of the course.
 
-A key decides the new names. The text that is scored has the key of the competition, another is drawn afresh in every run: a model
-that has learned the held-out text, with its own names or with those of the competition, is better there than on fresh names.
+What is scored is held-out code in which every name that a module defines is another one, so that nobody has it by name. A key
+decides the new names. Modules of installed packages are drawn afresh in every run: a model that has learned the held-out code, with
+its own names or with those of the competition, is better there than on other code.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import ast
 import builtins
 import hashlib
+import importlib.util
 import keyword
+import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from labsupport.model import text
-from labsupport.model.text import Document, TokenStream
+from labsupport.model.text import SKIPPED_PARTS, Document, TextError, TokenStream
 
 KEY = "capstone"
 SHORTEST = 3  # letters of a name that is changed: "i" and "fd" stay
 KEPT = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins)) | {"self", "cls", "args", "kwargs"}
+PACKAGES = ("torch", "transformers", "numpy")  # needed by the course, and never learned from
+MODULES, CHARACTERS = 48, (4_000, 8_000)  # that are drawn; the least that one has, and the most that is taken of it
 WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -82,3 +88,20 @@ def held_out(tokenizer, key: str | None) -> TokenStream:
     if key is not None:
         documents = renamed(documents, key)
     return text.tokenize(tokenizer, documents, "code/heldout" if key is None else "code/heldout with changed names")
+
+
+def other_code(tokenizer, seed: str) -> TokenStream:
+    """Tokens of modules of PACKAGES, drawn by `seed`. Raises TextError where the packages hold no such modules."""
+    found = []
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            root = Path(spec.origin).parent
+            found += [p for p in root.rglob("*.py") if SKIPPED_PARTS.isdisjoint(p.relative_to(root).parts)]
+    least, most = CHARACTERS
+    found = [path for path in sorted(found) if path.stat().st_size >= least]
+    if len(found) < MODULES:
+        raise TextError(f"{', '.join(PACKAGES)} hold {len(found)} modules of {least} characters, wanted {MODULES}")
+    drawn = random.Random(seed).sample(found, MODULES)
+    documents = [Document("/".join(path.parts[-3:]), path.read_text("utf-8", errors="replace")[:most]) for path in drawn]
+    return text.tokenize(tokenizer, documents, "code of installed packages")

@@ -24,21 +24,22 @@ from labsupport.model import files, models
 from labsupport.model.evaluate import Evaluation, evaluate
 from labsupport.model.text import TokenStream
 
-WINDOWS, CHECKED = 96, 48  # that are scored, and that each of the two texts has on which a memory shows
+WINDOWS, CHECKED = 96, 48  # that are scored, and those of each text that tells learned text
 MEMORY = 2**34  # bytes of address space: torch alone maps some
-SCORED, OWN, FRESH = "scored", "own names", "fresh names"
+SCORED, OWN, OTHER = "scored", "own names", "other code"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to do. directory: the copy. fresh: the key of fresh names. text: a directory of text to score on, None for the course's.
+    """What to do.
 
+    directory: the copy. seed: of the other code that is drawn. text: a directory of text to score on, None for the course's.
     windows, checked: see WINDOWS and CHECKED. out: where the answer goes, as JSON.
     """
 
     directory: str
     out: str
-    fresh: str
+    seed: str
     text: str | None = None
     windows: int = WINDOWS
     checked: int = CHECKED
@@ -82,7 +83,7 @@ def streams(tokenizer: Any, spec: Spec) -> dict[str, tuple[TokenStream, int]]:
     return {
         SCORED: (texts.held_out(tokenizer, texts.KEY), spec.windows),
         OWN: (texts.held_out(tokenizer, None), spec.checked),
-        FRESH: (texts.held_out(tokenizer, spec.fresh), spec.checked),
+        OTHER: (texts.other_code(tokenizer, spec.seed), spec.checked),
     }
 
 
@@ -97,12 +98,19 @@ def from_json(kept: dict[str, Any]) -> Evaluation:
     return Evaluation(**kept | {"loss": loss, "tokens": tokens})
 
 
+def _without(directory: str, message: str) -> str:
+    """A message about the copy, as one about the submission."""
+    for path in (f"{directory}/", f" in {directory}", f" of {directory}"):
+        message = message.replace(path, "")
+    return message.replace(directory, "the submission")
+
+
 def work(spec: Spec) -> dict[str, Any]:
     """What the process answers: {"refused": why}, or layout, bytes by kind, and the evaluations of submission and course model."""
     try:
         model, layout, nbytes = read(Path(spec.directory))
     except (CheckpointError, Refused) as error:
-        return {"refused": str(error).replace(f" in {spec.directory}", "").replace(f"{spec.directory} ", "the submission ")}
+        return {"refused": _without(spec.directory, str(error))}
     course, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
     answer: dict[str, Any] = {"layout": layout, "tensors": nbytes, "submission": {}, "float": {}}
     for name, (stream, windows) in streams(tokenizer, spec).items():
