@@ -160,6 +160,13 @@ class Facts:
             ]
         if self.on_lattice:
             lines += ["", f"Of the unquantized model, {self.on_lattice}."]
+        if layout == "compressed-tensors-w8a8":
+            lines += [
+                "",
+                "Who runs it rounds what goes into a linear to 8 bits, each token by itself: so did the measurement.",
+            ]
+        if layout == "gguf":
+            lines += ["", "Everything is in model.gguf: weights, tokenizer, what config.json said. Vectors are float32 there."]
         if "compared" in self.measured:
             lines += ["", self.measured["compared"]]
         if "failed" in self.measured:

@@ -73,12 +73,16 @@ def read(layout: str, state: Mapping[str, torch.Tensor], bits: int, symmetric: b
             raise ValueError(f"weight_shape is {state['weight_shape'].tolist()}, weight_packed holds {list(codes.shape)}")
     rows, columns = codes.shape
     if scale.ndim != 2 or len(scale) != rows or not scale.shape[1] or columns % scale.shape[1]:
-        raise ValueError(f"weight_scale has shape {list(scale.shape)}, wanted {rows} outputs, and groups that divide {columns} inputs")
+        raise ValueError(
+            f"weight_scale has shape {list(scale.shape)}, wanted {rows} outputs, and groups that divide {columns} inputs"
+        )
     zero_point = None
     if not symmetric:
         words = checks.tensor(state["weight_zero_point"], "weight_zero_point", (torch.int32,), "torch.int32")
         if list(words.shape) != [rows * bits // packing.WORD, scale.shape[1]]:
-            raise ValueError(f"weight_zero_point has shape {list(words.shape)}, wanted {[rows * bits // packing.WORD, scale.shape[1]]}")
+            raise ValueError(
+                f"weight_zero_point has shape {list(words.shape)}, wanted {[rows * bits // packing.WORD, scale.shape[1]]}"
+            )
         zero_point = packing.unpack_rows(words.t(), bits).t()
     return UniformTensor(
         packed_codes=grid.pack_bits(codes, bits),
@@ -91,7 +95,7 @@ def read(layout: str, state: Mapping[str, torch.Tensor], bits: int, symmetric: b
 
 
 def config(layout: str, settings: Mapping[str, Any], floats: Sequence[str]) -> dict[str, Any]:
-    """The quantization_config. settings: bits, group_size (None for a whole row) and symmetric. floats: linears left as they are."""
+    """The quantization_config. settings: bits, group_size (None for a whole row) and symmetric. floats: linears left alone."""
     size = settings["group_size"]
     weights = {
         "num_bits": settings["bits"], "type": "int", "symmetric": bool(settings.get("symmetric")), "dynamic": False,
@@ -136,8 +140,17 @@ def settings_of(quantization: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         wanted = "channel" if layout == INT8 else "channel, or group and a positive whole number"
         raise ValueError(f"strategy is {strategy!r} and group_size {size!r}, wanted {wanted}")
     tokens = group.get("input_activations")
-    by_token = isinstance(tokens, dict) and (tokens.get("num_bits"), tokens.get("strategy"), tokens.get("dynamic")) == (8, "token", True)
-    if by_token != (layout == INT8) or (tokens is not None and not by_token) or (by_token and not tokens.get("symmetric", True)):
+    if not _wanted_activations(layout, tokens):
         wanted = "8 bits, symmetric, dynamic, by token" if layout == INT8 else "none"
         raise ValueError(f"input_activations is {tokens!r}, wanted {wanted}")
     return layout, {"bits": bits, "group_size": size, "symmetric": symmetric}
+
+
+def _wanted_activations(layout: str, tokens: object) -> bool:
+    """Whether what a config says of activations is what the layout has."""
+    if layout != INT8:
+        return tokens is None
+    if not isinstance(tokens, dict):
+        return False
+    kept = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True, "type": "int"}
+    return {"symmetric": True, "type": "int", **tokens}.items() >= kept.items()

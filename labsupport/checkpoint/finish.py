@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from labsupport.checkpoint import card, gguf_file, layouts
+from labsupport.checkpoint import card, compressed_tensors, gguf_file, layouts
 from labsupport.checkpoint.card import Facts
 from labsupport.checkpoint.parts import Parts
 from labsupport.checkpoint.tokenizers import copied_files
@@ -32,7 +32,7 @@ def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Ma
     model: what was quantized; its weights are not looked at, but which linears it has and whether its head is the embedding.
     source: the directory of the original model, whose tokenizer and generation settings are copied. config: its config.json.
     """
-    facts = replace(facts, readers=_readers(parts.layout, model))
+    facts = replace(facts, readers=_readers(parts.layout, model, bool(facts.settings.get("symmetric"))))
     with closing(parts.stored()) as stored:
         if parts.layout == "gguf":
             return _finish_gguf(parts, stored, source, config, facts)
@@ -71,15 +71,21 @@ def _finish_gguf(parts: Parts, stored: Weights, source: Path | None, config: Map
     return parts.finish(contents, {}, whole=gguf_file.NAME)
 
 
-def _readers(layout: str, model: PreTrainedModel) -> str:
+def _readers(layout: str, model: PreTrainedModel, symmetric: bool) -> str:
     """What reads a checkpoint of this model, which is taken apart; where that is not what reads the layout in general, and why."""
     classes = {type(linear) for linear in models.linears(model).values()}
     if opened.routed(model):
         reason = "transformers from 5 on does not: it holds the experts of a block in one tensor"
         return f"{ALONE}. {reason}. Each expert has the names and the form that {layout} loaders with a layer for each ask for"
-    if opened.Turned in classes and layout == "awq":
-        return f"{ALONE}. transformers and AutoAWQ put AWQ's layer in the place of an nn.Linear, and this model has Conv1D"
+    if opened.Turned in classes and layout in ("awq", *layouts.COMPRESSED):
+        whose = "AutoAWQ put AWQ's layer" if layout == "awq" else "compressed-tensors put theirs"
+        return f"{ALONE}. transformers and {whose} in the place of an nn.Linear, and this model has Conv1D"
     others = sorted(kind.__name__ for kind in classes - {nn.Linear, opened.Turned})
     if others and layout == "bitsandbytes":
         return f"{ALONE}. transformers puts bitsandbytes' layer in the place of an nn.Linear itself, and this model has {others[0]}"
+    if layout == compressed_tensors.PACKED and not symmetric:
+        # compressed-tensors 0.20 makes no room for packed zero-points before transformers reads the file.
+        return (
+            "vLLM; transformers with quantization_config=CompressedTensorsConfig(run_compressed=False), since grids are asymmetric"
+        )
     return card.LOADERS[layout]

@@ -1,7 +1,7 @@
 """A model in one GGUF file, as llama.cpp reads it: written from finished blocks, and read tensor by tensor.
 
-A file holds all there is: weights, what config.json says, the tokenizer. `labsupport.model.gguf_llama` has the names and what is read
-of the metadata; here is what is written, for Llamas with a byte-level BPE tokenizer, and nothing else.
+A file holds all there is: weights, what config.json says, the tokenizer. `labsupport.model.gguf_llama` has the names and what is
+read of the metadata; here is what is written, for Llamas with a byte-level BPE tokenizer, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labsupport.checkpoint.weights import ROWS, WIDTHS, CheckpointError, read_json
+from labsupport.checkpoint.tokenizers import read_tokenizer
+from labsupport.checkpoint.weights import ROWS, CheckpointError, read_json
 from labsupport.model import gguf_llama
 from labsupport.quant import gguf_blocks
 
@@ -67,11 +68,14 @@ def _rule(tokenizer: Mapping[str, Any], source: Path) -> str:
     *first, last = steps or [{}]
     rule = RULES.get(json.dumps(first))
     plain_bytes = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and last.get("use_regex", True)
-    odd = {key: model.get(key) for key in ("byte_fallback", "ignore_merges", "continuing_subword_prefix", "dropout") if model.get(key)}
+    odd = {
+        key: model.get(key) for key in ("byte_fallback", "ignore_merges", "continuing_subword_prefix", "dropout") if model.get(key)
+    }
     if model.get("type") != "BPE" or rule is None or not plain_bytes or odd or tokenizer.get("normalizer") is not None:
         kind = f"{model.get('type')} after {json.dumps(before)[:200]}" + (f" with {odd}" if odd else "")
         raise CheckpointError(
-            f"the tokenizer in {source} is {kind}; GGUF is written for byte-level BPE that splits text as GPT-2 does, or digit by digit"
+            f"the tokenizer in {source} is {kind}; "
+            "GGUF is written for byte-level BPE that splits text as GPT-2 does, or digit by digit"
         )
     return rule
 
@@ -145,7 +149,9 @@ def _add_tokenizer(writer: GGUFWriter, source: Path, config: Mapping[str, Any]) 
 
     tokenizer = _tokenizer(source)
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer.get("added_tokens", [])}
-    ids = {number: token for token, number in model["vocab"].items()} | {number: token["content"] for number, token in added.items()}
+    ids = {number: token for token, number in model["vocab"].items()} | {
+        number: token["content"] for number, token in added.items()
+    }
     count = config["vocab_size"]
     if beyond := [number for number in ids if number >= count]:
         raise CheckpointError(f"the tokenizer in {source} has token {beyond[0]}, the embedding {count} rows")
@@ -160,15 +166,13 @@ def _add_tokenizer(writer: GGUFWriter, source: Path, config: Mapping[str, Any]) 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
-    from labsupport.checkpoint.tokenizers import read_tokenizer
-
     loaded = read_tokenizer(source)
-    for kind, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
+    for role, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
                       ("unk", writer.add_unk_token_id)):  # fmt: skip
-        number = getattr(loaded, f"{kind}_token_id")
-        number = config.get(f"{kind}_token_id") if number is None else number
-        if isinstance(number, int):
-            add(number)
+        token = getattr(loaded, f"{role}_token_id")
+        token = config.get(f"{role}_token_id") if token is None else token
+        if isinstance(token, int):
+            add(token)
     first = loaded("")["input_ids"]
     writer.add_add_bos_token(first[:1] == [loaded.bos_token_id])
     writer.add_add_eos_token(False)
@@ -193,7 +197,7 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
     """Every tensor of a GGUF file by the name that it has in transformers, as checkpoint.weights.Weights has those of a directory.
 
     A linear in blocks is "NAME.q4_0", uint8 [out_features, bytes of a row], rows in the order of transformers. Blocks outside the
-    linears, as of an embedding, are dequantized: "NAME.weight". Raises CheckpointError for a file that is damaged or holds no Llama.
+    linears, as of an embedding, are dequantized: "NAME.weight". Raises CheckpointError for a file that is damaged or no Llama's.
     """
 
     def __init__(self, path: Path):

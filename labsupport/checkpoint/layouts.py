@@ -30,8 +30,8 @@ DTYPES = {"scales": (torch.float16, torch.bfloat16, torch.float32), "g_idx": (to
 class Grids:
     """What a layout has of uniform grids.
 
-    group_size: the only one, -1 for the whole row; None for any. symmetric: it has no others. scattered: groups may be out of order.
-    multiples: of which out_features and in_features must be.
+    group_size: the only one, -1 for the whole row; None for any. symmetric: it has no others. scattered: groups may be out of
+    order. multiples: of which out_features and in_features must be.
     """
 
     bits: tuple[int, ...]
@@ -72,7 +72,6 @@ def check_settings(layout: str, settings: Mapping[str, Any]) -> None:
 
 def check(layout: str, name: str, shape: tuple[int, int], bits: int, group_size: int | None) -> None:
     """Raise CheckpointError where a linear [out_features, in_features] has no form in the layout. group_size: None for a row."""
-    rows, columns = shape
     if layout == "bitsandbytes":
         return
     grids = GRIDS[layout]
@@ -152,7 +151,9 @@ def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int, s
             (kind,) = state.keys() & gguf_blocks.WEIGHTS.keys()
             return gguf_blocks.read(state[kind], kind)
         if layout in COMPRESSED:
-            return compressed_tensors.read(layout, state, bits, "weight_zero_point" not in state if symmetric is None else symmetric)
+            return compressed_tensors.read(
+                layout, state, bits, "weight_zero_point" not in state if symmetric is None else symmetric
+            )
         for part, known in DTYPES.items():
             if part in state and state[part].dtype not in known:
                 raise ValueError(f"{part} is {state[part].dtype}, wanted {' or '.join(map(str, known))}")

@@ -46,8 +46,8 @@ class Recipe:
         **choices: Any,
     ) -> Recipe:
         """bits: None for 4, or for the only number there is. group_size: None for the only one that the layout has, or one that is
-        chosen for the model; -1 for a grid for each whole row. layout: None for the method's own. Where a layout has symmetric grids
-        alone, they are the default.
+        chosen for the model; -1 for a grid for each whole row. layout: None for the method's own. Where a layout has symmetric
+        grids alone, they are the default.
 
         Raises CheckpointError for what does not go together.
         """
@@ -111,7 +111,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What goes to the method."""
-        values = {"bits": self.bits, self.storage.group_setting: self.group_size, **self.choices}
+        size = {} if self.storage.group_setting is None else {self.storage.group_setting: self.group_size}
+        values = {"bits": self.bits, **size, **self.choices}
         return {name: value for name, value in values.items() if name in self.method.settings}
 
     def about(self) -> dict[str, Any]:

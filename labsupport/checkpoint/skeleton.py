@@ -95,9 +95,7 @@ def _empty_model(weights: Weights | GGUFWeights, changes: dict[str, Any]) -> Pre
         raise
     except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{place} has model_type {kind!r}, of which no model can be made: {reason}"
-        ) from error
+        raise CheckpointError(f"{place} has model_type {kind!r}, of which no model can be made: {reason}") from error
     model.tie_weights()
     return model.eval()
 

@@ -37,7 +37,7 @@ class Checkpoint:
 
     @cached_property
     def grids(self) -> dict[str, Any]:
-        """bits, group_size (None for a grid for each whole row) and symmetric, as the config has them; without those that it lacks."""
+        """bits, group_size (None for a grid for each whole row) and symmetric, those that the config has."""
         if self.layout in layouts.COMPRESSED:
             return compressed_tensors.settings_of(self.quantization)[1]
         named = {"bits": "bits", "group_size": "group_size", "symmetric": "sym"}

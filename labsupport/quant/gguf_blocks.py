@@ -10,9 +10,9 @@ A row of a weight is cut into blocks, and a block is a few bytes that hold every
 
 In q4_0 and q4_1 byte i of the codes holds code i below and code i + 16 above; in q4_k, of each 64 weights, i and i + 32.
 
-The formats are those of ggml (ggml-common.h, dequantize_row_* in ggml-quants.c, version 0.12). A format says what bytes mean, not how to
-choose them. For the first three the rounding is that of ggml's reference, and the bytes equal those of `gguf.quants.quantize`. For
-q4_k ggml searches with weights of its own; `quantize_q4_k` says what is done here.
+The formats are those of ggml (ggml-common.h, dequantize_row_* in ggml-quants.c, version 0.12). A format says what bytes mean, not
+how to choose them. For the first three the rounding is that of ggml's reference, and the bytes equal those of
+`gguf.quants.quantize`. For q4_k ggml searches with weights of its own; `quantize_q4_k` says what is done here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labsupport.quant import checks, grid
+from labsupport.quant import checks
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 
 BLOCK, SUPERBLOCK = 32, 256
@@ -37,7 +37,7 @@ CHUNK = 2**18  # weights to take at a time
 
 @dataclass(frozen=True)
 class GGUFTensor(QuantizedTensor):
-    """blocks: uint8 [out_features, in_features / WEIGHTS[kind] * BYTES[kind]], as they stand in the file. kind: a key of WEIGHTS."""
+    """blocks: uint8 [out_features, in_features / WEIGHTS[kind] * BYTES[kind]], as they stand in the file. kind: one of WEIGHTS."""
 
     blocks: torch.Tensor
     kind: str
@@ -61,8 +61,8 @@ class GGUFTensor(QuantizedTensor):
 def read(blocks: torch.Tensor, kind: str) -> GGUFTensor:
     """A weight of which a file holds the blocks.
 
-    Raises ValueError for a kind that is not known, rows that are not whole blocks, and d or m that is no finite number; TypeError for
-    a dtype other than uint8.
+    Raises ValueError for a kind that is not known, rows that are not whole blocks, and d or m that is no finite number; TypeError
+    for a dtype other than uint8.
     """
     checks.choice(kind, "kind", tuple(WEIGHTS))
     checks.tensor(blocks, "blocks", (torch.uint8,), "a tensor of bytes, torch.uint8")
@@ -87,7 +87,7 @@ def quantize_q8_0(weight: torch.Tensor) -> GGUFTensor:
 
 
 def quantize_q4_0(weight: torch.Tensor) -> GGUFTensor:
-    """d is the weight of largest magnitude over -8: that weight gets code 0, and the grid reaches one step less on the other side."""
+    """d is the weight of largest magnitude over -8: that weight gets code 0, and the other side of the grid is one step shorter."""
     return _in_blocks(weight, "q4_0", _round_q4_0)
 
 
