@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option
+from labsupport.exercises.form import Exercise, Fault, Mutant, generator, mistakes_by_option
 from labsupport.quant import gguf_blocks
 
 BLOCK, BYTES = 32, 18
@@ -293,8 +293,8 @@ PROVE = Exercise(
     id="15.4", name="prove", title="Export, and prove it", minutes=20, difficulty=4, points=4,
     returns=("verdicts",), inputs=prove_inputs, reference=prove, drive=_drive_prove, otherwise=_where_proved,
     faults=(
-        Fault("{name} has no verdict. Tensors that the file lacks are missing: go through the names that were meant, not through those "
-              "that were found", lambda given, got, want: next(({"name": n} for n, w in got["verdicts"].items() if w == NONE), None),
+        Fault("{name} has no verdict. What the file lacks is missing: go through the names that were meant, not those that were found",
+              lambda given, got, want: next(({"name": n} for n, w in got["verdicts"].items() if w == NONE), None),
               (partial(_proved, names=lambda meant, read: list(read)),)),
         Fault("{name} has the verdict {word!r}, wanted one of " + ", ".join(WORDS), _strange_word,
               (lambda meant, read: {name: word.upper() for name, word in _proved(meant, read).items()},)),
@@ -307,7 +307,7 @@ PROVE = Exercise(
         "2**-11 of itself": {"same": lambda back, right: torch.equal(back, right)},
         "the mean difference was held against the limit: one wrong code among many does not move a mean. Each entry must pass": {
             "same": lambda back, right: bool((back - right).abs().mean() <= HALF * right.abs().mean())},
-        "the limit was taken of the largest weight of a tensor, and small weights were allowed as much: it is 2**-11 of each weight": {
+        "the limit was taken of the largest weight of a tensor, and small weights were allowed as much: it is 2**-11 of each": {
             "same": _of_the_largest},
         "the limit is twice what float16 needs: its 11 significant bits put neighbors 2**-10 apart, and rounding errs by half of "
         "that": {"same": lambda back, right: bool(_within(back, right, 2**-10).all())},
