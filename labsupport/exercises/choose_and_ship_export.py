@@ -293,7 +293,7 @@ PROVE = Exercise(
     id="15.4", name="prove", title="Export, and prove it", minutes=20, difficulty=4, points=4,
     returns=("verdicts",), inputs=prove_inputs, reference=prove, drive=_drive_prove, otherwise=_where_proved,
     faults=(
-        Fault("{name} has no verdict. What the file lacks is missing: go through the names that were meant, not those that were found",
+        Fault("{name} has no verdict. What the file lacks is missing: go through the names that were meant, not those found",
               lambda given, got, want: next(({"name": n} for n, w in got["verdicts"].items() if w == NONE), None),
               (partial(_proved, names=lambda meant, read: list(read)),)),
         Fault("{name} has the verdict {word!r}, wanted one of " + ", ".join(WORDS), _strange_word,
