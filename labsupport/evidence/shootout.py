@@ -52,6 +52,7 @@ MEASURED = (
 )  # fmt: skip
 PER_TOKEN = {"loss": "loss", "kl_mean": "kl_by_document", "agreement": "agreed_by_document"}  # and where its sums are
 METRICS = (*PER_TOKEN, *TASKS)
+TO_FLOAT = ("kl_mean", "agreement")  # these compare with the float model that a row was made from
 FLOAT = "float"
 EMBEDDING_GROUP = 64
 EMBEDDING_BITS = (8, 4)
