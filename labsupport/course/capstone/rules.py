@@ -38,9 +38,9 @@ What counts
   {ours}, byte for byte.
 
 What is read
-  Formats: those of labsupport.checkpoint ({layouts}),
+  Formats of labsupport.checkpoint in safetensors: {layouts};
   and "labs", in which every matrix has bits and groups of its own, the embedding as well: see labsupport/checkpoint/mixed.py.
-  GPTQ's, AWQ's and bitsandbytes' leave the embedding in float16, which alone takes {table:,} bytes.
+  The others leave the embedding in float16, which alone takes {table:,} bytes.
   Config and architecture are the course model's own; of config.json only quantization_config is used. Code is never run, no link is
   followed, nothing outside the directory is read, and the text is cut by the course model's tokenizer.
 
@@ -85,7 +85,7 @@ def text() -> str:
     config = _course_config()
     return RULES.format(
         budgets=", ".join(f"{name} {most:,} bytes" for name, most in BUDGETS.items()), free=", ".join(FREE), ours=", ".join(OURS),
-        layouts=", ".join(LAYOUTS), table=2 * config["vocab_size"] * config["hidden_size"],
+        layouts=", ".join(layout for layout in LAYOUTS if layout != "gguf"), table=2 * config["vocab_size"] * config["hidden_size"],
     )  # fmt: skip
 
 
