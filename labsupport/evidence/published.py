@@ -10,8 +10,8 @@ from typing import Any
 from labsupport.evidence import planner, tables
 
 WITHIN = 0.02  # of a published size
-UNIT = {"weights": "GB", "cache": "kB", "speed": "tokens/s"}
-_DIVISOR = {"weights": 1e9, "cache": 1e3, "speed": 1.0}
+KINDS = ("weights", "cache", "speed")
+UNITS = {"GB": 1e9, "kB": 1e3, "tokens/s": 1.0}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Figure:
     @property
     def shown(self) -> tuple[str, str, str]:
         """Published, computed, and the unit of both."""
-        by = _DIVISOR[self.kind]
-        return f"{self.published / by:,.6g}", f"{self.computed / by:,.6g}", UNIT[self.kind]
+        unit = "tokens/s" if self.kind == "speed" else "GB" if self.published >= 1e8 else "kB"
+        return f"{self.published / UNITS[unit]:,.6g}", f"{self.computed / UNITS[unit]:,.6g}", unit
 
 
 @cache
@@ -68,4 +68,4 @@ def _computed(kind: str, shape: planner.Shape, row: Mapping[str, Any]) -> float:
         return planner.cache_bytes(shape, row["context"])
     if kind == "speed":
         return planner.plan(shape, tables.card(row["card"]), row["format"], context=row["context"]).tokens_per_second
-    raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(UNIT)}")
+    raise ValueError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}")

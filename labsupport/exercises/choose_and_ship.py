@@ -1,4 +1,7 @@
-"""Chapter 15: the largest format that fits a card, and what a server's memory holds when many ask at once."""
+"""Chapter 15: the largest format that fits a card, and what a server's memory holds when many ask at once.
+
+What is exported is in choose_and_ship_export.py, the capstone in choose_and_ship_capstone.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 from labsupport.evidence import planner
 from labsupport.evidence.configs import shape_of
 from labsupport.evidence.shapes import Shape
+from labsupport.exercises import choose_and_ship_capstone as capstone
+from labsupport.exercises import choose_and_ship_export as export
 from labsupport.exercises.form import Exercise, Fault, Mutant, Outputs, drive_cases, mistakes_by_option
 
 OPTIONS = [(8, 128), (4, 32), (4, 128), (3, 32), (3, 128), (2, 64)]
@@ -206,4 +211,4 @@ SERVED = Exercise(
     ),
 )  # fmt: skip
 
-EXERCISES = (FIT, SERVED)
+EXERCISES = (FIT, SERVED, *export.EXERCISES, *capstone.EXERCISES)

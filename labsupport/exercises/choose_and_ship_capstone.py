@@ -15,7 +15,7 @@ CLOSE = 1.03  # of the reference's loss: two orders of buying the same upgrades 
 TABLE = 0
 
 
-# 15.4 -----------------------------------------------------------------------------------------------------------------
+# 15.5 -----------------------------------------------------------------------------------------------------------------
 def allocation_inputs(seed: int) -> dict:
     """Two models. The first matrix of each is the embedding, as large as many others. Small matrices suffer most.
 
@@ -115,7 +115,7 @@ def _why_not(given: dict, got: dict, want: dict) -> str | None:
 
 
 ALLOCATE = Exercise(
-    id="15.4", name="allocate", title="Spend a byte budget on a whole model", minutes=15, difficulty=4, points=4,
+    id="15.5", name="allocate", title="Spend a byte budget on a whole model", minutes=15, difficulty=4, points=4,
     returns=("choice",), inputs=allocation_inputs, reference=budgets.allocate, drive=drive_cases,
     accepts=_accepts, otherwise=_why_not,
     faults=(
