@@ -16,6 +16,7 @@ from labsupport.figures import (
     outliers,
     roofline,
     saliency,
+    shootout,
     straight_through,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "outliers",
     "roofline",
     "saliency",
+    "shootout",
     "straight_through",
 ]
