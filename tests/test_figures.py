@@ -200,6 +200,7 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
             "small": [("float", 4e6, 30.0, (0.0, 0.0, 0.0))],
         },
         "At equal bytes",
+        "all stored bytes (MB)",
     ),
     straight_through.passes: (
         torch.linspace(-3, 3, 61),

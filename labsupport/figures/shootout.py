@@ -103,10 +103,10 @@ def windows(needed: Mapping[str, float], at_hand: int) -> CourseFigure:
     return figure
 
 
-def families(rows: Mapping[str, Sequence[tuple[str, float, float, Change]]], title: str) -> CourseFigure:
-    """Families of models over all their stored bytes: perplexity with its interval, each configuration named.
+def families(rows: Mapping[str, Sequence[tuple[str, float, float, Change]]], title: str, bytes_of: str) -> CourseFigure:
+    """Families of models over their bytes: perplexity with its interval, each configuration named.
 
-    rows: by family, (name, bytes, perplexity, change with its interval beside one reference).
+    rows: by family, (name, bytes, perplexity, change with its interval beside one reference). bytes_of: what is counted, with its unit.
     """
     alt = f"{title}: " + "; ".join(
         f"{family}: " + ", ".join(f"{name} {size / 1e6:.2f} MB, perplexity {value:.4g}" for name, size, value, _ in sorted_rows)
@@ -126,6 +126,6 @@ def families(rows: Mapping[str, Sequence[tuple[str, float, float, Change]]], tit
             axis.annotate(name, (place, value), (4, 4), textcoords="offset points", fontsize=base.SMALL, color=color)
     axis.set_yscale("log")
     scales.one_two_five(axis.yaxis)
-    base.label(axis, title, "all stored bytes, embedding included (MB)", "perplexity (of nats a token)")
+    base.label(axis, title, bytes_of, "perplexity (of nats a token)")
     base.legend(axis)
     return figure
