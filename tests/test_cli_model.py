@@ -1,6 +1,7 @@
 """labs train and labs sweep, as commands: what they write, and one clear line for what they cannot do."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,24 +26,10 @@ def labs(*arguments):
 @pytest.fixture
 def small_recipe(monkeypatch):
     """The command's own recipe is the course model's; one that trains in a second stands in for it."""
-
-    def small(tokens, seed):
-        return recipe(
-            vocab=512,
-            hidden=64,
-            intermediate=128,
-            layers=1,
-            heads=2,
-            kv_heads=1,
-            context=32,
-            batch=2,
-            tokens=tokens // 64,
-            seed=seed,
-        )
-
-    recipe = train.Recipe
+    sizes = {"vocab": 512, "hidden": 64, "intermediate": 128, "layers": 1, "heads": 2, "kv_heads": 1, "context": 64, "batch": 32}
+    full = train.Recipe(**sizes)
     monkeypatch.setattr(train, "training_documents", lambda: DOCUMENTS)
-    monkeypatch.setattr(train, "Recipe", small)
+    monkeypatch.setattr(train, "SIZES", {"full": full, "small": replace(full, hidden=32)})
     monkeypatch.setattr(export, "_card", lambda directory, progress: "card")
 
 
@@ -53,12 +40,20 @@ def test_train_writes_a_model_and_goes_on(small_recipe, tmp_path):
     done = labs(*arguments, "--tokens", 8192)
     assert done.exit_code == 0, done.output
     models.load_model(str(out), device="cpu")
-    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 128
+    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 8192
     assert labs(*arguments, "--tokens", 16384).exit_code == 0
-    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 256
+    assert json.loads((out / "training.json").read_text())["recipe"]["tokens"] == 16384
+    refused = labs(*arguments, "--tokens", 16384, "--size", "small")
+    assert "holds a run with another hidden: choose another directory" in refused.output
     refused = labs(*arguments, "--tokens", 16384, "--seed", 1)
     assert refused.exit_code == 1
     assert "holds a run with another seed: choose another directory" in refused.output
+
+
+def test_train_names_the_sizes():
+    done = labs("train", "--size", "tiny")
+    assert done.exit_code == 1
+    assert "--size is 'tiny', wanted full or small" in done.output
 
 
 def test_train_refuses_a_strangers_directory_before_it_trains(tmp_path):

@@ -41,6 +41,14 @@ def test_learning_rate_is_a_trapezoid():
     assert [recipe(400).rate(s) for s in range(70)] == [r.rate(s) for s in range(70)]
 
 
+def test_the_small_model_is_about_a_quarter_and_differs_in_size_alone():
+    full, small = (train.SIZES[size] for size in ("full", "small"))
+    parameters = [sum(p.numel() for p in train.build_model(r).parameters()) for r in (full, small)]
+    assert 0.22 < parameters[1] / parameters[0] < 0.28
+    differs = {field for field, value in vars(full).items() if vars(small)[field] != value}
+    assert differs == {"hidden", "intermediate", "layers", "heads", "kv_heads"}
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
     whole, _, done = train.train(tmp_path / "a", recipe(8), save_every=4)

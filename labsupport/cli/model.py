@@ -16,8 +16,15 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where the finished model directory goes.")] = Path("runs/course-model"),
-    run: Annotated[Path, typer.Option(help="Where the run keeps its state, to continue after a stop.")] = Path("runs/course"),
+    size: Annotated[str, typer.Option(help="full: the course model; small: one of a quarter of its parameters.")] = "full",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the finished model directory goes; default runs/course-model, or -small."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Where the run keeps its state, to continue after a stop; default runs/course, or -small."),
+    ] = None,
     tokens: Annotated[
         int, typer.Option(min=8192, help="Tokens to train on; more than before continues a finished run.")
     ] = 24_000_000,
@@ -26,13 +33,19 @@ def train(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights and of every batch.")] = 0,
 ) -> None:
     """Train the course model, or continue a run that was stopped, and write it as a model directory with its card."""
+    from dataclasses import replace
+
     from tqdm import tqdm
 
     from labsupport.course import export
     from labsupport.course import train as training
     from labsupport.model import files
 
-    recipe = training.Recipe(tokens=tokens, seed=seed)
+    if size not in training.SIZES:
+        fail("train", f"--size is {size!r}, wanted {' or '.join(training.SIZES)}")
+    recipe = replace(training.SIZES[size], tokens=tokens, seed=seed)
+    suffix = "" if size == "full" else f"-{size}"
+    out, run = out or Path(f"runs/course-model{suffix}"), run or Path(f"runs/course{suffix}")
     try:
         export.check_replaceable(out)
         files.check_writable(out)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.course.train import END_OF_TEXT, Recipe
+from labsupport.course.train import END_OF_TEXT, SIZES, Recipe
 from labsupport.model.evaluate import evaluate
 from labsupport.model.files import replaced_directory, save_tensors
 from labsupport.model.text import load_text
@@ -139,6 +139,8 @@ def _card(directory: Path, progress: dict[str, Any]) -> str:
         after = evaluate(quantize.quantize_model(model, "rtn", bits=bits, group_size=128)[0], streams["code"], windows=256)
         losses.append(f"| {bits} | {100 * (after.perplexity / before.perplexity - 1):+.2f} % |")
     parameters = sum(p.numel() for p in model.parameters())
+    small = recipe.hidden == SIZES["small"].hidden
+    title, command = ("The small course model", "labs train --size small") if small else ("The course model", "labs train")
     table, quantized = "\n".join(rows), "\n".join(losses)
     recipe_line = (
         f"{recipe.tokens:,} tokens in {recipe.steps} steps of {recipe.batch} windows of {recipe.context}; AdamW (0.9, 0.95), "
@@ -161,7 +163,7 @@ library_name: transformers
 pipeline_tag: text-generation
 language: en
 ---
-# The course model
+# {title}
 
 A small Llama ({parameters / 1e6:.2f} million parameters, float16) that continues Python source and Python documentation.
 It exists to be quantized: trained far enough that losing bits shows, small enough that two cores evaluate it in
@@ -181,7 +183,7 @@ Python Software Foundation License.
 ## Recipe
 
 {recipe_line}
-`labs train` does it again, and continues a finished run when given more tokens. Every setting and the losses are in
+`{command}` does it again, and continues a finished run when given more tokens. Every setting and the losses are in
 `training.json`.
 
 ![Training loss against tokens seen](loss.png)

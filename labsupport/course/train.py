@@ -1,4 +1,4 @@
-"""Train the course model: a small Llama on the standard library's source and the language reference.
+"""Train the course model, or the smaller one beside it: a small Llama on the standard library's source and the language reference.
 
 A run has a directory with `state.safetensors`: weights, optimizer, and in its metadata settings and losses, so that they are always
 of one step. `progress.json` holds settings and losses again, for people to read. A run that was
@@ -60,6 +60,11 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Learning rate of one step, counted from 0."""
         return self.schedule.rate(step)
+
+
+# The course model, and one of about a quarter of its parameters. Text, tokenizer and tokens seen are the same: what they differ
+# in is size, so that "a larger model in fewer bits" can be set against "a smaller one in more" at equal bytes.
+SIZES = {"full": Recipe(), "small": Recipe(hidden=128, intermediate=384, layers=5, heads=2, kv_heads=1)}
 
 
 def train_tokenizer(documents: list[text.Document], vocab: int):

@@ -1,52 +1,167 @@
-"""The claims of the field that the course tests, and what came of each: data/claims.yaml.
+"""The claims of the field that the course tests, what came of each, and on what evidence: data/claims.yaml.
 
 A verdict is computed in a notebook and compared with the file here, so that the file cannot say what no notebook found.
+`labsupport.evidence.audit` computes verdicts and figures once more, from the evidence that is named in the file and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import fields as names_of
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from labsupport.model import models
 
-VERDICTS = {True: "holds", False: "fails", None: "depends"}
+CannotBeTold = Literal["cannot be told"]
+Holds = bool | None | CannotBeTold
+CANNOT: CannotBeTold = "cannot be told"
+VERDICTS: Mapping[Holds, str] = {True: "holds", False: "fails", None: "depends", CANNOT: "cannot be told here"}
+OPEN = "open"
+# How a claim can be settled, and what must be said of each piece of evidence beside what it is.
+KINDS = {
+    "arithmetic": (),  # of published shapes and formats, in code
+    "computation": (),  # on weights, in seconds
+    "measurement": ("command", "version"),  # stored rows: a file under data/measurements
+    "citation": ("where", "version"),
+}
+
+
+class ClaimError(ValueError):
+    """data/claims.yaml is not what it should be, or its evidence does not say what it says."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """kind: of KINDS. what: the file under data/measurements, the source that is cited, or what is computed.
+
+    command: the one that measured the file. where: table, page or address. version: of the file, or of what is cited, with a date.
+    says: figures of a source, by what they are of.
+    """
+
+    kind: str
+    what: str
+    command: str = ""
+    where: str = ""
+    version: str = ""
+    says: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """verdict: "holds", "fails", "depends" or "open"; how it was settled."""
+    """verdict: one of VERDICTS, or OPEN, and then the rest is empty. how: what was compared, in words.
+
+    figures: by what they are of; a change has its interval with it. tested_on: back end and device.
+    """
 
     verdict: str
-    how: str
+    how: str = ""
+    tested_on: str = ""
+    figures: Mapping[str, str] = field(default_factory=dict)
+    evidence: tuple[Evidence, ...] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """How it was settled, each way once."""
+        return list(dict.fromkeys(e.kind for e in self.evidence))
+
+    @property
+    def exact(self) -> bool:
+        """Whether its figures are the same on every machine: nothing is computed in floating point."""
+        return set(self.kinds) <= {"arithmetic", "citation"}
 
 
 @dataclass(frozen=True)
 class Claim(Verdict):
     """number and text of a claim; notebooks that test it; its verdict. elsewhere: what it is on other models, by their name."""
 
-    number: int
-    claim: str
-    notebooks: tuple[str, ...]
-    elsewhere: Mapping[str, Verdict]
+    number: int = 0
+    claim: str = ""
+    notebooks: tuple[str, ...] = ()
+    elsewhere: Mapping[str, Verdict] = field(default_factory=dict)
+
+
+def default_path() -> Path:
+    return models.data_dir() / "claims.yaml"
 
 
 @cache
 def claims() -> Mapping[int, Claim]:
     """All claims by number; read once, and not to be changed."""
+    return read(default_path())
+
+
+def read(path: Path) -> Mapping[int, Claim]:
+    """Raises ClaimError for a file that does not hold claims, and for a verdict without evidence."""
     import yaml
 
-    rows = yaml.safe_load((models.data_dir() / "claims.yaml").read_text("utf-8"))
-    return MappingProxyType({row["number"]: _claim(**row) for row in rows})
+    try:
+        rows = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ClaimError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    return parse(rows, path.name)
 
 
-def _claim(notebooks: list[str], elsewhere: Mapping[str, Mapping[str, str]] | None = None, **row: Any) -> Claim:
-    others = {model: Verdict(**found) for model, found in (elsewhere or {}).items()}
-    return Claim(**row, notebooks=tuple(notebooks), elsewhere=MappingProxyType(others))
+def parse(rows: Any, name: str) -> Mapping[int, Claim]:
+    """The claims of rows as YAML holds them. name: of the file, for errors. Raises ClaimError, see `read`."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ClaimError(f"{name} does not hold a list of claims")
+    found = {claim.number: claim for claim in map(_claim, rows)}
+    if len(found) != len(rows):
+        raise ClaimError(f"{name} has {len(rows)} claims with {len(found)} numbers: each wants its own")
+    return MappingProxyType(found)
+
+
+def verdict_of(where: str, row: Mapping[str, Any]) -> Verdict:
+    """The verdict in a row of a claim, or in one of its `elsewhere`. where: begins every error. Raises ClaimError."""
+    own = {each.name for each in names_of(Verdict)}
+    return _verdict(where, Verdict, {key: value for key, value in row.items() if key in own})
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    where = f"claim {row.get('number', '(no number)')}"
+    fields = dict(row)
+    elsewhere = fields.pop("elsewhere", {})
+    if missing := [key for key in ("number", "claim", "notebooks") if not fields.get(key)]:
+        raise ClaimError(f"{where} has no {', '.join(missing)}")
+    fields["notebooks"] = tuple(fields["notebooks"])
+    others = {model: _verdict(f"{where} on {model}", Verdict, dict(found)) for model, found in elsewhere.items()}
+    return _verdict(where, Claim, fields | {"elsewhere": MappingProxyType(others)})
+
+
+def _verdict(where: str, kind: type[Any], fields: dict[str, Any]) -> Any:
+    """A Verdict or a Claim. Raises ClaimError, which begins with `where`."""
+    if unknown := fields.keys() - {each.name for each in names_of(kind)}:
+        raise ClaimError(f"{where} has {', '.join(sorted(unknown))}, which no claim has")
+    fields["evidence"] = tuple(_evidence(where, dict(piece)) for piece in fields.get("evidence", ()))
+    fields["figures"] = MappingProxyType(dict(fields.get("figures") or {}))
+    found = kind(**fields)
+    if found.verdict not in (OPEN, *VERDICTS.values()):
+        raise ClaimError(f"{where} has the verdict {found.verdict!r}, wanted one of {OPEN}, {', '.join(VERDICTS.values())}")
+    parts = {"evidence": found.evidence, "how": found.how, "tested_on": found.tested_on}
+    if found.verdict == OPEN and (written := [name for name, part in parts.items() if part]):
+        raise ClaimError(f"{where} is open, and has {', '.join(written)}")
+    if found.verdict != OPEN and (missing := [name for name, part in parts.items() if not part]):
+        raise ClaimError(f"{where} has the verdict {found.verdict!r} without {', '.join(missing)}")
+    return found
+
+
+def _evidence(where: str, fields: dict[str, Any]) -> Evidence:
+    kind = next(iter(fields), "")
+    if kind not in KINDS:
+        raise ClaimError(f"{where} has evidence of the kind {kind!r}, wanted one of {', '.join(KINDS)}")
+    piece = Evidence(
+        kind, fields.pop(kind), **{key: fields.pop(key) for key in ("command", "where", "version", "says") if key in fields}
+    )
+    if fields:
+        raise ClaimError(f"{where}: evidence {piece.what!r} has {', '.join(fields)}, which no evidence has")
+    if missing := [key for key in KINDS[kind] if not getattr(piece, key)]:
+        raise ClaimError(f"{where}: {kind} {piece.what!r} has no {', '.join(missing)}")
+    return piece
 
 
 @dataclass(frozen=True)
@@ -57,8 +172,9 @@ class Timed:
     found: str
 
 
-def settle(number: int, holds: bool | None, found: str, here: Timed | None = None, model: str | None = None) -> None:
-    """Print a claim with the verdict that the notebook has just computed; None where it depends on what is meant.
+def settle(number: int, holds: Holds, found: str, here: Timed | None = None, model: str | None = None) -> None:
+    """Print a claim with the verdict that the notebook has just computed: None where it depends on what is meant, CANNOT
+    where nothing at hand can tell.
 
     Says so where the course's own verdict is another, as it can be with a model of your own; with LABS_STRICT=1, as when the
     solutions are tested, that raises AssertionError. `here` is for a claim about time: `holds` and `found` are then of figures

@@ -19,6 +19,7 @@ from labsupport.figures import (
     shootout,
     straight_through,
 )
+from labsupport.figures import tables as tables  # no figures
 
 __all__ = [
     "cache",

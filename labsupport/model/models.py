@@ -37,6 +37,10 @@ def course_model_dir() -> Path:
     return data_dir() / "course-model"
 
 
+# A second model of the course's: the same text and tokenizer, about a quarter of the parameters.
+SMALL_COURSE_MODEL = "course-model-small"
+
+
 def model_name(name: str | None = None) -> str:
     """`name`, or else LABS_MODEL, or else the directory of the course model."""
     return name or os.environ.get("LABS_MODEL") or str(course_model_dir())
@@ -49,10 +53,12 @@ def title(name: str | None = None) -> str:
 
 
 def located(name: str) -> str:
-    """The directory of a model that `labs fetch` made, where `name` is that of one; every other name as it is.
+    """The directory of a model that `labs fetch` made or of the small course model, for their names; every other name as it is.
 
     A directory of the same name is `./NAME`. Raises ModelError for one that has not been fetched.
     """
+    if name == SMALL_COURSE_MODEL:
+        return str(data_dir() / SMALL_COURSE_MODEL)
     try:
         return str(fetched.find(name, "model") or name)
     except fetched.NotFetched as error:
@@ -69,10 +75,10 @@ def _check_directory(path: Path) -> None:
 def load_model(name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
     """A causal language model ready to evaluate, and its tokenizer.
 
-    name: a directory, a model that `labs fetch` made or a hub id; without it LABS_MODEL decides, and without that it is the course
-    model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and less exact, and on every
-    device for a model of at most SMALL parameters, as the course model is: what a lesson shows is then the same everywhere. A
-    larger model on a GPU keeps the dtype that is stored, and so does one that is stored quantized.
+    name: a directory, course-model-small, a model that `labs fetch` made or a hub id; without it LABS_MODEL decides, and without
+    that it is the course model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and
+    less exact, and on every device for a model of at most SMALL parameters, as the course model is: what a lesson shows is then
+    the same everywhere. A larger model on a GPU keeps the dtype that is stored, and so does one that is stored quantized.
     Weights are read from safetensors only. Raises ModelError with what is wrong.
     """
     import transformers
