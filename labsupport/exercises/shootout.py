@@ -71,6 +71,15 @@ def _change(first, second, tokens):
     return ((second - first).sum(1) / tokens.sum(1)).expm1()
 
 
+def _mean_change(first, second, tokens):
+    """Each document counts the same."""
+    return ((second - first) / tokens).mean(1).expm1()
+
+
+def _mean_of_changes(first, second, tokens):
+    return ((second - first) / tokens).expm1().mean(1)
+
+
 def _percentiles(changes, low=0.025, high=0.975):
     return torch.quantile(changes, torch.tensor([low, high], dtype=torch.float64)).tolist()
 
@@ -119,13 +128,13 @@ BY_DOCUMENT = (lambda nats, tokens: (nats / tokens).mean(1), lambda nats, tokens
 
 AHEAD_MISTAKES = mistakes_by_option(_ahead, {
     "every document counts the same where the methods are ranked, long or short. Sum the nats of all tokens first": [
-        {"rank": rank} for rank in BY_DOCUMENT],
+        {"rank": rank} | change for rank in BY_DOCUMENT for change in ({}, {"change": _mean_change}, {"change": _mean_of_changes})],
     "first and second are the two with the highest loss: the lowest is best": {"rank": lambda nats, tokens: -nats.sum(1)},
     "second is the worst of all: the one to beat is the next best": {"pick": lambda order: order[[0, -1]]},
     "the numbers in draws are of documents, and they were used as numbers of tokens: sum the nats of each document first": {
         "drawn": _first_tokens},
     "every document counts the same in a draw, long or short: divide the sum of its nats by the sum of its tokens": [
-        {"change": lambda a, b, n: ((b - a) / n).mean(1).expm1()}, {"change": lambda a, b, n: ((b - a) / n).expm1().mean(1)}],
+        {"change": _mean_change}, {"change": _mean_of_changes}],
     "each method was scored on draws of its own: hard documents then make either look worse. Both on the same draw": [
         {"others": lambda draws: draws.flip(0)}, {"others": lambda draws: draws.roll(1, 0)}],
     "an interval was made for each method, and the ends of the two were set against each other. Take the change in every draw, "
@@ -153,8 +162,13 @@ def _ahead_limits(given: dict, want: dict) -> dict:
 
 
 def _where_ahead(given: dict, got: dict, want: dict) -> str | None:
-    if (got["first"], got["second"]) != (want["first"], want["second"]):
-        return None
+    for name in ("first", "second"):
+        if got[name] != want[name]:
+            if got[name] not in range(METHODS):
+                return f"{name} is {got[name]:g}: the methods are counted from 0 to {METHODS - 1}"
+            mean = given["losses"].mean(1)
+            pair = got_and_wanted(mean[int(got[name])].item(), mean[want[name]].item())
+            return f"{name} is method {int(got[name])}, wanted {want[name]}. Nats a token over all tokens: {pair}"
     wider = (got["high"] - got["low"]) / (want["high"] - want["low"])
     end = next(end for end in ("low", "high") if abs(got[end] - want[end]) > _ahead_limits(given, want)[end])
     ends = got_and_wanted(got[end], want[end])
@@ -175,7 +189,8 @@ AHEAD_OF = Exercise(
     allowed=_ahead_limits, close=lambda given, want: ROUNDING, mistakes=AHEAD_MISTAKES,
     others=(
         Mutant(_tokens_resampled, "times as wide"),
-        Mutant(lambda *given: (_ahead(*given)[0], METHODS, *_ahead(*given)[2:]), f"second: got {METHODS}"),
+        Mutant(lambda *given: (_ahead(*given)[1], *_ahead(*given)[1:]), "Nats a token over all tokens"),
+        Mutant(lambda *given: (_ahead(*given)[0], METHODS, *_ahead(*given)[2:]), f"second is {METHODS}: the methods are counted"),
     ),
 )  # fmt: skip
 
@@ -294,6 +309,7 @@ def _front_differs(given: dict, got: dict, want: dict) -> str:
 ON_FRONT = Exercise(
     id="14.2", name="on_front", title="What nobody beats", minutes=8, difficulty=2, points=3,
     returns=("front",), inputs=front_inputs, reference=on_front, mistakes=FRONT_MISTAKES, otherwise=_front_differs,
+    hint="True or False for each configuration, in their order",
     others=(
         Mutant(lambda n, p: torch.ones(len(n), dtype=torch.bool), "is called on the front"),
         Mutant(lambda n, p: torch.zeros(len(n), dtype=torch.bool), "was dropped"),
@@ -358,6 +374,8 @@ DIVERGENCES = Exercise(
         "these are bits: the natural logarithm gives nats": {"unit": 1 / math.log(2)},
         "this is divided by the vocabulary: sum over it, and take the mean over tokens": {
             "kl": lambda p, q: _kl(p, q) / VOCABULARY},
+        "the terms were not added up: a token's divergence is a sum over the vocabulary": {
+            "kl": lambda p, q: (p.exp() * (p - q)).flatten()},
         "the softmax ran over the tokens: it runs over the vocabulary, the last axis": {
             "logs": lambda logits: logits.float().log_softmax(0)},
         "the softmax was taken in float16, which has three digits: make the logits float32 first": {
@@ -397,10 +415,11 @@ def windows_inputs(seed: int) -> dict:
         effect = 0.05 + 0.15 * torch.rand(METRICS, 1, generator=g, dtype=torch.float64)
         noise = 0.25 * torch.randn(METRICS, WINDOWS, generator=g, dtype=torch.float64)
         given = {"first": unit * (5 + hard), "second": unit * (5 + hard + sign * effect + noise), "level": level}
-        found = [_as_outputs(_needed(**given)), *(_as_outputs(_needed(**given, **option)) for option in NEEDED.values())]
-        exact = _needed(**given, whole=lambda number: number)[0]
-        apart = all(not difference(a, b)[2] for i, a in enumerate(found) for b in found[:i])
-        if apart and (exact - exact.round()).abs().min() > 1e-6 and len(found[0]["needed"].unique()) == METRICS:
+        right, exact = _as_outputs(_needed(**given)), _needed(**given, whole=lambda number: number)[0]
+        others = [_as_outputs(mistake.answer(*given.values())) for mistake in NEEDED_MISTAKES]
+        apart = exact.max() > 2 * WINDOWS and not any(difference(other, right)[2] for other in others)
+        best = [other["best"] for other in others[-3:]]  # of those whose numbers are right
+        if apart and len({*best}) == 3 and (exact - exact.round()).abs().min() > 1e-6 and len(right["needed"].unique()) == METRICS:
             return given
 
 
@@ -417,16 +436,16 @@ def _as_outputs(values) -> dict:
 
 
 def _needed(
-    first, second, level, tail=lambda level: (1 + level) / 2, deviation=lambda first, second: (second - first).std(1), power=2,
+    first, second, level, z=lambda level: NormalDist().inv_cdf((1 + level) / 2), deviation=lambda first, second: (second - first).std(1), power=2,
     whole=torch.ceil, times=1.0, best=lambda needed, apart: needed.argmin(),
 ):  # fmt: skip
     apart = second - first
-    ratio = NormalDist().inv_cdf(tail(level)) * deviation(first, second) / apart.mean(1).abs()
+    ratio = z(level) * deviation(first, second) / apart.mean(1).abs()
     needed = whole(times * ratio**power)
     return needed, int(best(needed, apart))
 
 
-NEEDED: dict[str, dict] = {
+NEEDED_MISTAKES = mistakes_by_option(_needed, {
     "the deviation is that of two models measured on different windows: both were measured on the same ones, so take the deviation "
     "of the differences": {"deviation": lambda first, second: (first.var(1) + second.var(1)).sqrt()},
     "the deviation is that of the first model's windows: take that of the differences": {
@@ -435,8 +454,10 @@ NEEDED: dict[str, dict] = {
     "window is": {"deviation": lambda first, second: (second - first).std(1) / WINDOWS**0.5},
     "the deviation was divided by all windows, wanted by one less: they are a sample": {
         "deviation": lambda first, second: (second - first).std(1, correction=0)},
-    "z cuts off one tail: an interval has two, with half of what is left out in each": {"tail": lambda level: level},
-    "z is that of 95 %, whatever the level": {"tail": lambda level: 0.975},
+    "z cuts off one tail: an interval has two, with half of what is left out in each": {
+        "z": lambda level: NormalDist().inv_cdf(level)},
+    "z is that of 95 %, whatever the level": [
+        {"z": lambda level: NormalDist().inv_cdf(0.975)}, {"z": lambda level: 1.96}],
     "the square is missing: four times the windows halve the interval": {"power": 1},
     "this was rounded down: so many windows are not quite enough": {"whole": torch.floor},
     "the quotient is the wrong way up: the larger the deviation, the more windows": {"power": -2},
@@ -445,11 +466,11 @@ NEEDED: dict[str, dict] = {
     "best is the metric with the smallest deviation: it has units of its own, and says nothing beside the mean": {
         "best": lambda needed, apart: apart.std(1).argmin()},
     "best is the metric that needs most windows": {"best": lambda needed, apart: needed.argmax()},
-}  # fmt: skip
+})  # fmt: skip
 
 WINDOWS_NEEDED = Exercise(
     id="14.4", name="windows_needed", title="Which metric tells soonest?", minutes=10, difficulty=3, points=3,
-    returns=("needed", "best"), inputs=windows_inputs, reference=windows_needed, mistakes=mistakes_by_option(_needed, NEEDED),
+    returns=("needed", "best"), inputs=windows_inputs, reference=windows_needed, mistakes=NEEDED_MISTAKES,
     others=(
         Mutant(lambda *given: (_needed(*given)[0] + 1, _needed(*given)[1]), "needed[0]: got"),
         Mutant(lambda *given: (_needed(*given)[0], METRICS), "best: got 4"),
