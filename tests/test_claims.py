@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.evidence import audit, bench, claims, libraries, measurements
-from labsupport.evidence.audit import page
+from labsupport.evidence.audit import computed, counted, page
 from labsupport.evidence.claims import ClaimError
 from labsupport.figures import tables
 from labsupport.model import models
@@ -82,7 +82,7 @@ def test_no_clock_changes_the_verdict_of_notebook_06(monkeypatch, capsys, second
 
 # What stands in data/claims.yaml is what its evidence gives.
 
-SECONDS = {12, 31}  # computed on the whole model
+SECONDS = {12, 17, 31, 33}  # which notebooks compute as well
 VERDICTS = [
     pytest.param(*found, id=found[2], marks=pytest.mark.slow if found[0] in SECONDS else ())
     for found in audit.everything()
@@ -149,6 +149,31 @@ def test_a_figure_that_is_not_what_the_evidence_gives_is_named():
 @pytest.mark.parametrize("verdict", sorted({"holds", "fails", "cannot be told here"}))
 def test_a_verdict_that_the_evidence_does_not_give_is_refused(verdict):
     refused(changed(13, verdict=verdict), f"claim 13 depends by its evidence, and data/claims.yaml says it {verdict}")
+
+
+def found_by(number: int, directory: Path | None = None) -> str:
+    return audit.recompute(number, None, f"claim {number}", claims.claims()[number], directory).verdict
+
+
+def test_audits_find_another_verdict_where_what_they_look_at_is_another(monkeypatch, tmp_path):
+    """Each has the verdict that would follow, so that none says what the file says by itself."""
+    monkeypatch.setattr(counted, "SEVEN", counted.BIG)
+    assert found_by(1) == "fails"
+    monkeypatch.setattr(counted.packing, "write_awq", counted.packing.write_gptq)
+    assert found_by(37) == "holds"
+    monkeypatch.setattr(libraries, "named", lambda name: libraries.Library(name, "", None, "", ""))
+    assert found_by(35) == "depends"
+    monkeypatch.setattr(computed, "_passes", lambda kept, x: isinstance(kept, computed.nf4.BlockTensor))
+    assert found_by(17) == "holds"
+    about, rows = measurements.read(models.data_dir() / "measurements" / "qat.json")
+    about["training"]["steps"] *= 100
+    measurements.write(tmp_path / "qat.json", about, rows)
+    assert found_by(36, tmp_path) == "holds"
+    told = [
+        replace(piece, says={**piece.says, "share of deployments": 0.6}) if piece.says else piece
+        for piece in claims.claims()[34].evidence
+    ]
+    assert audit.recompute(34, None, "claim 34", changed(34, evidence=tuple(told))).verdict == "holds"
 
 
 def evidence_of(number: int, what: str, /, **fields: Any) -> tuple[claims.Evidence, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from labsupport.cli.messages import echo, fail, stopped
-from labsupport.evidence.settings import SPLITS, SWEEPS, TEXTS, WINDOWS
+from labsupport.evidence.settings import SWEEPS
 
 app = typer.Typer()
 
@@ -88,23 +87,28 @@ def sweep(
         Path | None,
         typer.Option(help="JSON file; default data/measurements/NAME.json, or MODEL/NAME.json there for a model of labs fetch."),
     ] = None,
+    configs: Annotated[
+        Path | None,
+        typer.Option(help="JSON or YAML file with a list of settings for the shootout, in place of its own; needs --out."),
+    ] = None,
 ) -> None:
     """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
-    import torch
     from tqdm import tqdm
 
-    from labsupport.evidence import sink
+    from labsupport.evidence import shootout, sink
     from labsupport.evidence import sweep as sweeps
-    from labsupport.model import fetched, models, text
-    from labsupport.pipeline import calibrate
+    from labsupport.evidence.job import Job
+    from labsupport.model import fetched, models
 
     try:
-        chosen = models.model_name(model)
-        own = Path(chosen) == models.course_model_dir()
-        if out is None and not own and chosen not in fetched.MODELS:
-            raise ValueError(f"--out is needed for a model that is neither the course model nor one of {', '.join(fetched.MODELS)}")
-        loaded, tokenizer = models.load_model(chosen)
-        stream = text.load_text(tokenizer, source or TEXTS.get(name), SPLITS.get(name, "heldout"))
+        job = Job.of(name, model, source, windows)
+        known = (models.SMALL_COURSE_MODEL, *fetched.MODELS)
+        if out is None and job.model not in (None, *known):
+            raise ValueError(f"--out is needed for a model that is neither the course model nor one of {', '.join(known)}")
+        if configs is not None and (out is None or name != "shootout"):
+            raise ValueError("--configs is for the shootout, with --out: rows of your own go into a file of your own")
+        settings = None if configs is None else shootout.read_settings(configs)
+        opened = job.open()
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:
@@ -115,18 +119,10 @@ def sweep(
             def on_step(step: int, loss: float) -> None:
                 bar.set_postfix_str(f"training, step {step + 1}, loss {loss:.3f}")
 
-            def calibration(domain: str, samples: int) -> torch.Tensor:
-                return calibrate.windows(text.load_text(tokenizer, domain if own else source, "train"), samples)
-
-            @cache
-            def texts(domain: str, split: str) -> text.TokenStream:
-                return text.load_text(tokenizer, domain, split)
-
-            path, label = out or sweeps.path_of(name, None if own else chosen), "course-model" if own else chosen
-            windows = windows or WINDOWS.get(name, 256)
+            path, label = out or sweeps.path_of(name, job.model), job.model or "course-model"
             measured = sweeps.run(
-                name, loaded, stream, path, label, windows, calibration=calibration, on_row=on_row, short=not own, texts=texts,
-                on_step=on_step,
+                name, opened.model, opened.stream, path, label, opened.windows, calibration=opened.calibration, on_row=on_row,
+                short=job.model is not None, texts=opened.texts, on_step=on_step, tokenizer=opened.tokenizer, settings=settings,
             )  # fmt: skip
     except (ValueError, OSError) as error:
         fail("sweep", error)

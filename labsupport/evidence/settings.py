@@ -211,9 +211,15 @@ def _kv_short(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield float_ | {"values": bits, "value_axis": axis}
 
 
+def _shootout_short(model: nn.Module) -> Iterator[dict[str, Any]]:
+    from labsupport.evidence import shootout
+
+    return shootout.settings_short(model)
+
+
 SHORT_SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn_short, "nf4": _nf4_short, "gptq": _gptq_short, "awq": _awq_short, "kv": _kv_short,
-    "sink": _sink, "positions": _positions,
+    "sink": _sink, "positions": _positions, "shootout": _shootout_short,
 }  # fmt: skip
 
 
@@ -235,12 +241,18 @@ def _qat(model: nn.Module) -> Iterator[dict[str, Any]]:
     return retraining.settings(model)
 
 
+def _shootout(model: nn.Module) -> Iterator[dict[str, Any]]:
+    from labsupport.evidence import shootout
+
+    return shootout.settings(model)
+
+
 SWEEPS: dict[str, Callable[[nn.Module], Iterator[dict[str, Any]]]] = {
     "rtn": _rtn, "layers": _layers, "int8": _int8, "nf4": _nf4, "gptq": _gptq, "awq": _awq, "kv": _kv,
-    "sink": _sink, "positions": _positions, "lora": _lora, "calibration": _calibration, "qat": _qat,
+    "sink": _sink, "positions": _positions, "lora": _lora, "calibration": _calibration, "qat": _qat, "shootout": _shootout,
 }  # fmt: skip
 # By the rows of these sweeps something is chosen, and the choice is judged on held-out text: so they are measured on other text.
 SPLITS = {"layers": "train"}
 # Sweeps of another text than code, where none is named; and what they look at, where no number of windows is named.
 TEXTS = {"lora": "numpy", "calibration": "numpy"}
-WINDOWS = {"lora": 32, "calibration": 32, "qat": 96}
+WINDOWS = {"lora": 32, "calibration": 32, "qat": 96, "shootout": 96}

@@ -10,15 +10,16 @@ import datetime
 import hashlib
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from labsupport.evidence import calibrating, finetuning, measurements, positions, retraining, sink
+from labsupport.evidence import calibrating, finetuning, measurements, positions, retraining, shootout, sink
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SAMPLES, SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
@@ -31,12 +32,13 @@ from labsupport.quant.kv import Part, Scheme, Shape, cache_bytes
 # The keys of a row that are not its setting.
 MEASURED = (
     "bits_per_weight", "bits_per_value", "nbytes", "perplexity", "change", "low", "high", "loss", "seconds", "kl", "agreement",
-    *sink.MEASURED, *positions.MEASURED, *finetuning.MEASURED,
+    *sink.MEASURED, *positions.MEASURED, *finetuning.MEASURED, *shootout.MEASURED,
 )  # fmt: skip
 BY_BLOCK = ("sink", "positions")  # sweeps with a row for each block of the model in floating point
 LEARNING = {"lora": finetuning.Rows, "calibration": calibrating.Rows, "qat": retraining.Rows}  # sweeps that train
 # What must be equal for rows to belong in one file.
-IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device", "training", "other_sha256")
+IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device", "training", "other_sha256", "items")
+Row = dict[str, Any]
 # Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
 Calibration = Callable[[str, int], torch.Tensor]
 
@@ -124,21 +126,32 @@ def run(
     short: bool = False,
     texts: finetuning.Texts | None = None,
     on_step: finetuning.OnStep = lambda step, loss: None,
+    tokenizer: Any = None,
+    settings: Sequence[Row] | None = None,
+    elsewhere: Callable[[list[Row]], Iterator[Row]] | None = None,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
     calibration: gives the text for the methods that need it. texts: gives those to train on, for a sweep of LEARNING, which keeps
     the states of its training in a folder beside `path`, named after it, until its last row is there.
-    on_step(step, loss) is called while it trains. short: fewer settings, for a model larger than the course's.
+    on_step(step, loss) is called while it trains. short: fewer settings, for a model larger than the course's. tokenizer: of the
+    stream, for tasks that are read off its text. settings: in place of the sweep's own. elsewhere: given the settings that are
+    missing it yields their rows, as they are finished, in any order (see evidence.farm); for sweeps whose rows stand alone.
     Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
     OSError where nothing can be written there.
     """
     sweeps = SHORT_SWEEPS if short else SWEEPS
     if name not in sweeps:
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(sweeps)}")
+    if elsewhere is not None and (name in LEARNING or name in BY_BLOCK):
+        raise ValueError(f"the rows of the sweep {name!r} are made one after the other: they cannot be shared out")
     files.check_writable(path)
     parameter = next(model.parameters())
-    baseline = evaluate(model, stream, length, windows)
+    compared = None
+    if name == "shootout":
+        arguments = partial(_arguments, name, model, calibration=calibration)
+        compared = shootout.Rows(model, stream, arguments, tokenizer, length, windows)
+    baseline = evaluate(model, stream, length, windows) if compared is None else compared.reference.evaluation
     about = {
         "sweep": name, "command": _command(name, windows, model_name if short else None, stream.source),
         "model": model_name,
@@ -156,30 +169,40 @@ def run(
             raise ValueError(f"texts is missing, and the sweep {name!r} trains on them")
         learning = LEARNING[name](finetuning.Given(model, stream, texts, length, windows, states, on_step))
         about |= learning.about
-    rows: list[dict[str, Any]] = []
+    if compared is not None:
+        about |= compared.about
+    rows: list[Row] = []
     if path.exists():
         about_before, rows = measurements.read(path)
         other = [key for key in IDENTITY if about_before.get(key) != about.get(key)]
         if other:
             raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
-    settings = list(sweeps[name](model))
+    wanted = list(sweeps[name](model) if settings is None else settings)
+    missing = [setting for setting in wanted if not any(setting_of(row) == setting for row in rows)]
     ids = stream.ids[stream.positions(length, windows)]
     # No block is run before its row is asked for, and then those before it as well.
-    blocks = _blocks(name, model, ids, settings[0], calibration) if name in BY_BLOCK else iter(())
-    for number, setting in enumerate(settings):
-        if not any(setting_of(row) == setting for row in rows):
-            if learning is not None:
-                rows.append(learning.row(setting))
-            elif "layer" in setting:
-                rows.append(_measure_layer(model, stream, length, windows, setting))
-            elif name in BY_BLOCK:
-                rows.append(next(row for row in blocks if row["block"] == setting["block"]))
-            elif name == "kv":
-                rows.append(_measure_cache(model, stream, length, windows, baseline, setting, calibration))
-            else:
-                rows.append(_measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting))
-            measurements.write(path, about, rows)
-        on_row(number + 1, len(settings))
+    blocks = _blocks(name, model, ids, wanted[0], calibration) if name in BY_BLOCK else iter(())
+
+    def row(setting: Row) -> Row:
+        if compared is not None:
+            return compared.row(setting)
+        if learning is not None:
+            return learning.row(setting)
+        if "layer" in setting:
+            return _measure_layer(model, stream, length, windows, setting)
+        if name in BY_BLOCK:
+            return next(row for row in blocks if row["block"] == setting["block"])
+        if name == "kv":
+            return _measure_cache(model, stream, length, windows, baseline, setting, calibration)
+        return _measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting)
+
+    on_row(len(wanted) - len(missing), len(wanted))
+    for number, made in enumerate(map(row, missing) if elsewhere is None else elsewhere(missing)):
+        rows.append(made)
+        if elsewhere is not None:
+            rows.sort(key=lambda made: wanted.index(setting_of(made)) if setting_of(made) in wanted else -1)
+        measurements.write(path, about, rows)
+        on_row(len(wanted) - len(missing) + number + 1, len(wanted))
     shutil.rmtree(states, ignore_errors=True)
     return Measurements(about, rows)
 

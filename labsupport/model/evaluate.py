@@ -82,14 +82,14 @@ def batch_size(model: nn.Module, length: int) -> int:
     return max(1, min(BATCH, LOGITS // (length * models.vocabulary(model))))
 
 
-def _batches(
+def batches(
     model: nn.Module, stream: TokenStream, length: int, count: int | None, progress: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Windows and the document of each token, both [batch, length]."""
     _check_stream(stream)
     length = checks.whole(length, "length", 2, wanted="at least 2 tokens: one to read and one to predict")
-    batches = stream.positions(length, quick.windows(count)).split(batch_size(model, length))
-    for positions in tqdm(batches, desc="evaluating", leave=False, disable=not progress):
+    parts = stream.positions(length, quick.windows(count)).split(batch_size(model, length))
+    for positions in tqdm(parts, desc="evaluating", leave=False, disable=not progress):
         yield stream.ids[positions], stream.document[positions]
 
 
@@ -110,7 +110,7 @@ def evaluate(
     loss = torch.zeros(len(stream.names), dtype=torch.float64)
     tokens = torch.zeros(len(stream.names), dtype=torch.int64)
     seen = 0
-    for ids, document in _batches(model, stream, length, windows, progress):
+    for ids, document in batches(model, stream, length, windows, progress):
         checks.tokens(ids, "stream", models.vocabulary(model))
         logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
         nll = _losses(logits, ids[:, 1:].to(device)).double().cpu()
@@ -140,7 +140,7 @@ def divergence(
 ) -> tuple[float, float]:
     """Mean KL(reference || model) in nats a token, and the share of tokens on which both rank the same token first."""
     total = agreed = count = 0.0
-    for ids, _ in _batches(model, stream, length, windows, False):
+    for ids, _ in batches(model, stream, length, windows, False):
         p, q = (_log_probabilities(each, ids) for each in (reference, model))
         q = q.to(p.device)  # the models may be on two devices
         total += F.kl_div(q, p, log_target=True, reduction="sum").item()
