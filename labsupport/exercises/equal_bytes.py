@@ -99,7 +99,7 @@ SIGN_TEST = Exercise(
 
 
 # 14.6 -----------------------------------------------------------------------------------------------------------------
-REST = {"large": 420_000, "small": 150_000}  # bytes of embedding and norms, which are not quantized
+REST = {"large": 420_000, "small": 150_000}  # bytes of embedding and norms
 
 
 @cache
@@ -122,7 +122,7 @@ def verdict_inputs(seed: int) -> dict:
             noise = 0.03 * torch.randn(len(tokens), generator=g, dtype=torch.float64)
             loss = hard + tokens * (effect + noise)
             perplexity = math.exp((loss.sum() / tokens.sum()).item())
-            return {"name": name, "nbytes": total - rest, "rest": rest, "perplexity": perplexity, "loss": loss.tolist()}
+            return {"name": name, "nbytes": total, "linear_nbytes": total - rest, "perplexity": perplexity, "loss": loss.tolist()}
 
         small = row("small, float", budget, REST["small"], 0.0)
         effect = (0.08 * torch.randn(1, generator=g)).item()
@@ -154,15 +154,15 @@ def _paired(tokens: Tensor, draws: Tensor) -> Callable[[dict, dict], Interval]:
 
 
 def equal_bytes(large: Sequence[dict], small: dict, interval: Callable) -> tuple[str, float, float, float, str]:
-    """The best of those rows that store no more than the small model, all bytes counted."""
-    fits = [row for row in large if row["nbytes"] + row["rest"] <= small["nbytes"] + small["rest"]]
+    """The best of those rows whose whole model stores no more than the small one."""
+    fits = [row for row in large if row["nbytes"] <= small["nbytes"]]
     best = min(fits, key=lambda row: row["perplexity"])
     change, low, high = interval(small, best)
     return best["name"], change, low, high, "holds" if high < 0 else "fails" if low > 0 else "cannot be told"
 
 
 def _stored(row: dict) -> int:
-    return row["nbytes"] + row["rest"]
+    return row["nbytes"]
 
 
 def _by_interval(change: float, low: float, high: float) -> str:
@@ -205,8 +205,8 @@ EQUAL_BYTES = Exercise(
     returns=("verdict",), inputs=verdict_inputs, reference=equal_bytes, drive=drive_verdicts, otherwise=_verdict_differs,
     allowed=lambda given, want: ROUNDING,
     mistakes=mistakes_by_option(_verdict, {
-        "the bytes are those of the linears alone: the large model's embedding is larger too. Add `rest` to both": {
-            "stored": lambda row: row["nbytes"]},
+        "the bytes are those of the linears alone: the large model's embedding is larger too, and `nbytes` counts it": {
+            "stored": lambda row: row["linear_nbytes"]},
         "the best of all rows was taken, whatever it stores: only those count that store no more than the small model": {
             "fits": lambda row, small, stored: True},
         "the row with most bytes that fits was taken: it is not the best of those that fit": {

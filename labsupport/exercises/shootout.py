@@ -436,7 +436,8 @@ def _as_outputs(values) -> dict:
 
 
 def _needed(
-    first, second, level, z=lambda level: NormalDist().inv_cdf((1 + level) / 2), deviation=lambda first, second: (second - first).std(1), power=2,
+    first, second, level, z=lambda level: NormalDist().inv_cdf((1 + level) / 2), power=2,
+    deviation=lambda first, second: (second - first).std(1),
     whole=torch.ceil, times=1.0, best=lambda needed, apart: needed.argmin(),
 ):  # fmt: skip
     apart = second - first
