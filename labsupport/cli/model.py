@@ -91,11 +91,14 @@ def sweep(
         Path | None,
         typer.Option(help="JSON or YAML file with a list of settings for the shootout, in place of its own; needs --out."),
     ] = None,
+    dask: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The scheduler of a Dask cluster whose workers measure, a row each.")
+    ] = None,
 ) -> None:
     """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
     from tqdm import tqdm
 
-    from labsupport.evidence import shootout, sink
+    from labsupport.evidence import farm, shootout, sink
     from labsupport.evidence import sweep as sweeps
     from labsupport.evidence.job import Job
     from labsupport.model import fetched, models
@@ -108,7 +111,8 @@ def sweep(
         if configs is not None and (out is None or name != "shootout"):
             raise ValueError("--configs is for the shootout, with --out: rows of your own go into a file of your own")
         settings = None if configs is None else shootout.read_settings(configs)
-        opened = job.open()
+        path = out or sweeps.path_of(name, job.model)
+        opened = job.open() if dask is None else None
         with tqdm(unit="setting") as bar:
 
             def on_row(done: int, total: int) -> None:
@@ -119,11 +123,10 @@ def sweep(
             def on_step(step: int, loss: float) -> None:
                 bar.set_postfix_str(f"training, step {step + 1}, loss {loss:.3f}")
 
-            path, label = out or sweeps.path_of(name, job.model), job.model or "course-model"
-            measured = sweeps.run(
-                name, opened.model, opened.stream, path, label, opened.windows, calibration=opened.calibration, on_row=on_row,
-                short=job.model is not None, texts=opened.texts, on_step=on_step, tokenizer=opened.tokenizer, settings=settings,
-            )  # fmt: skip
+            if opened is None:
+                measured = farm.run(job, path, dask, settings, on_row)
+            else:
+                measured = opened.run(path, settings=settings, on_row=on_row, on_step=on_step)
     except (ValueError, OSError) as error:
         fail("sweep", error)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from labsupport.evidence import sweep
 from labsupport.evidence.settings import SPLITS, TEXTS, WINDOWS
 from labsupport.model import models, text
 from labsupport.model.evaluate import LENGTH
@@ -52,16 +53,34 @@ class Job:
         def calibration(domain: str, samples: int) -> torch.Tensor:
             return calibrate.windows(texts(domain if own_text else self.source or self.usual, "train"), samples)
 
-        return Opened(model, tokenizer, stream, calibration, texts, self.windows or WINDOWS.get(self.sweep, 256))
+        return Opened(self, model, tokenizer, stream, calibration, texts)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and its texts. calibration(domain, samples): windows to calibrate on. texts(domain, split): to train on."""
+    """A job's model and texts. calibration(domain, samples): windows to calibrate on. texts(domain, split): to train on."""
 
+    job: Job
     model: nn.Module
     tokenizer: Any
     stream: text.TokenStream
     calibration: Callable[[str, int], torch.Tensor]
     texts: Callable[[str, str], text.TokenStream]
-    windows: int
+
+    def run(self, path: Path, **how: Any) -> sweep.Measurements:
+        """sweep.run of the job. how: on_row, on_step, settings."""
+        return sweep.run(*self._subject[:3], path, *self._subject[3:], **self._given, **how)
+
+    def prepare(self) -> sweep.Prepared:
+        return sweep.prepare(*self._subject, **self._given)
+
+    @property
+    def _subject(self) -> tuple[str, nn.Module, text.TokenStream, str, int, int]:
+        job = self.job
+        windows = job.windows or WINDOWS.get(job.sweep, 256)
+        return job.sweep, self.model, self.stream, job.model or "course-model", windows, job.length
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        short = self.job.model is not None
+        return {"calibration": self.calibration, "texts": self.texts, "tokenizer": self.tokenizer, "short": short}

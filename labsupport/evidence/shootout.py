@@ -10,7 +10,7 @@ A row's setting is what `quantize_model` takes, and
 What was measured:
   nbytes                    stored bytes of the whole model: linears as stored, all else in 16 bits but a rounded embedding
   linear_nbytes, bits_per_weight        of the matrices of the blocks alone
-  perplexity, change, low, high, loss   as in every sweep; loss: nats of each document
+  perplexity, change, low, high, loss   as in every sweep; change: from the float model; loss: nats of each document
   kl_mean, kl_median, kl_p999           KL(float || this model) in nats, over all predicted tokens
   kl_by_document            its sum over the tokens of each document
   agreement, agreed_by_document         on how many tokens both rank the same one first: the share, and counts
@@ -19,6 +19,8 @@ What was measured:
   seconds                   of the whole row; quantizing: of those, what the method took
   versions                  of Python, torch, transformers and labsupport, with which this row was measured
 All lists by document are in the order of the text, as `about["tokens"]` is, which says how many tokens each document has.
+Intervals cover 95 % (evaluate.covering_level): `about["percentiles"]` is the level of the percentiles that do.
+`Measurements.paired` and `Measurements.difference` compare rows, those of two files as well where the text is the same.
 `about["items"]` says by task how many items each document has: the items of a row are in that order.
 """
 
@@ -37,7 +39,7 @@ import labsupport
 from labsupport.evidence.tasks import Tasks
 from labsupport.model import models, opened
 from labsupport.model.comparison import Comparison, Reference
-from labsupport.model.evaluate import LENGTH, paired_bootstrap
+from labsupport.model.evaluate import LENGTH, covering_level, paired_bootstrap
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.methods import method_named
 from labsupport.pipeline.quantize import quantize_model
@@ -48,6 +50,8 @@ MEASURED = (
     "linear_nbytes", "kl_mean", "kl_median", "kl_p999", "kl_by_document", "agreed_by_document", *TASKS, "done", "quantizing",
     "versions",
 )  # fmt: skip
+PER_TOKEN = {"loss": "loss", "kl_mean": "kl_by_document", "agreement": "agreed_by_document"}  # and where its sums are
+METRICS = (*PER_TOKEN, *TASKS)
 FLOAT = "float"
 EMBEDDING_GROUP = 64
 EMBEDDING_BITS = (8, 4)
@@ -186,6 +190,23 @@ def unpack(digits: str, items: int) -> list[bool]:
     return [bit == "1" for digit in digits for bit in f"{int(digit, 16):04b}"][:items]
 
 
+def by_document(about: Mapping[str, Any], row: Mapping[str, Any], metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one of METRICS: its sum over each document, float64 [documents], and of how many tokens or items that is, int64.
+
+    Raises ValueError for another metric, and for a task for which the text has no item.
+    """
+    tokens = torch.tensor(about["tokens"])
+    if metric in PER_TOKEN:
+        return torch.tensor(row[PER_TOKEN[metric]], dtype=torch.float64), tokens
+    if metric not in TASKS or not sum(about["items"].get(metric, ())):
+        there = [*PER_TOKEN, *(task for task in TASKS if sum(about["items"].get(task, ())))]
+        raise ValueError(f"metric is {metric!r}, wanted one of {', '.join(there)}")
+    counts = torch.tensor(about["items"][metric])
+    done = torch.tensor(unpack(row["done"][metric], int(counts.sum())), dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, done), counts
+
+
 class Rows:
     """Makes rows, each by itself. arguments: from a setting to what quantize_model takes, see sweep._arguments."""
 
@@ -208,7 +229,10 @@ class Rows:
         """What a file of these rows says beside what every sweep says."""
         items = {} if self.tasks is None else self.tasks.documents
         counts = {task: torch.bincount(torch.tensor(of, dtype=torch.int64), minlength=self.documents) for task, of in items.items()}
-        return {"items": {task: count.tolist() for task, count in counts.items()}}
+        return {
+            "items": {task: count.tolist() for task, count in counts.items()},
+            "percentiles": covering_level(self.reference.evaluation.tokens),
+        }
 
     def row(self, setting: dict[str, Any]) -> dict[str, Any]:
         start = time.process_time()
@@ -224,7 +248,7 @@ class Rows:
 
     def _scores(self, compared: Comparison) -> dict[str, Any]:
         result = compared.evaluation
-        change = paired_bootstrap(self.reference.evaluation, result)
+        change = paired_bootstrap(self.reference.evaluation, result, level=self.about["percentiles"])
         return {
             "perplexity": result.perplexity, "change": change.change, "low": change.low, "high": change.high,
             "loss": [round(nats, 4) for nats in result.loss.tolist()],

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,16 @@ from labsupport.evidence import calibrating, finetuning, measurements, positions
 from labsupport.evidence.settings import CHOICES as CHOICES  # a notebook reads it here
 from labsupport.evidence.settings import SAMPLES, SHORT_SWEEPS, SWEEPS
 from labsupport.model import files, models, opened
-from labsupport.model.evaluate import LENGTH, Evaluation, Interval, divergence, evaluate, paired_bootstrap
+from labsupport.model.evaluate import (
+    LENGTH,
+    Difference,
+    Evaluation,
+    Interval,
+    divergence,
+    evaluate,
+    paired_bootstrap,
+    paired_difference,
+)
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.methods import METHODS
 from labsupport.pipeline.quantize import quantize_model
@@ -39,6 +49,7 @@ LEARNING = {"lora": finetuning.Rows, "calibration": calibrating.Rows, "qat": ret
 # What must be equal for rows to belong in one file.
 IDENTITY = ("model_sha256", "text_sha256", "windows", "length", "dtype", "device", "training", "other_sha256", "items")
 Row = dict[str, Any]
+OnRow = Callable[[int, int], None]
 # Called with a domain and a number of windows: token ids of its training text, int64 [windows, length].
 Calibration = Callable[[str, int], torch.Tensor]
 
@@ -68,9 +79,25 @@ class Measurements:
                 return row
         raise LookupError(f"no row has the setting {setting} and no other")
 
-    def paired(self, reference: dict[str, Any], other: dict[str, Any]) -> Interval:
-        """The change in perplexity from one row to another, with its interval over documents. Both rows must hold "loss"."""
-        return paired_bootstrap(self._evaluation(reference), self._evaluation(other))
+    def paired(self, reference: Row, other: Row, of: Measurements | None = None) -> Interval:
+        """The change in perplexity from one row to another, with its interval over documents. Both rows must hold "loss".
+
+        of: the measurements that `other` is a row of, where it is of another file: another model, on the same text and windows.
+        Raises ValueError where the two were not measured on the same tokens.
+        """
+        level = self.about.get("percentiles", 0.95)
+        return paired_bootstrap(self._evaluation(reference), (of or self)._evaluation(other), level=level)
+
+    def difference(self, reference: Row, other: Row, metric: str, of: Measurements | None = None) -> Difference:
+        """The change in one of shootout.METRICS from one row of a shootout to another, in its own unit; of: see `paired`.
+
+        Raises ValueError for another metric, and where the two were not measured on the same tokens and items.
+        """
+        sums, counts = shootout.by_document(self.about, reference, metric)
+        other_sums, other_counts = shootout.by_document((of or self).about, other, metric)
+        if of is not None and (of.about["text_sha256"] != self.about["text_sha256"] or not torch.equal(counts, other_counts)):
+            raise ValueError(f"reference and other have their {metric} of different texts, so they cannot be paired")
+        return paired_difference(sums, other_sums, counts)
 
     def _evaluation(self, row: dict[str, Any]) -> Evaluation:
         about = self.about
@@ -113,6 +140,15 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep before its first row. about: what all rows are of. settings: of its rows. row: measures one of them."""
+
+    about: dict[str, Any]
+    settings: list[Row]
+    row: Callable[[Row], Row]
+
+
 def run(
     name: str,
     model: nn.Module,
@@ -122,30 +158,53 @@ def run(
     windows: int | None = 256,
     length: int = LENGTH,
     calibration: Calibration | None = None,
-    on_row: Callable[[int, int], None] = lambda done, total: None,
+    on_row: OnRow = lambda done, total: None,
     short: bool = False,
     texts: finetuning.Texts | None = None,
     on_step: finetuning.OnStep = lambda step, loss: None,
     tokenizer: Any = None,
     settings: Sequence[Row] | None = None,
-    elsewhere: Callable[[list[Row]], Iterator[Row]] | None = None,
 ) -> Measurements:
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
-    calibration: gives the text for the methods that need it. texts: gives those to train on, for a sweep of LEARNING, which keeps
-    the states of its training in a folder beside `path`, named after it, until its last row is there.
-    on_step(step, loss) is called while it trains. short: fewer settings, for a model larger than the course's. tokenizer: of the
-    stream, for tasks that are read off its text. settings: in place of the sweep's own. elsewhere: given the settings that are
-    missing it yields their rows, as they are finished, in any order (see evidence.farm); for sweeps whose rows stand alone.
-    Raises ValueError for an unknown sweep, and where `path` holds rows of another model, dtype, kind of device, text or length;
-    OSError where nothing can be written there.
+    texts: see `prepare`; what a sweep of LEARNING learns is kept in a folder beside `path`, named after it, until its last row is
+    there. settings: in place of the sweep's own. on_row(done, total) is called after each row. The rest: see `prepare`.
+    Raises what `prepare` and `collect` raise; OSError where nothing can be written at `path`.
+    """
+    files.check_writable(path)
+    states = path.with_name(f".{path.stem}-states")
+    given = {"calibration": calibration, "short": short, "texts": texts, "on_step": on_step, "tokenizer": tokenizer}
+    prepared = prepare(name, model, stream, model_name, windows, length, **given, states=states)
+    wanted = list(prepared.settings if settings is None else settings)
+    measured = collect(path, prepared.about, wanted, partial(map, prepared.row), on_row)
+    shutil.rmtree(states, ignore_errors=True)
+    return measured
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    stream: TokenStream,
+    model_name: str,
+    windows: int | None = 256,
+    length: int = LENGTH,
+    calibration: Calibration | None = None,
+    short: bool = False,
+    texts: finetuning.Texts | None = None,
+    on_step: finetuning.OnStep = lambda step, loss: None,
+    tokenizer: Any = None,
+    states: Path = Path(),
+) -> Prepared:
+    """Evaluate the model as it is, and get ready for the rows of the sweep `name`.
+
+    calibration: gives the text for the methods that need it. short: fewer settings, for a model larger than the course's.
+    texts: gives those to train on, for a sweep of LEARNING, which keeps the states of its training in the folder `states`.
+    on_step(step, loss) is called while it trains. tokenizer: of the stream, for tasks that are read off its text.
+    Raises ValueError for an unknown sweep, and for one that needs what is not given.
     """
     sweeps = SHORT_SWEEPS if short else SWEEPS
     if name not in sweeps:
         raise ValueError(f"sweep is {name!r}, wanted one of {', '.join(sweeps)}")
-    if elsewhere is not None and (name in LEARNING or name in BY_BLOCK):
-        raise ValueError(f"the rows of the sweep {name!r} are made one after the other: they cannot be shared out")
-    files.check_writable(path)
     parameter = next(model.parameters())
     compared = None
     if name == "shootout":
@@ -163,7 +222,7 @@ def run(
         "device": parameter.device.type, "dtype": str(parameter.dtype).removeprefix("torch."),
         "processor": _processor(parameter.device), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    states, learning = path.with_name(f".{path.stem}-states"), None
+    learning = None
     if name in LEARNING:
         if texts is None:
             raise ValueError(f"texts is missing, and the sweep {name!r} trains on them")
@@ -171,17 +230,10 @@ def run(
         about |= learning.about
     if compared is not None:
         about |= compared.about
-    rows: list[Row] = []
-    if path.exists():
-        about_before, rows = measurements.read(path)
-        other = [key for key in IDENTITY if about_before.get(key) != about.get(key)]
-        if other:
-            raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
-    wanted = list(sweeps[name](model) if settings is None else settings)
-    missing = [setting for setting in wanted if not any(setting_of(row) == setting for row in rows)]
+    settings = list(sweeps[name](model))
     ids = stream.ids[stream.positions(length, windows)]
     # No block is run before its row is asked for, and then those before it as well.
-    blocks = _blocks(name, model, ids, wanted[0], calibration) if name in BY_BLOCK else iter(())
+    blocks = _blocks(name, model, ids, settings[0], calibration) if name in BY_BLOCK else iter(())
 
     def row(setting: Row) -> Row:
         if compared is not None:
@@ -196,15 +248,40 @@ def run(
             return _measure_cache(model, stream, length, windows, baseline, setting, calibration)
         return _measure(_arguments(name, model, setting, calibration), stream, length, windows, baseline, setting)
 
+    return Prepared(about, settings, row)
+
+
+def collect(
+    path: Path,
+    about: dict[str, Any],
+    wanted: Sequence[Row],
+    measure: Callable[[list[Row]], Iterable[Row]],
+    on_row: OnRow = lambda done, total: None,
+) -> Measurements:
+    """The rows of the settings `wanted`: those that `path` holds, and those that `measure` gives of the others, in any order.
+
+    The file is written after each. Raises ValueError where `path` holds rows of another model, text, length or kind of device.
+    """
+    rows: list[Row] = []
+    if path.exists():
+        about_before, rows = measurements.read(path)
+        other = [key for key in IDENTITY if about_before.get(key) != about.get(key)]
+        if other:
+            raise ValueError(f"{path} holds rows measured with another {', '.join(other)}: choose another file or delete it")
+    places = {_key(setting): place for place, setting in enumerate(wanted)}
+    there = {_key(setting_of(row)) for row in rows}
+    missing = [setting for setting in wanted if _key(setting) not in there]
     on_row(len(wanted) - len(missing), len(wanted))
-    for number, made in enumerate(map(row, missing) if elsewhere is None else elsewhere(missing)):
-        rows.append(made)
-        if elsewhere is not None:
-            rows.sort(key=lambda made: wanted.index(setting_of(made)) if setting_of(made) in wanted else -1)
+    for number, row in enumerate(measure(missing), len(wanted) - len(missing) + 1):
+        rows.append(row)
+        rows.sort(key=lambda row: places.get(_key(setting_of(row)), -1))  # rows of other settings come first
         measurements.write(path, about, rows)
-        on_row(len(wanted) - len(missing) + number + 1, len(wanted))
-    shutil.rmtree(states, ignore_errors=True)
+        on_row(number, len(wanted))
     return Measurements(about, rows)
+
+
+def _key(setting: Row) -> str:
+    return json.dumps(setting, sort_keys=True)
 
 
 def _blocks(

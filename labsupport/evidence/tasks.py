@@ -220,7 +220,8 @@ class Tasks:
         """document, the ids of a context, and the tokens [start, end) that are to be copied, for each window that has one."""
         for window in self._windows:
             document = int(self._stream.document[window])
-            if document not in self._sources or int(self._stream.document[min(window + FAR, len(self._stream) - 1)]) != document:
+            whole = window + FAR < len(self._stream) and int(self._stream.document[window + FAR]) == document
+            if not whole or document not in self._sources:
                 continue
             source, begin = self._sources[document], window - self._first[document]
             text = source.text[source.begin[begin] : source.end[begin + FAR - 1]]
