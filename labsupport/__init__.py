@@ -17,7 +17,7 @@ _FUNCTIONS = {
 _MODULES = {
     "model": ("evaluate", "models", "peers", "text"),
     "pipeline": ("budget", "cache", "calibrate", "fold", "listening", "lora", "training"),
-    "evidence": ("claims", "machine", "planner", "roofline", "sink", "sweep", "training_memory"),
+    "evidence": ("choosing", "claims", "machine", "planner", "published", "roofline", "sink", "sweep", "tables", "training_memory"),
     "figures": ("widgets",),
 }
 _PACKAGE_OF = {name: package for package, names in _MODULES.items() for name in names}

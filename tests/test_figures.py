@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 from labsupport import figures
+from labsupport.evidence import planner, tables
 from labsupport.evidence.roofline import Device
 from labsupport.figures import (
     base,
@@ -33,6 +34,7 @@ from labsupport.figures import (
     listening,
     merging,
     outliers,
+    planning,
     roofline,
     saliency,
     shootout,
@@ -163,6 +165,9 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     ),
     outliers.time_parts: ({"quantize": [0.1, 0.1], "int8 product": [0.3, 0.3]}, ["none", "8 columns"], {"float32": 1.0}),
     outliers.two_errors: (WEIGHT.std(0), {"loud": torch.tensor([0, 1])}, {"loud": (0.01, 0.02)}),
+    planning.bytes_on_card: (
+        [planner.plan(planner.LLAMA_7B, tables.card("rtx 4090"), name, 4096, users=6) for name in ("bf16", "w4a16-g128")],
+    ),
     roofline.model_sizes: ({"7B": {16: (12.9, 0.0, 0.6), 4: (3.2, 0.1, 0.6)}}, (8, 24)),
     roofline.rooflines: (DEVICES, {"decode": 1.0, "prefill": 500.0}),
     roofline.intensity_against_batch: ([1, 8, 64], {"16 bits": [1.0, 8.0, 60.0]}, {"here": 5.0}, "Intensity"),

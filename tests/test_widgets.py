@@ -4,7 +4,8 @@ import ipywidgets
 import pytest
 import torch
 
-from labsupport.figures import groups, levels, widgets
+from labsupport.evidence import tables
+from labsupport.figures import groups, levels, planning, widgets
 
 pytestmark = pytest.mark.slow
 
@@ -95,3 +96,23 @@ def test_a_preset_moves_all_levels_and_comes_back(values):
 def test_presets_must_be_of_one_length(values, presets):
     with pytest.raises(ValueError, match="presets hold"):
         widgets.levels(values, presets)
+
+
+def test_the_planner_starts_with_its_figure_and_redraws():
+    box = widgets.planner("Llama-2-7B", "T4", "w4a16-g128", 2048, 2)
+    picture = box.children[-1]
+    controls = {control.description: control for row in box.children[:-1] for control in row.children}
+    shape, card = tables.architectures()["Llama-2-7B"].shape, tables.cards()["T4"]
+    first = planning.bytes_on_card(widgets.compared(shape, card, 2048, 2, "w4a16-g128"))
+    assert bytes(picture.value) == first.png()
+    assert "does not fit" in first.alt  # in 16 bits
+    controls["cache"].value = "fp8"
+    controls["users"].value = 16
+    assert bytes(picture.value) == planning.bytes_on_card(widgets.compared(shape, card, 2048, 16, "w4a16-g128", "fp8")).png()
+
+
+def test_the_planner_starts_with_what_there_is():
+    with pytest.raises(ValueError, match="users is 3, wanted one of 1, 2, 4"):
+        widgets.planner(users=3)
+    with pytest.raises(ValueError, match="of several models, cards"):
+        planning.bytes_on_card([])

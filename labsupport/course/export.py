@@ -155,8 +155,8 @@ def _card(directory: Path, progress: dict[str, Any]) -> str:
     )
     shape_line = (
         f"{recipe.layers} blocks, hidden {recipe.hidden}, intermediate {recipe.intermediate}, {recipe.heads} query heads and "
-        f"{recipe.kv_heads} key and value heads of {recipe.hidden // recipe.heads}, vocabulary {recipe.vocab} (byte-level BPE), "
-        f"context {recipe.context}, tied embeddings, RoPE with theta 10000."
+        f"{recipe.kv_heads} key and value head{'s' * (recipe.kv_heads > 1)} of {recipe.hidden // recipe.heads}, "
+        f"vocabulary {recipe.vocab} (byte-level BPE), context {recipe.context}, tied embeddings, RoPE with theta 10000."
     )
     return f"""---
 library_name: transformers

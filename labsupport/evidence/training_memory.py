@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from labsupport.evidence.planner import Shape
+from labsupport.evidence.shapes import Shape
 from labsupport.pipeline import training
 from labsupport.quant import checks, nf4
 from labsupport.quant.grid import QuantizedTensor

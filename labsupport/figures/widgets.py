@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 import ipywidgets
 import torch
 
-from labsupport.figures import base, groups
+from labsupport.evidence import planner as plans
+from labsupport.evidence import tables
+from labsupport.figures import base, groups, planning
 from labsupport.figures import levels as drawn
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
+CONTEXTS = tuple(2**power for power in range(9, 18))
+USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def group_size(row: torch.Tensor, bits: int = 4, start: int = 32, sizes: Sequence[int] = GROUP_SIZES) -> ipywidgets.VBox:
@@ -84,3 +88,39 @@ def levels(values: torch.Tensor, presets: Mapping[str, torch.Tensor]) -> ipywidg
         button.on_click(chosen)
     redraw()
     return ipywidgets.VBox([ipywidgets.HBox(buttons), ipywidgets.HBox(sliders), picture])
+
+
+def planner(
+    model: str = "Llama-3.1-8B", card: str = "RTX 4090", format: str = "w4a16-g128", context: int = 8192, users: int = 4
+) -> ipywidgets.VBox:
+    """Choices of model, card, context, users and format above the picture of their bytes, beside those in 16 bits.
+
+    What is given is where the choices stand at first. Raises ValueError for what is not among them.
+    """
+    choices = {
+        "model": (tuple(tables.architectures()), model), "card": (tuple(tables.cards()), card), "context": (CONTEXTS, context),
+        "users": (USERS, users), "format": (tuple(tables.formats()), format), "cache": (tuple(plans.CACHES), "bf16"),
+    }  # fmt: skip
+    for name, (options, start) in choices.items():
+        if start not in options:
+            raise ValueError(f"{name} is {start!r}, wanted one of {', '.join(map(str, options))}")
+    controls = {
+        name: ipywidgets.Dropdown(options=options, value=start, description=name) for name, (options, start) in choices.items()
+    }
+    picture = ipywidgets.Image(format="png")
+
+    def redraw(change=None) -> None:
+        shape = tables.architectures()[controls["model"].value].shape
+        at = tables.cards()[controls["card"].value], controls["context"].value, controls["users"].value
+        picture.value = planning.bytes_on_card(compared(shape, *at, controls["format"].value, controls["cache"].value)).png()
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    redraw()
+    rows = [ipywidgets.HBox(list(controls.values())[i : i + 3]) for i in (0, 3)]
+    return ipywidgets.VBox([*rows, picture])
+
+
+def compared(shape: plans.Shape, card: tables.Card, context: int, users: int, format: str, cache: str = "bf16") -> list[plans.Plan]:
+    """The plans that the widget draws: 16 bits, and the format and the cache that were chosen."""
+    return [plans.plan(shape, card, "bf16", context, users), plans.plan(shape, card, format, context, users, cache)]
