@@ -29,9 +29,9 @@ def ids():
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_record_names_is_there_and_takes_the_settings_of_its_storage(name):
     method = METHODS[name]
-    assert method.settings  # imports it
+    assert method.settings is not None  # imports it
     if method.storage is not None:
-        assert {*method.storage.settings, method.storage.group_setting} <= method.settings.keys()
+        assert {*method.storage.settings, method.storage.group_setting} - {None} <= method.settings.keys()
         assert method.storage.bits is not None or "bits" in method.settings
         assert method.storage.layouts
         assert set(method.storage.layouts) <= set(layouts.LAYOUTS)
@@ -58,13 +58,14 @@ def test_the_defaults_of_the_command_are_those_of_quantize_model_but_for_these(n
     method = METHODS[name]
     different = {key for key, default in method.storage.settings.items() if method.settings[key] != default}
     assert different == others.get(name, set())
-    assert method.settings[method.storage.group_setting] == method.storage.group_size
+    if method.storage.group_setting is not None:
+        assert method.settings[method.storage.group_setting] == method.storage.group_size
 
 
 def test_the_command_line_lists_the_methods_layouts_and_settings_of_the_records():
     options = {option.name: option for option in typer.main.get_command(app).commands["quantize"].params}
-    assert options["method"].help == "rtn, nf4, gptq, awq."
-    assert options["layout"].help.startswith("gptq, gptq_v2, awq, bitsandbytes;")
+    assert options["method"].help == "rtn, nf4, gptq, awq, q8_0, q4_0, q4_1, q4_k."
+    assert options["layout"].help.startswith("gptq, gptq_v2, awq, compressed-tensors, compressed-tensors-w8a8, gguf, bitsandbytes;")
     assert options["act_order"].help.startswith("gptq: ")
     assert options["calibration"].help.startswith("gptq, awq: ")
     for name, default in methods.stored_settings().items():
@@ -128,7 +129,7 @@ def test_a_method_of_weights_is_one_record(toy, tiny):
     assert torch.equal(whole.get_submodule(name).weight, wanted)
     with pytest.raises(ValueError, match="toy looks at no text"):
         quantize_model(tiny, "toy", calibration=torch.zeros(1, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="wanted one of rtn, nf4, int8-weights, int8, gptq, awq, toy"):
+    with pytest.raises(ValueError, match="wanted one of rtn, nf4, int8-weights, int8, gptq, awq, q8_0, q4_0, q4_1, q4_k, toy"):
         quantize_model(tiny, "toi")
 
 
@@ -149,7 +150,7 @@ def test_a_recipe_follows_the_record(toy, tiny):
             Recipe.of("toy", **arguments)
     with pytest.raises(CheckpointError, match="shift is given, but rtn has no such choice"):
         Recipe.of("rtn", shift=0.5)
-    with pytest.raises(CheckpointError, match="method is 'int8', wanted one of rtn, nf4, gptq, awq, toy"):
+    with pytest.raises(CheckpointError, match="method is 'int8', wanted one of rtn, nf4, gptq, awq, q8_0, q4_0, q4_1, q4_k, toy"):
         Recipe.of("int8")
     with pytest.raises(CheckpointError, match="group_size 64 does not divide in_features 32"):
         Recipe.of("toy", group_size=64).for_model(models.linears(tiny))

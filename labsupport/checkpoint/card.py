@@ -14,23 +14,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from labsupport import __version__
+from labsupport.checkpoint.gguf_file import GGUFWeights
+from labsupport.checkpoint.weights import Weights
 from labsupport.pipeline.linear import LayerReport
+from labsupport.quant import gguf_blocks
 
 ENDINGS = {
     ".qweight": "codes", ".scales": "scales", ".qzeros": "zero-points", ".g_idx": "group of each column",
     ".absmax": "scales", ".nested_absmax": "scales", ".quant_map": "tables", ".nested_quant_map": "tables",
     ".quant_state.bitsandbytes__nf4": "tables", ".quant_state.bitsandbytes__fp4": "tables",
+    ".weight_packed": "codes", ".weight_scale": "scales", ".weight_zero_point": "zero-points", ".weight_shape": "tables",
+    **{f".{kind}": "blocks of scales and codes" for kind in gguf_blocks.WEIGHTS},
 }  # fmt: skip
 REPORT = "quantization_report.json"
-KINDS = ("codes", "scales", "zero-points", "group of each column", "tables", "not quantized")
+KINDS = ("codes", "scales", "zero-points", "group of each column", "tables", "blocks of scales and codes", "not quantized")
 LOADERS = {
     "gptq": "transformers with gptqmodel; AutoGPTQ; vLLM, if 4 bits, symmetric and in column order",
     "gptq_v2": "gptqmodel, and transformers with it",
     "awq": "transformers with gptqmodel; AutoAWQ; vLLM",
     "bitsandbytes": "transformers with bitsandbytes",
+    "compressed-tensors": "transformers with compressed-tensors; vLLM",
+    "compressed-tensors-w8a8": "transformers with compressed-tensors; vLLM",
+    "gguf": "llama.cpp, and what is built on it; labsupport.checkpoint.load",
 }
 
 
@@ -46,16 +52,14 @@ def kind_of(name: str, dtype: str) -> str:
     for ending, kind in ENDINGS.items():
         if name.endswith(ending):
             return kind
-    return "codes" if name.endswith(".weight") and dtype == "U8" else "not quantized"
+    return "codes" if name.endswith(".weight") and dtype in ("U8", "I8") else "not quantized"
 
 
-def sizes(files: Iterable[Path]) -> dict[str, int]:
-    """Bytes of the tensors in some files, by what they are for."""
+def sizes(weights: Weights | GGUFWeights) -> dict[str, int]:
+    """Bytes of the tensors of a checkpoint, by what they are for."""
     nbytes = dict.fromkeys(KINDS, 0)
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                nbytes[kind_of(name, file.get_slice(name).get_dtype())] += file.get_tensor(name).nbytes
+    for name in weights:
+        nbytes[kind_of(name, weights.kind(name))] += weights.nbytes(name)
     return {kind: size for kind, size in nbytes.items() if size}
 
 
@@ -156,6 +160,13 @@ class Facts:
             ]
         if self.on_lattice:
             lines += ["", f"Of the unquantized model, {self.on_lattice}."]
+        if layout == "compressed-tensors-w8a8":
+            lines += [
+                "",
+                "Who runs it rounds what goes into a linear to 8 bits, each token by itself: so did the measurement.",
+            ]
+        if layout == "gguf":
+            lines += ["", "Everything is in model.gguf: weights, tokenizer, what config.json said. Vectors are float32 there."]
         if "compared" in self.measured:
             lines += ["", self.measured["compared"]]
         if "failed" in self.measured:

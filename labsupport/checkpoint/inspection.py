@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from labsupport.checkpoint import card, layouts
+from labsupport.checkpoint import card, compressed_tensors, gguf_file, layouts
+from labsupport.checkpoint.gguf_file import GGUFWeights
 from labsupport.checkpoint.skeleton import empty_model_and_ties
 from labsupport.checkpoint.statistics import Offset, Order, group_means
-from labsupport.checkpoint.stored import Checkpoint, layout_of
+from labsupport.checkpoint.stored import Checkpoint, layout_of, read
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, pickles, read_json
 from labsupport.model import models, names, opened
-from labsupport.quant import packing
+from labsupport.quant import gguf_blocks, packing
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 
 SHOWN = 8  # findings of one kind that are listed by name
-NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[:3]}
+NEEDED = {"gptq": layouts.PARTS, "gptq_v2": layouts.PARTS, "awq": layouts.PARTS[:3], **compressed_tensors.PARTS}
 
 
 @dataclass(frozen=True)
@@ -84,31 +86,41 @@ def inspect(directory: str | Path) -> Inspection:
     """
     directory = Path(directory)
     result = Inspection(directory)
-    if not directory.is_dir():
+    file = gguf_file.located(directory)
+    if file is None and not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
-    config = read_json(directory / "config.json")
-    result.layout = layout_of(config, directory)
-    if names := pickles(directory):
+    config = read_json(directory / "config.json") if file is None else {}
+    result.layout = layout_of(config, directory) if file is None else "gguf"
+    if file is None and (names := pickles(directory)):
         result.findings.append(Finding(names[0], "is a pickle, which can run code when it is loaded; it was not read"))
     try:
-        checkpoint = Checkpoint(directory, config, result.layout, Weights(directory, any_name=True))
+        if file is not None:
+            gguf_file.available()
+        checkpoint = read(directory) if file else Checkpoint(directory, config, result.layout, Weights(directory, any_name=True))
     except CheckpointError as error:
         result.findings.append(Finding("files", str(error)))
         return result
-    settings = checkpoint.quantization
-    result.settings = {
-        "bits": checkpoint.bits, "group size": settings.get("group_size", settings.get("bnb_4bit_quant_type")),
-        "sym": settings.get("sym"), "desc_act": settings.get("desc_act"),
-        "double quantization": settings.get("bnb_4bit_use_double_quant"),
-    }  # fmt: skip
-    nbytes = dict.fromkeys(card.KINDS, 0)
-    for name in checkpoint.weights:
-        nbytes[card.kind_of(name, checkpoint.weights.kind(name))] += checkpoint.weights.nbytes(name)
-    result.nbytes = {kind: size for kind, size in nbytes.items() if size}
+    result.settings = _settings(checkpoint)
+    result.nbytes = card.sizes(checkpoint.weights)
     result.findings += _shortened(_completeness(checkpoint, result))
     result.findings += _shortened(_check_floats(checkpoint.weights, result))
     _check_linears(checkpoint, result)
     return result
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, object]:
+    """What to show of the config."""
+    if checkpoint.layout == "gguf":
+        kinds = Counter(name.rpartition(".")[2] for name in checkpoint.weights if not name.endswith(".weight"))
+        return {"blocks": ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())}
+    settings = checkpoint.quantization
+    size = checkpoint.group_size if checkpoint.layout in layouts.COMPRESSED else settings.get("group_size")
+    return {
+        "bits": checkpoint.bits, "group size": settings.get("bnb_4bit_quant_type") if size is None else size,
+        "sym": checkpoint.grids.get("symmetric"), "desc_act": settings.get("desc_act"),
+        "double quantization": settings.get("bnb_4bit_use_double_quant"),
+        "activations": "8 bits a token" if layouts.rounds_activations(checkpoint.layout) else None,
+    }  # fmt: skip
 
 
 def _shortened(findings: Iterator[Finding] | list[Finding]) -> Iterator[Finding]:
@@ -147,8 +159,10 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
         result.left_in_float[f"{name}.weight"] = linears[name].weight.numel()
         if f"{name}.weight" in whole:
             continue
-        if f"{name}.weight" not in weights or weights.kind(f"{name}.weight") not in ("F32", "F16", "BF16"):
+        if f"{name}.weight" not in weights:
             yield Finding(name, "is missing: neither packed nor as a plain weight")
+        elif (kind := weights.kind(f"{name}.weight")) not in ("F32", "F16", "BF16"):
+            yield Finding(name, f"is stored as {kind}, neither packed as this layout packs nor a plain weight")
     for name in sorted(quantized - linears.keys()):
         yield Finding(name, "is packed, and the architecture has no such linear")
     for name, shape in shapes.items():
@@ -169,11 +183,12 @@ def _completeness(checkpoint: Checkpoint, result: Inspection) -> Iterator[Findin
         if missing := [part for part in parts if f"{name}.{part}" not in weights]:
             yield Finding(name, f"lacks {', '.join(missing)}")
         wanted = [linears[name].out_features, linears[name].in_features]
-        if f"{name}.qweight" in weights and (got := _stored_shape(checkpoint, name)) != wanted:
+        readable = checkpoint.layout == "gguf" or any(f"{name}.{part}" in weights for part in parts[:1])
+        if readable and (got := _stored_shape(checkpoint, name)) != wanted:
             yield Finding(name, f"holds a weight {got}, the config asks for {wanted}")
 
 
-def _check_floats(weights: Weights, result: Inspection) -> Iterator[Finding]:
+def _check_floats(weights: Weights | GGUFWeights, result: Inspection) -> Iterator[Finding]:
     """Of every tensor that is not quantized and that a loader reads."""
     for name in sorted(weights):
         kind = weights.kind(name)
@@ -186,7 +201,16 @@ def _check_floats(weights: Weights, result: Inspection) -> Iterator[Finding]:
 
 
 def _stored_shape(checkpoint: Checkpoint, name: str) -> list[int]:
-    """[out_features, in_features] by the shape of qweight alone."""
+    """[out_features, in_features] by the shape of the codes alone."""
+    if checkpoint.layout == "gguf":
+        kind = next(kind for kind in gguf_blocks.WEIGHTS if f"{name}.{kind}" in checkpoint.weights)
+        rows, stored = checkpoint.weights.shape(f"{name}.{kind}")
+        return [rows, stored // gguf_blocks.BYTES[kind] * gguf_blocks.WEIGHTS[kind]]
+    if checkpoint.layout == compressed_tensors.INT8:
+        return checkpoint.weights.shape(f"{name}.weight")
+    if checkpoint.layout == compressed_tensors.PACKED:
+        rows, words = [*checkpoint.weights.shape(f"{name}.weight_packed"), 0, 0][:2]
+        return [rows, words * packing.WORD // checkpoint.bits]
     rows, columns = [*checkpoint.weights.shape(f"{name}.qweight"), 0, 0][:2]
     return [columns * 8, rows] if checkpoint.layout == "awq" else [columns, rows * packing.WORD // checkpoint.bits]
 

@@ -1,4 +1,5 @@
-"""The layouts in which quantized linears are stored, and what the config says of them: GPTQ's two, AWQ's, bitsandbytes'.
+"""The layouts in which quantized linears are stored, and what the config says of them: GPTQ's two, AWQ's, bitsandbytes',
+compressed-tensors' two, GGUF's blocks.
 
 A layout reads back exactly the values that were written; codes may differ, see `_without_zeros`.
 """
@@ -6,34 +7,83 @@ A layout reads back exactly the values that were written; codes may differ, see 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from labsupport.checkpoint import compressed_tensors
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.quant import bnb_format, grid, packing
+from labsupport.quant import bnb_format, gguf_blocks, grid, packing
+from labsupport.quant.gguf_blocks import GGUFTensor
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor
 
-LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
+COMPRESSED = tuple(compressed_tensors.FORMATS)
+LAYOUTS = ("gptq", "gptq_v2", "awq", "bitsandbytes", *COMPRESSED, "gguf")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSION = {"gptq": 1, "gptq_v2": 2}
 DTYPES = {"scales": (torch.float16, torch.bfloat16, torch.float32), "g_idx": (torch.int32,)}
 
 
-def check(layout: str, name: str, shape: tuple[int, int], bits: int) -> None:
-    """Raise CheckpointError where a linear [out_features, in_features] has no form in the layout."""
-    rows, columns = shape
+@dataclass(frozen=True)
+class Grids:
+    """What a layout has of uniform grids.
+
+    group_size: the only one, -1 for the whole row; None for any. symmetric: it has no others. scattered: groups may be out of
+    order. multiples: of which out_features and in_features must be.
+    """
+
+    bits: tuple[int, ...]
+    group_size: int | None = None
+    symmetric: bool = False
+    scattered: bool = False
+    multiples: tuple[int, int] = (1, 1)
+
+
+GRIDS = {
+    "gptq": Grids(packing.GPTQ_BITS, scattered=True, multiples=(32, 32)),
+    "gptq_v2": Grids(packing.GPTQ_BITS, scattered=True, multiples=(32, 32)),
+    "awq": Grids((4,), multiples=(8, 1)),
+    compressed_tensors.PACKED: Grids(compressed_tensors.BITS, multiples=(compressed_tensors.MULTIPLE,) * 2),
+    compressed_tensors.INT8: Grids((8,), group_size=-1, symmetric=True),
+    "gguf": Grids((4, 8), group_size=gguf_blocks.BLOCK, symmetric=True),
+}
+
+
+def rounds_activations(layout: str) -> bool:
+    """Whether who reads the layout rounds each token that goes into a linear as well, see `int8.round_tokens`."""
+    return layout == compressed_tensors.INT8
+
+
+def check_settings(layout: str, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a group size (None for the whole row) and choices that uniform grids of the layout do not have."""
+    grids = GRIDS[layout]
+    size = -1 if settings["group_size"] is None else settings["group_size"]
+    if grids.group_size not in (None, size):
+        wanted = "-1, one grid for a whole row" if grids.group_size == -1 else grids.group_size
+        raise CheckpointError(f"group_size is {size}, the {layout} layout has {wanted}")
+    if grids.symmetric and not settings.get("symmetric"):
+        reason = ": the minimum of an asymmetric grid is scale * zero_point, and has more digits than q4_1's float16"
+        raise CheckpointError(f"the {layout} layout has symmetric grids alone{reason if layout == 'gguf' else ''}")
+    if settings.get("act_order") and not settings.get("static_groups") and not grids.scattered:
+        raise CheckpointError(f"act_order without static_groups scatters groups over the row, and the {layout} layout has no g_idx")
+
+
+def check(layout: str, name: str, shape: tuple[int, int], bits: int, group_size: int | None) -> None:
+    """Raise CheckpointError where a linear [out_features, in_features] has no form in the layout. group_size: None for a row."""
     if layout == "bitsandbytes":
         return
-    if (layout == "awq" and bits != 4) or bits not in packing.GPTQ_BITS:
-        wanted = "4" if layout == "awq" else ", ".join(map(str, packing.GPTQ_BITS))
-        raise CheckpointError(f"bits is {bits}, the {layout} layout has {wanted}")
-    multiples = {"out_features": (rows, 8)} if layout == "awq" else {"out_features": (rows, 32), "in_features": (columns, 32)}
-    for axis, (size, multiple) in multiples.items():
+    grids = GRIDS[layout]
+    if bits not in grids.bits:
+        raise CheckpointError(f"bits is {bits}, the {layout} layout has {', '.join(map(str, grids.bits))}")
+    multiples = grids.multiples
+    if layout == "gguf" and group_size is not None:
+        multiples = (1, group_size)  # a block of 32 or, for q4_k, of 256 weights
+    for axis, size, multiple in zip(("out_features", "in_features"), shape, multiples, strict=True):
         if size % multiple:
-            raise CheckpointError(f"{name} has {axis} {size}, the {layout} layout asks for a multiple of {multiple}")
+            also = ": q8_0, q4_0 and q4_1 have blocks of 32" if multiple == gguf_blocks.SUPERBLOCK else ""
+            raise CheckpointError(f"{name} has {axis} {size}, the {layout} layout asks for a multiple of {multiple}{also}")
 
 
 def write(layout: str, name: str, tensor: QuantizedTensor, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -46,11 +96,18 @@ def write(layout: str, name: str, tensor: QuantizedTensor, dtype: torch.dtype = 
             if not isinstance(tensor, BlockTensor):
                 raise ValueError(f"a {type(tensor).__name__} is not on a codebook of 16 levels")
             return bnb_format.write_4bit(tensor, f"{name}.weight", dtype)
+        if isinstance(tensor, GGUFTensor) and layout == "gguf":
+            return {f"{name}.{tensor.kind}": tensor.blocks}
         if not isinstance(tensor, UniformTensor):
             raise ValueError(f"a {type(tensor).__name__} is not on uniform grids")
         if tensor.scale.dtype != torch.float16:
             raise ValueError(f"its scales are {tensor.scale.dtype}, wanted torch.float16")
-        state = packing.write_awq(tensor) if layout == "awq" else packing.write_gptq(_storable(layout, tensor), VERSION[layout])
+        if layout == "gguf":
+            return write(layout, name, gguf_blocks.of_uniform(tensor))
+        if layout in COMPRESSED:
+            state = compressed_tensors.write(layout, tensor)
+        else:
+            state = packing.write_awq(tensor) if layout == "awq" else packing.write_gptq(_storable(layout, tensor), VERSION[layout])
     except ValueError as error:
         raise CheckpointError(f"{name} cannot be stored in the {layout} layout: {error}") from error
     return {f"{name}.{part}": value for part, value in state.items()}
@@ -83,11 +140,20 @@ def _without_zeros(tensor: UniformTensor) -> UniformTensor:
     )
 
 
-def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int) -> QuantizedTensor:
-    """The inverse of `write`. state: the linear's tensors, by what follows its name. Raises CheckpointError."""
+def read(layout: str, name: str, state: Mapping[str, torch.Tensor], bits: int, symmetric: bool | None = None) -> QuantizedTensor:
+    """The inverse of `write`. state: the linear's tensors, by what follows its name. symmetric: what the config says, by which
+    compressed-tensors goes; None for what the tensors show. Raises CheckpointError.
+    """
     try:
         if layout == "bitsandbytes":
             return bnb_format.read_4bit({key: value for key, value in state.items() if key.partition(".")[0] == "weight"}, "weight")
+        if layout == "gguf":
+            (kind,) = state.keys() & gguf_blocks.WEIGHTS.keys()
+            return gguf_blocks.read(state[kind], kind)
+        if layout in COMPRESSED:
+            return compressed_tensors.read(
+                layout, state, bits, "weight_zero_point" not in state if symmetric is None else symmetric
+            )
         for part, known in DTYPES.items():
             if part in state and state[part].dtype not in known:
                 raise ValueError(f"{part} is {state[part].dtype}, wanted {' or '.join(map(str, known))}")
@@ -112,6 +178,8 @@ def config(
             "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": list(floats), "llm_int8_threshold": 6.0,
         }  # fmt: skip
+    if layout in COMPRESSED:
+        return compressed_tensors.config(layout, settings, floats)
     size = settings["group_size"] or -1
     if layout == "awq":
         return {
@@ -132,4 +200,4 @@ def other_configs(layout: str, settings: Mapping[str, Any]) -> dict[str, dict[st
     if layout == "awq":
         size = settings["group_size"] or -1
         return {"quant_config.json": {"zero_point": True, "q_group_size": size, "w_bit": settings["bits"], "version": "GEMM"}}
-    return {} if layout == "bitsandbytes" else {"quantize_config.json": config(layout, settings)}
+    return {"quantize_config.json": config(layout, settings)} if layout in VERSION else {}

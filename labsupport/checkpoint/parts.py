@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from labsupport.checkpoint import layouts
-from labsupport.checkpoint.weights import INDEX, CheckpointError, SourceChanged, read_json
+from labsupport.checkpoint.weights import INDEX, CheckpointError, SourceChanged, Weights, read_json
 from labsupport.model import files
 from labsupport.pipeline.block import Block
 from labsupport.pipeline.finished import FinishedBlocks
@@ -153,20 +153,32 @@ class Parts(FinishedBlocks):
                 )
         return rounded
 
-    def finish(self, contents: Mapping[str, str], copied: Mapping[str, Path]) -> Path:
-        """Write the index and the files in `contents` (name to text), copy others, and let the directory appear. Returns it."""
+    def stored(self) -> Weights:
+        """The tensors of all files that are finished."""
+        return Weights(self.model, files=[self.shard(index).name for index in range(len(self.names) + 1)])
+
+    def finish(self, contents: Mapping[str, str], copied: Mapping[str, Path], whole: str | None = None) -> Path:
+        """Write the index and the files in `contents` (name to text), copy others, and let the directory appear. Returns it.
+
+        whole: a file in `model` that holds all tensors: it stands alone, and the files of the blocks go.
+        """
         with files.explained(self.model):
             for path in self.model.iterdir():
                 if path.is_dir():
                     remove(path)
-                elif path.suffix != ".safetensors":
+                elif path.suffix != ".safetensors" and path.name != whole:
                     path.unlink()
         for name, source in copied.items():
             with files.explained(self.model / name):
                 (self.model / name).parent.mkdir(exist_ok=True)
             files.replace(self.model / name, partial(shutil.copyfile, source), sync=True)
-        for name, content in {INDEX: json.dumps(self._index(), indent=1), **contents}.items():
+        index = {} if whole else {INDEX: json.dumps(self._index(), indent=1)}
+        for name, content in {**index, **contents}.items():
             files.write_text(self.model / name, content, sync=True)
+        if whole:
+            with files.explained(self.model):
+                for path in self.model.glob("*.safetensors"):
+                    path.unlink()
         with files.explained(self.out):
             if self.out.exists():
                 raise files.WriteError(self.out, f"it exists by now; what was made for it is in {self.model}")

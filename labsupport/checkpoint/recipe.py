@@ -39,14 +39,15 @@ class Recipe:
     def of(
         cls,
         method: str = "gptq",
-        bits: int = 4,
+        bits: int | None = None,
         group_size: int | None = None,
         layout: str | None = None,
         dtype: str = "float16",
         **choices: Any,
     ) -> Recipe:
-        """group_size: None for one that is chosen for the model, by nf4 for 64; -1 for a grid for each whole row. layout: None for
-        the method's own.
+        """bits: None for 4, or for the only number there is. group_size: None for the only one that the layout has, or one that is
+        chosen for the model; -1 for a grid for each whole row. layout: None for the method's own. Where a layout has symmetric
+        grids alone, they are the default.
 
         Raises CheckpointError for what does not go together.
         """
@@ -62,14 +63,23 @@ class Recipe:
         layout = storage.layouts[0] if layout is None else layout
         if layout not in storage.layouts:
             raise CheckpointError(f"format is {layout!r}, {method} is stored as {', '.join(storage.layouts)}")
-        size = storage.group_size if group_size is None else group_size
+        grids = layouts.GRIDS.get(layout) if storage.group_sizes is None else None
+        if bits is None:
+            known = storage.bits or (grids.bits if grids else (4,))
+            bits = 4 if 4 in known else known[0]
+        only = grids.group_size if grids else None
+        size = group_size if group_size is not None else storage.group_size if only is None else only
         _check_grid(method, storage, bits, size)
-        chosen = {name: choices.get(name, default) for name, default in storage.settings.items()}
+        defaults = dict(storage.settings) | ({"symmetric": True} if grids and grids.symmetric else {})
+        chosen = {name: choices.get(name, default) for name, default in defaults.items()}
+        if grids:
+            layouts.check_settings(layout, {"group_size": None if size == -1 else size, **chosen})
         if chosen.get("token_weights", TOKEN_WEIGHTS[0]) not in TOKEN_WEIGHTS:
             raise CheckpointError(f"token_weights is {chosen['token_weights']!r}, wanted one of {', '.join(TOKEN_WEIGHTS)}")
         if not 0 <= chosen.get("damping", 0) < float("inf"):
             raise CheckpointError(f"damping is {chosen['damping']}, wanted 0 or more")
-        return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen, group_size is not None)
+        named = group_size is not None or only is not None
+        return cls(METHODS[method], layout, dtype, bits, None if size == -1 else size, chosen, named)
 
     @property
     def storage(self) -> Storage:
@@ -84,7 +94,7 @@ class Recipe:
         if not linears:
             raise CheckpointError("the blocks of the model hold no linear layers (torch.nn.Linear): there is nothing to quantize")
         for name, layer in linears.items():
-            layouts.check(self.layout, name, (layer.out_features, layer.in_features), self.bits)
+            layouts.check(self.layout, name, (layer.out_features, layer.in_features), self.bits, self.group_size)
         if self.storage.group_setting != "group_size" or self.group_size is None:
             return self
         widths = {name: layer.in_features for name, layer in linears.items()}
@@ -101,7 +111,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What goes to the method."""
-        values = {"bits": self.bits, self.storage.group_setting: self.group_size, **self.choices}
+        size = {} if self.storage.group_setting is None else {self.storage.group_setting: self.group_size}
+        values = {"bits": self.bits, **size, **self.choices}
         return {name: value for name, value in values.items() if name in self.method.settings}
 
     def about(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from labsupport import __version__
-from labsupport.checkpoint import card, rounded_before
+from labsupport.checkpoint import card, gguf_file, layouts, rounded_before
 from labsupport.checkpoint.finish import finish
 from labsupport.checkpoint.measure import OURS, compare_with_transformers, evaluate_streamed, in_short
 from labsupport.checkpoint.parts import Parts, check_free, in_one_line
@@ -29,6 +29,7 @@ from labsupport.model.text import TextError, TokenStream
 from labsupport.pipeline.block import Block
 from labsupport.pipeline.driver import quantize_blocks
 from labsupport.pipeline.linear import LayerReport
+from labsupport.quant import int8
 
 
 @in_one_line()
@@ -47,7 +48,7 @@ def quantize(
     warn: Callable[[str], object] = lambda line: None,
     **settings: Any,
 ) -> Path:
-    """Quantize the model in a directory, or of a hub id, block by block, and write what AutoGPTQ, AutoAWQ or bitsandbytes would.
+    """Quantize the model in a directory, or of a hub id, block by block, and write it in one of layouts.LAYOUTS.
 
     settings: what Recipe.of takes. The codes are those of quantize_model with the same settings. A run that was stopped continues
     after its last finished block if everything is the same; restart: forget it. Returns `out`.
@@ -65,6 +66,8 @@ def quantize(
         raise CheckpointError(f"{source} is quantized already: config.json has a quantization_config")
     skeleton = Skeleton(source, _usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     recipe = recipe.for_model(models.linears(skeleton.model))
+    if recipe.layout == "gguf":
+        gguf_file.check(config, source)
     texts = Texts(calibration, samples, length, windows)
     if recipe.why:
         warn(f"groups of {recipe.group_size} weights: {recipe.why}")
@@ -158,6 +161,9 @@ def _measure(skeleton: Skeleton, parts: Parts, texts: Texts, stream: TokenStream
             def at_block(block: Block, name: str = name) -> None:
                 if name == "after" and parts.read(block) is None:
                     raise CheckpointError(f"{parts.shard(block.index)} is not what was written to it")
+                if name == "after" and layouts.rounds_activations(parts.layout):
+                    for layer in block.linears.values():
+                        layer.register_forward_pre_hook(int8.round_inputs)
                 bar.update()
 
             evaluation = evaluate_streamed(skeleton.model, skeleton, stream, texts.length, texts.windows, at_block)

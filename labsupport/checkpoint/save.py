@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labsupport.checkpoint import layouts
+from labsupport.checkpoint import gguf_file, layouts
 from labsupport.checkpoint.card import Facts
 from labsupport.checkpoint.finish import finish
 from labsupport.checkpoint.parts import Parts, in_one_line
@@ -17,6 +17,8 @@ from labsupport.checkpoint.recipe import DTYPES
 from labsupport.checkpoint.weights import CheckpointError, read_json
 from labsupport.model import models, names, opened
 from labsupport.pipeline import calibrate
+from labsupport.quant import gguf_blocks
+from labsupport.quant.gguf_blocks import GGUFTensor
 from labsupport.quant.grid import QuantizedTensor, UniformTensor
 from labsupport.quant.nf4 import BlockTensor, NestedAbsmax
 
@@ -66,11 +68,13 @@ def _save(
         raise CheckpointError(f"stored holds {foreign[0]}, which is no linear of the model's blocks")
     settings = {"method": method or layout, "layout": layout, "dtype": dtype} | _settings_of(stored)
     for name, layer in linears.items():
-        layouts.check(layout, name, (layer.out_features, layer.in_features), settings["bits"])
+        layouts.check(layout, name, (layer.out_features, layer.in_features), settings["bits"], settings["group_size"])
     places = {id(module): name for name, module in model.named_modules()}
     blocks = [places[id(module)] for module in models.blocks(model)]
     parts = Parts(out, {}, layout, blocks, settings["bits"], DTYPES[dtype], restart=True, to_file=names.to_file(model))
     try:
+        if layout == "gguf" and source:
+            gguf_file.check(read_json(source / "config.json"), source)
         for block in calibrate.bare_blocks(model):
             parts.write(block, {}, {name: stored[name] for name in block.linears})
         inside = tuple(name + "." for name in blocks)
@@ -92,6 +96,10 @@ def _settings_of(stored: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     """
     in_blocks = [tensor for tensor in stored.values() if isinstance(tensor, BlockTensor)]
     on_grids = [tensor for tensor in stored.values() if isinstance(tensor, UniformTensor)]
+    in_gguf = {tensor.kind for tensor in stored.values() if isinstance(tensor, GGUFTensor)}
+    if len(in_gguf) == 1 and all(isinstance(tensor, GGUFTensor) for tensor in stored.values()):
+        kind = in_gguf.pop()
+        return {"bits": gguf_blocks.BITS[kind], "group_size": gguf_blocks.WEIGHTS[kind]}
     if len(in_blocks) == len(stored):
         kinds = {(tensor.kind, tensor.block_size, isinstance(tensor.absmax, NestedAbsmax)) for tensor in in_blocks}
         if len(kinds) == 1:

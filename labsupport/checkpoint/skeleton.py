@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
+from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights
 from labsupport.model import models, names, opened
 from labsupport.pipeline.block import Block, Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from labsupport.checkpoint.gguf_file import GGUFWeights
 
-def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
+
+def empty_model(directory: Path, weights: Weights | GGUFWeights) -> PreTrainedModel:
     """The architecture that a directory's config.json names, in evaluation mode, without weights: its parameters are meta tensors.
 
     `weights` get the names that the model has for them.
@@ -30,19 +32,19 @@ def empty_model(directory: Path, weights: Weights) -> PreTrainedModel:
     return empty_model_and_ties(directory, weights)[0]
 
 
-def empty_model_and_ties(directory: Path, weights: Weights) -> tuple[PreTrainedModel, tuple[str, str] | None]:
+def empty_model_and_ties(directory: Path, weights: Weights | GGUFWeights) -> tuple[PreTrainedModel, tuple[str, str] | None]:
     """`empty_model`, and two parameters that config.json ties and whose values in the files differ; None where there are none."""
-    model = _empty_model(directory, weights, {})
+    model = _empty_model(weights, {})
     weights.rename(names.from_file(model))
     differing = _differing_ties(model, weights)
     if differing is not None:
-        model = _empty_model(directory, weights, {"tie_word_embeddings": False})
+        model = _empty_model(weights, {"tie_word_embeddings": False})
         if (tied := _differing_ties(model, weights)) is not None:
             raise CheckpointError(f"{directory} holds different values for {tied[0]} and {tied[1]}, which its architecture ties")
     return model, differing
 
 
-def _differing_ties(model: PreTrainedModel, weights: Weights) -> tuple[str, str] | None:
+def _differing_ties(model: PreTrainedModel, weights: Weights | GGUFWeights) -> tuple[str, str] | None:
     """Two names of one parameter for which the files hold different values, or one of which they hold packed."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -59,7 +61,7 @@ def _differing_ties(model: PreTrainedModel, weights: Weights) -> tuple[str, str]
     return None
 
 
-def _equal(weights: Weights, one: str, other: str) -> bool:
+def _equal(weights: Weights | GGUFWeights, one: str, other: str) -> bool:
     """Whether two tensors of the files hold the same numbers, perhaps in different dtypes."""
     if weights.shape(one) != weights.shape(other) or not {weights.kind(one), weights.kind(other)} <= set(FLOATS):
         return False
@@ -67,7 +69,7 @@ def _equal(weights: Weights, one: str, other: str) -> bool:
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 
-def _empty_model(directory: Path, weights: Weights, changes: dict[str, Any]) -> PreTrainedModel:
+def _empty_model(weights: Weights | GGUFWeights, changes: dict[str, Any]) -> PreTrainedModel:
     """With `changes` to what config.json says, and tied as that then asks for.
 
     Raises CheckpointError as well where the config asks for more blocks than the files hold tensors: to make them would take long.
@@ -76,26 +78,24 @@ def _empty_model(directory: Path, weights: Weights, changes: dict[str, Any]) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    settings = read_json(directory / "config.json") | changes
+    settings, place = weights.config | changes, weights.described_by
     settings.pop("quantization_config", None)
     kind = settings.pop("model_type", None)
     if kind is None:
-        raise CheckpointError(f"{directory / 'config.json'} names no model_type")
+        raise CheckpointError(f"{place} names no model_type")
     settings.pop("auto_map", None)  # code that comes with a checkpoint is never run
     try:
         config = AutoConfig.for_model(kind, **settings)
         count = getattr(config.get_text_config(), "num_hidden_layers", None)
         if isinstance(count, int) and count > len(weights):
-            raise CheckpointError(f"{directory / 'config.json'} asks for {count} blocks, the files hold {len(weights)} tensors")
+            raise CheckpointError(f"{place} asks for {count} blocks, the files hold {len(weights)} tensors")
         with init_empty_weights(include_buffers=False), no_init_weights():  # there is nothing to fill, and it takes long
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except CheckpointError:
         raise
     except Exception as error:  # a bad configuration can make a constructor raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{directory / 'config.json'} has model_type {kind!r}, of which no model can be made: {reason}"
-        ) from error
+        raise CheckpointError(f"{place} has model_type {kind!r}, of which no model can be made: {reason}") from error
     model.tie_weights()
     return model.eval()
 

@@ -4,48 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from labsupport.checkpoint import layouts
+from labsupport.checkpoint import compressed_tensors, gguf_file, layouts
+from labsupport.checkpoint.gguf_file import GGUFWeights
 from labsupport.checkpoint.skeleton import empty_model
 from labsupport.checkpoint.weights import FLOATS, CheckpointError, Weights, read_json
 from labsupport.model import names, opened
-from labsupport.quant import packing
+from labsupport.quant import gguf_blocks, int8, packing
 from labsupport.quant.grid import QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config: all of config.json. layout: "gptq", "gptq_v2", "awq" or "bitsandbytes", as the config says it."""
+    """directory: or the file, of GGUF. config: all of config.json, or what a GGUF file says in its place. layout: one of
+    layouts.LAYOUTS, as the config says it.
+    """
 
     directory: Path
     config: dict[str, Any]
     layout: str
-    weights: Weights
+    weights: Weights | GGUFWeights
 
     @property
     def quantization(self) -> dict[str, Any]:
         return self.config["quantization_config"]
 
+    @cached_property
+    def grids(self) -> dict[str, Any]:
+        """bits, group_size (None for a grid for each whole row) and symmetric, those that the config has."""
+        if self.layout in layouts.COMPRESSED:
+            return compressed_tensors.settings_of(self.quantization)[1]
+        named = {"bits": "bits", "group_size": "group_size", "symmetric": "sym"}
+        found = {name: self.quantization[key] for name, key in named.items() if key in self.quantization}
+        return found | ({"group_size": None} if found.get("group_size") == -1 else {})
+
     @property
     def bits(self) -> int:
-        return self.quantization.get("bits", 4)
+        return self.grids.get("bits", 4)
 
     @property
     def group_size(self) -> int | None:
         """None for a grid for each whole row."""
-        size = self.quantization.get("group_size")
-        return None if size == -1 else size
+        return self.grids.get("group_size")
 
     @property
     def names(self) -> list[str]:
         """Every quantized linear, by full name."""
         if self.layout == "bitsandbytes":
             return [name.partition(".weight.quant_state.")[0] for name in self.weights if ".weight.quant_state." in name]
+        if self.layout in layouts.COMPRESSED:
+            return [name.removesuffix(".weight_scale") for name in self.weights if name.endswith(".weight_scale")]
+        if self.layout == "gguf":
+            return [name.rpartition(".")[0] for name in self.weights if name.rpartition(".")[2] in gguf_blocks.WEIGHTS]
         return [name.removesuffix(".qweight") for name in self.weights if name.endswith(".qweight")]
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
@@ -54,7 +70,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> QuantizedTensor:
         """A linear's weight as it is stored. Raises CheckpointError naming what is wrong."""
-        return layouts.read(self.layout, name, self.state(name), self.bits)
+        return layouts.read(self.layout, name, self.state(name), self.bits, self.grids.get("symmetric"))
 
     def tensors(self) -> Iterator[tuple[str, QuantizedTensor]]:
         for name in self.names:
@@ -69,7 +85,7 @@ def layout_of(config: dict[str, Any], directory: Path) -> str:
         hint = f" ({older} is there, which only older loaders read)" if older else ""
         raise CheckpointError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config{hint}")
     layout = _layout_of(settings, directory)
-    if layout != "bitsandbytes":
+    if layout in ("gptq", "gptq_v2", "awq"):
         bits, size = settings.get("bits", 4), settings.get("group_size")
         known = (4,) if layout == "awq" else packing.GPTQ_BITS
         if type(bits) is not int or bits not in known:
@@ -95,12 +111,20 @@ def _layout_of(settings: dict[str, Any], directory: Path) -> str:
         if settings.get("load_in_8bit"):
             raise CheckpointError(f"{directory} holds int8 weights of bitsandbytes, wanted 4 bits")
         return "bitsandbytes"
-    raise CheckpointError(f"{directory} has quant_method {method!r}, wanted gptq, awq or bitsandbytes")
+    if method == "compressed-tensors":
+        try:
+            return compressed_tensors.settings_of(settings)[0]
+        except ValueError as error:
+            raise CheckpointError(f"{directory}: quantization_config: {error}") from error
+    raise CheckpointError(f"{directory} has quant_method {method!r}, wanted gptq, awq, bitsandbytes or compressed-tensors")
 
 
 def read(directory: str | Path) -> Checkpoint:
     """Open a quantized checkpoint; tensors are read when they are asked for. Raises CheckpointError for anything else."""
     directory = Path(directory)
+    if (file := gguf_file.located(directory)) is not None:
+        held = GGUFWeights(file)
+        return Checkpoint(file, held.config, "gguf", held)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")
@@ -111,7 +135,8 @@ def read(directory: str | Path) -> Checkpoint:
 def load(directory: str | Path) -> tuple[nn.Module, Any]:
     """The model in float32 with each quantized weight as it reads back, and its tokenizer, None where there is none.
 
-    No library's kernel takes part: the model multiplies by the values that the file stands for. Raises CheckpointError for a
+    No library's kernel takes part: the model multiplies by the values that the file stands for. Where a layout asks for activations
+    in 8 bits, each linear rounds what goes into it. Raises CheckpointError for a
     checkpoint that lacks a tensor or holds one that its config does not know, and by its name for one with NaN or infinity, or
     with scales that are not above 0. A buffer that transformers lets a file lack is what the model's constructor makes.
     """
@@ -146,4 +171,9 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     model.load_state_dict({name: value for name, value in values.items() if name not in tied}, strict=False, assign=True)
     taken_apart.close()
     model.tie_weights()
-    return model.eval().requires_grad_(False), read_tokenizer(checkpoint.directory)
+    if layouts.rounds_activations(checkpoint.layout):
+        for name in checkpoint.names:
+            model.get_submodule(name).register_forward_pre_hook(int8.round_inputs)
+    held = checkpoint.weights
+    tokenizer = held.tokenizer() if isinstance(held, GGUFWeights) else read_tokenizer(checkpoint.directory)
+    return model.eval().requires_grad_(False), tokenizer

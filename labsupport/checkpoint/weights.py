@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,15 @@ class Weights(Mapping[str, torch.Tensor]):
     """Every tensor of a directory by name. A tensor is a view of its mapped file: copy it before the file changes.
 
     any_name: where there is one file alone, take it whatever it is called: AutoGPTQ writes gptq_model-4bit-128g.safetensors.
+    files: the names of the files, where there is no index yet.
     Raises CheckpointError for a directory without safetensors, for files that are damaged or missing, and for an index that
     does not name what the files hold.
     """
 
-    def __init__(self, directory: Path, any_name: bool = False):
+    def __init__(self, directory: Path, any_name: bool = False, files: list[str] | None = None):
         self.directory = directory
         self._sizes: dict[str, int] = {}  # of files, in bytes
-        self.files = self._list(any_name)
+        self.files = self._list(any_name) if files is None else files
         self._open: dict[str, Any] = {}  # handles of safetensors, which has no types
         self._stack = ExitStack()
         self.places: dict[str, tuple[str, str]] = {}  # the file of each tensor, and what it is called there
@@ -84,6 +86,16 @@ class Weights(Mapping[str, torch.Tensor]):
                 self.places[name] = file, name
         if isinstance(self.files, dict):
             self._check_index(self.files)
+
+    @property
+    def described_by(self) -> Path:
+        """The file that says which model this is."""
+        return self.directory / "config.json"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What stands in it. Raises CheckpointError."""
+        return read_json(self.described_by)
 
     def _list(self, any_name: bool) -> dict[str, str] | list[str]:
         """From tensors to files, as the index has it; or the one file."""

@@ -49,7 +49,9 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="The directory to write. It must not exist.")],
     method: Annotated[str, typer.Option(help=f"{', '.join(stored_methods())}.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="4, 3, 8 or 2; the formats awq and bitsandbytes have 4 alone.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="4, 3, 8 or 2. Default: 4, or the only number that the method and the format have.")
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help=f"Weights that share a scale, of nf4 a block; -1 for a whole row. Default: {_sizes()}."),
@@ -112,7 +114,9 @@ def quantize(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an unfinished run for the same directory.")] = False,
 ) -> None:
-    """Quantize a model block by block and write it as AutoGPTQ, AutoAWQ or bitsandbytes would, with one block in memory at a time.
+    """Quantize a model block by block and write it as AutoGPTQ, AutoAWQ, bitsandbytes, compressed-tensors or llama.cpp have it.
+
+    One block is in memory at a time.
 
     A run that was stopped continues after its last finished block.
     """
@@ -146,7 +150,12 @@ def quantize(
 
 
 @app.command()
-def inspect(directory: Annotated[Path, typer.Argument(help="A quantized model: GPTQ, AWQ or 4-bit bitsandbytes.")]) -> None:
+def inspect(
+    directory: Annotated[
+        Path,
+        typer.Argument(help="A quantized model: GPTQ, AWQ, 4-bit bitsandbytes, compressed-tensors, or GGUF (or the .gguf file)."),
+    ],
+) -> None:
     """Show what a quantized checkpoint holds, and look for known faults. Exit code 1 if there is one."""
     from labsupport import checkpoint
 

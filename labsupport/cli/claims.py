@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.command(name="claims")
 def print_claims(
-    number: Annotated[int | None, typer.Argument(metavar="NUMBER", help="One claim, with its figures and evidence.")] = None,
+    number: Annotated[int | None, typer.Argument(min=1, metavar="NUMBER", help="One claim, with its figures and evidence.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compute verdicts and figures again; exit 1 at the first that differs.")
     ] = False,

@@ -43,7 +43,7 @@ def convert(path: Path, out: Path, progress: bool = False) -> dict[str, str]:
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (out / "generation_config.json").write_text(json.dumps(ids, indent=1), "utf-8")
     read_tokenizer(reader).save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(reader, config), indent=1), "utf-8")
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(reader, config), indent=1), "utf-8")
     tensors, types = read_tensors(reader, config, progress)
     save_tensors(out / "model.safetensors", tensors, {"format": "pt"})
     return types
@@ -120,7 +120,8 @@ def read_tokenizer(reader: GGUFReader) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_config(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json."""
     tokens = _value(reader, "tokenizer.ggml.tokens")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -146,15 +147,15 @@ def read_tensors(reader: GGUFReader, config: dict[str, Any], progress: bool) -> 
     tensors, types = {}, {}
     for stored in tqdm(reader.tensors, desc="converting", unit="tensor", disable=not progress):
         part = stored.name.split(".")[-2] if stored.name.count(".") else ""
-        name = _name(stored.name)
+        name = name_of(stored.name)
         weight = torch.from_numpy(np.array(quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
-        tensors[name] = _halves_together(weight, heads[part]) if part in heads else weight
+        tensors[name] = halves_together(weight, heads[part]) if part in heads else weight
         types[name] = stored.tensor_type.name
     return tensors, types
 
 
-def _name(stored: str) -> str:
-    """blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight."""
+def name_of(stored: str) -> str:
+    """blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight. Raises GGUFError for a tensor that a Llama does not have."""
     match stored.split("."):
         case [part, "weight"] if part in OUTSIDE:
             return f"{OUTSIDE[part]}.weight"
@@ -163,11 +164,26 @@ def _name(stored: str) -> str:
     raise GGUFError(f"the GGUF file holds {stored}, which is not of a plain Llama")
 
 
-def _halves_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys in the order of transformers, [heads * head_dim, in].
+def stored_name(module: str) -> str:
+    """The inverse of `name_of`, from a module's name."""
+    for stored, name in OUTSIDE.items():
+        if module == name:
+            return f"{stored}.weight"
+    number, part = module.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{number}.{next(stored for stored, name in INSIDE.items() if name == part)}.weight"
+
+
+def halves_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries or keys in the order of transformers, [heads * head_dim, in]; a row may be weights or the bytes of blocks.
 
     The rotary embedding turns pairs of channels. In a head of GGUF's Llamas the two stand side by side, in transformers' they are
     i and i + head_dim / 2.
     """
     pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])  # [heads, head_dim / 2, 2, in]
     return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def pairs_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `halves_together`: rows in the order of GGUF."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])  # [heads, 2, head_dim / 2, in]
+    return halves.transpose(1, 2).reshape(weight.shape)

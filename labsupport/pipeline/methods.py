@@ -32,7 +32,8 @@ class Storage:
 
     layouts: see checkpoint.layouts; the method's own comes first. settings: what can be chosen there beside bits and the group
     size, with the defaults. bits: None for those that the layout has. group_size: the default. group_sizes: None for all that
-    divide in_features. group_setting: what the method calls it; "block_size" is for blocks that run on from row to row.
+    divide in_features. group_setting: what the method calls it; "block_size" is for blocks that run on from row to row, None for
+    blocks of one size, which nobody chooses.
     """
 
     layouts: tuple[str, ...]
@@ -40,7 +41,7 @@ class Storage:
     bits: tuple[int, ...] | None = None
     group_size: int = 128
     group_sizes: tuple[int, ...] | None = None
-    group_setting: str = "group_size"
+    group_setting: str | None = "group_size"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Method:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError for a setting that it does not take."""
         if unknown := [name for name in settings if name not in self.settings]:
-            raise ValueError(f"{unknown[0]} is given, but {self.name} takes {', '.join(self.settings)}")
+            raise ValueError(f"{unknown[0]} is given, but {self.name} takes {', '.join(self.settings) or 'none'}")
 
 
 def _imported(reference: str | Callable) -> Any:
@@ -97,13 +98,22 @@ def _imported(reference: str | Callable) -> Any:
     return getattr(import_module(module), name)
 
 
+def _gguf(kind: str, bits: int, block: int) -> Method:
+    """ggml's own rounding to blocks of one kind."""
+    storage = Storage(("gguf",), bits=(bits,), group_size=block, group_sizes=(block,), group_setting=None)
+    return Method(kind, quantize=f"labsupport.quant.gguf_blocks:quantize_{kind}", storage=storage)
+
+
+# Layouts that hold uniform grids with an integer zero-point; which bits and groups, checkpoint.layouts says.
+_UNIFORM = ("compressed-tensors", "compressed-tensors-w8a8", "gguf")
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
             "rtn",
             quantize="labsupport.quant.rtn:quantize",
-            storage=Storage(("gptq", "gptq_v2", "awq"), {"symmetric": False}),
+            storage=Storage(("gptq", "gptq_v2", "awq", *_UNIFORM), {"symmetric": False}),
         ),
         Method(
             "nf4",
@@ -124,7 +134,7 @@ METHODS: dict[str, Method] = {
             blocks="labsupport.pipeline.gptq_block:GPTQBlocks",
             needs_text=True,
             storage=Storage(
-                ("gptq", "gptq_v2"),
+                ("gptq", "gptq_v2", *_UNIFORM),
                 {"symmetric": False, "act_order": True, "static_groups": True, "damping": 0.01, "token_weights": "attention"},
             ),
         ),
@@ -132,8 +142,12 @@ METHODS: dict[str, Method] = {
             "awq",
             blocks="labsupport.pipeline.awq_block:AWQBlocks",
             needs_text=True,
-            storage=Storage(("awq", "gptq", "gptq_v2"), {"symmetric": False}),
+            storage=Storage(("awq", "gptq", "gptq_v2", *_UNIFORM), {"symmetric": False}),
         ),
+        _gguf("q8_0", 8, 32),
+        _gguf("q4_0", 4, 32),
+        _gguf("q4_1", 4, 32),
+        _gguf("q4_k", 4, 256),
     )
 }
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from labsupport.quant import checks
+from labsupport.quant import checks, grid
 from labsupport.quant.grid import QuantizedTensor
 
 THRESHOLD = 6.0  # the paper's, and that of transformers; bitsandbytes' own layer has 0.0
@@ -93,6 +93,21 @@ def quantize_activations(
     quantized = quantize(inside, granularity, "activations")
     quantized.codes[:, columns] = 0
     return quantized, columns
+
+
+def round_tokens(activations: torch.Tensor) -> torch.Tensor:
+    """Each token, [..., features], on the symmetric grid of 255 steps that reaches its largest magnitude: the values, same dtype.
+
+    What compressed-tensors does to "dynamic" activations of strategy "token" when transformers runs a W8A8 model. (vLLM's kernels
+    round to absmax / 127 as `quantize` does: a step that is 0.4 % longer.) A token of zeros stays so.
+    """
+    scale = grid.symmetric_scale(activations.flatten(0, -2), 8).view(*activations.shape[:-1], 1)
+    return (activations / scale).round_().clamp_(-128, 127) * scale
+
+
+def round_inputs(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """`round_tokens` of a linear's input, as a hook before its forward."""
+    return round_tokens(inputs[0]), *inputs[1:]
 
 
 def matmul_int32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

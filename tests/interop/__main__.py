@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from interop import cases, compare, environment, golden, live, load, ours, pack, tiny
+from interop import cases, compare, compressed, environment, golden, live, llama, load, ours, pack, served, tiny
 
 from labsupport.install import InstallError
 
@@ -96,19 +96,22 @@ def write(threads: int) -> None:
     golden.write_gptq(live.gptq(threads), about)
     golden.write_awq(live.awq(threads), about)
     pack.write(pack.live(threads), about)
-    for path in (golden.GPTQ, golden.AWQ, pack.PATH):
+    compressed.write(threads)
+    for path in (golden.GPTQ, golden.AWQ, pack.PATH, compressed.PATH):
         print(f"wrote {path.name}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make interop", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="make the golden files anew instead of comparing with them")
-    parser.add_argument("--small", action="store_true", help="leave out the linears of the course model")
+    parser.add_argument("--small", action="store_true", help="leave out the linears of the course model; with --gguf, SmolLM2")
     parser.add_argument("--time", type=int, metavar="SIZE", help="only time the solvers on one layer of SIZE x SIZE")
     parser.add_argument("--awq", type=int, metavar="WINDOWS", help="only AWQ of the course model on WINDOWS x 512 tokens")
     parser.add_argument(
         "--load", action="store_true", help="only load checkpoints written here in other libraries, vLLM among them"
     )
+    parser.add_argument("--serve", action="store_true", help="only `labs serve` with vLLM, on 20 prompts")
+    parser.add_argument("--gguf", action="store_true", help="only run GGUF files written here in llama.cpp")
     parser.add_argument("--threads", type=int, default=1, help="of the peers and of labsupport; the golden files are of one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -120,7 +123,11 @@ def main() -> int:
         if options.time:
             parts = [speed(options.time, options.threads)]
         elif options.load:
-            parts = [load.lines(options.threads)]
+            parts = [compressed.lines(options.threads), load.lines(options.threads)]
+        elif options.serve:
+            parts = [served.lines(options.threads)]
+        elif options.gguf:
+            parts = [llama.lines(options.threads, options.small)]
         elif options.awq:
             parts = [quality(options.awq, options.threads)]
         else:

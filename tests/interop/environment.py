@@ -111,8 +111,8 @@ LEGACY = Environment(
 )
 MODERN = Environment(
     "modern",
-    "transformers with gptqmodel (2 GB, a C++ compiler)",
-    named=("transformers", "gptqmodel", "optimum", "torch", "numpy"),
+    "transformers with gptqmodel and compressed-tensors (2 GB, a C++ compiler)",
+    named=("transformers", "gptqmodel", "compressed-tensors", "optimum", "torch", "numpy"),
     built=("gptqmodel", "device-smi", "logbar", "tokenicer", "defuser", "pypcre"),
     variables={"TORCHDYNAMO_DISABLE": "1"},  # it would compile its plain kernels, for minutes
     chatty=True,
@@ -124,3 +124,4 @@ SERVE = Environment(
     variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
     chatty=True,
 )
+LLAMA = Environment("llama", "llama.cpp on a CPU (1 GB)", named=("cyllama", "torch", "numpy"))

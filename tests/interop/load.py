@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -31,22 +31,29 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "gptq_v2-4b-g32": ("rtn", "gptq_v2", {"bits": 4, "group_size": 32}),
     "gptq_v2-4b-sym": ("rtn", "gptq_v2", {"bits": 4, "group_size": 128, "symmetric": True}),
     "awq-4b": ("awq", "awq", {"bits": 4, "group_size": 128}),
+    "compressed-w4": ("rtn", "compressed-tensors", {"bits": 4, "group_size": 128, "symmetric": True}),
+    "compressed-w4-asym": ("awq", "compressed-tensors", {"bits": 4, "group_size": 32}),
+    "compressed-w4-gptq": ("gptq", "compressed-tensors", {"symmetric": True, "act_order": True, "static_groups": True}),
+    "compressed-w8": ("rtn", "compressed-tensors", {"bits": 8, "group_size": 128, "symmetric": True}),
+    "compressed-w8a8": ("rtn", "compressed-tensors-w8a8", {"bits": 8, "group_size": None, "symmetric": True}),
 }
-# The formats' own libraries: AutoGPTQ is older than version 2.
-OLD = [name for name in CASES if not name.startswith("gptq_v2")]
+# The formats' own libraries: AutoGPTQ is older than version 2 and than compressed-tensors.
+OLD = [name for name in CASES if not name.startswith(("gptq_v2", "compressed"))]
 NO_KERNEL = "has no attribute 'cpu_gemm_wna16'"  # how vLLM says that its library for AVX2 lacks the 4-bit kernel
 # A case, a dtype, and whether vLLM takes it on a CPU: what it refuses is a result as well.
 SERVED = [
     ("gptq-4b-sym", "float16", True), ("gptq-4b-static", "float16", True), ("gptq_v2-4b-sym", "float16", True),
     ("awq-4b", "float16", True), ("gptq-4b-asym", "float16", False), ("gptq-4b-order", "float16", False),
     ("gptq-3b-sym", "float16", False), ("gptq-8b-sym", "float16", False), ("gptq-4b-sym", "float32", False),
+    ("compressed-w4", "float16", True), ("compressed-w8a8", "float16", True),
 ]  # fmt: skip
 
 
-def write(folder: Path, ids: torch.Tensor) -> None:
-    """The checkpoints, a folder for each. ids: calibration text."""
+def write(folder: Path, ids: torch.Tensor, names: Iterable[str] = tuple(CASES)) -> None:
+    """The checkpoints of these names, a folder for each. ids: calibration text."""
     model, _ = models.load_model(str(models.course_model_dir()), device="cpu")
-    for name, (method, layout, settings) in CASES.items():
+    for name in names:
+        method, layout, settings = CASES[name]
         stored: dict = {}
         asked = settings if method == "rtn" else {"calibration": ids, **settings}
         quantized, _ = quantize_model(model, method, stored=stored, **asked)
@@ -104,10 +111,18 @@ class Ours:
     """A checkpoint in our own forward."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, tokens: measure.Measured):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: measure.Measured,
+        as_a_loader: Callable[[nn.Module], nn.Module] = lambda model: models.duplicate(model).half(),
+        perplexity: float = 1e-3,
+    ):
+        """as_a_loader: a model that computes as coarsely as the loader does. perplexity: the share by which it may differ."""
         self.model, self.prompt, self.measured = model, tokens["prompt"], measure.measure(model, tokens)
-        half = models.duplicate(model).half()(input_ids=self.prompt, use_cache=False).logits[0].float().log_softmax(1)
-        self.bound = 2 * (half - self.measured["log_probabilities"]).abs().max().item()
+        coarse = as_a_loader(model)(input_ids=self.prompt, use_cache=False).logits[0].float().log_softmax(1)
+        self.bound = 2 * (coarse - self.measured["log_probabilities"]).abs().max().item()
+        self.perplexity = perplexity
 
     def compare(self, theirs: measure.Measured) -> tuple[str, bool]:
         """What a loader's measurements are beside ours, in words, and whether they agree."""
@@ -116,12 +131,12 @@ class Ours:
         perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
         same = ours["greedy"] == theirs["greedy"]
         agree = int(same.long().cumprod(0).sum())
-        close = agree == len(same) or self._margin(ours["greedy"][:agree]) <= self.bound
+        close = agree == len(same) or self.margin(self.prompt, ours["greedy"][:agree]) <= self.bound
         said = f"log-probabilities within {off:.2g} (bound {self.bound:.2g}), perplexity {100 * perplexity:+.3f} %, "
-        return said + f"{agree} of {len(same)} tokens equal", off <= self.bound and abs(perplexity) < 1e-3 and close
+        return said + f"{agree} of {len(same)} tokens equal", off <= self.bound and abs(perplexity) < self.perplexity and close
 
     @torch.no_grad()
-    def _margin(self, more: torch.Tensor) -> float:
-        """How far apart the two best next tokens are after the prompt and more."""
-        best = self.model(input_ids=torch.cat([self.prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
+    def margin(self, prompt: torch.Tensor, more: torch.Tensor) -> float:
+        """How far apart the two best next tokens are after a prompt [1, n] and more."""
+        best = self.model(input_ids=torch.cat([prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
         return (best[0] - best[1]).item()

@@ -23,12 +23,18 @@ def measure(model: torch.nn.Module, tokens: Measured) -> Measured:
     """The tensors described above, of a transformers model."""
     logits = model(input_ids=tokens["prompt"], use_cache=False).logits[0].float()
     greedy = model.generate(tokens["prompt"], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-    losses = []
-    for window in tokens["text"]:
-        said = model(input_ids=window[None, :-1], use_cache=False).logits[0].double()
-        losses.append(torch.nn.functional.cross_entropy(said, window[1:]))
     greedy = greedy[0, tokens["prompt"].shape[1] :]
-    return {"log_probabilities": logits.log_softmax(1), "greedy": greedy, "losses": torch.stack(losses)}
+    return {"log_probabilities": logits.log_softmax(1), "greedy": greedy, "losses": losses(model, tokens["text"])}
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
+    """Nats a token of each window: int64 [windows, length] to float64 [windows]."""
+    found = []
+    for window in text:
+        said = model(input_ids=window[None, :-1], use_cache=False).logits[0].double()
+        found.append(torch.nn.functional.cross_entropy(said, window[1:]))
+    return torch.stack(found)
 
 
 def linears(model: torch.nn.Module) -> str:
