@@ -259,7 +259,7 @@ def _hull(nbytes, perplexity):
         nbytes, perplexity, lambda n, other_n, p, other_p: (other_n <= n) & (other_p <= p) & ((other_n < n) | (other_p < p))
     )
     points = sorted({(n, p) for n, p, on in zip(nbytes.tolist(), perplexity.tolist(), front.tolist(), strict=True) if on})
-    kept: list[tuple[float, float]] = []
+    kept = []
     for x, y in points:
         while len(kept) > 1 and (kept[-1][1] - kept[-2][1]) * (x - kept[-2][0]) >= (y - kept[-2][1]) * (kept[-1][0] - kept[-2][0]):
             kept.pop()
