@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.course import export, train
-from labsupport.evidence import bench, sweep, timing
+from labsupport.evidence import bench, shootout, sweep, timing
 from labsupport.model import models, text
 from labsupport.pipeline import calibrate
 from labsupport.pipeline.methods import METHODS
@@ -163,6 +163,10 @@ def test_settings_of_other_models_are_what_methods_take(tiny):
             if name == "kv":
                 assert isinstance(sweep.scheme_of(setting), Scheme)
                 continue
+            if name == "shootout":  # its own keys are looked at in test_shootout.py
+                shootout.check(setting)
+                assert setting.get("group_size", 32) in ("row", 32)
+                continue
             arguments = sweep._arguments(name, tiny, setting, lambda domain, samples: torch.zeros(1, 4))
             record = METHODS[arguments.pop("method")]
             assert ("calibration" in arguments) == record.needs_text
@@ -174,7 +178,10 @@ def test_settings_of_other_models_are_what_methods_take(tiny):
     ("arguments", "message"),
     [
         (("sweep", "magic"), "sweep is 'magic', wanted one of rtn, layers"),
-        (("sweep", "rtn", "--model", "."), "--out is needed for a model that is neither the course model nor one of smollm2"),
+        (
+            ("sweep", "rtn", "--model", "."),
+            "--out is needed for a model that is neither the course model nor one of course-model-small, smollm2",
+        ),
         (("sweep", "rtn", "--model", "nobody/no-such-model", "--out", "x.json"), "no model 'nobody/no-such-model'"),
         (("train", "--tokens", "1"), "8192"),
     ],

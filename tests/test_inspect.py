@@ -264,7 +264,7 @@ def test_damaged_files_and_pickles_are_findings(made, tmp_path):
     ("config", "message"),
     [
         ({}, "is not a quantized checkpoint: config.json has no quantization_config"),
-        ({"quant_method": "hqq"}, "has quant_method 'hqq', wanted gptq, awq or bitsandbytes"),
+        ({"quant_method": "hqq"}, "has quant_method 'hqq', wanted gptq, awq, bitsandbytes or compressed-tensors"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "has checkpoint_format 'marlin', wanted gptq or gptq_v2"),
         ({"quant_method": "awq", "version": "gemv"}, "has AWQ version 'gemv', wanted gemm"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "holds int8 weights of bitsandbytes, wanted 4 bits"),

@@ -209,7 +209,7 @@ def test_a_head_that_is_packed_too(tmp_path):
         ({"group_size": "128"}, "has group_size '128', wanted a positive whole number, or -1"),
         ({"group_size": 0}, "has group_size 0, wanted a positive whole number, or -1"),
         ({"checkpoint_format": ["gptq"]}, r"has checkpoint_format \['gptq'\], wanted gptq or gptq_v2"),
-        ({"quant_method": None}, "has quant_method None, wanted gptq, awq or bitsandbytes"),
+        ({"quant_method": None}, "has quant_method None, wanted gptq, awq, bitsandbytes or compressed-tensors"),
     ],
 )
 def test_settings_that_no_checkpoint_has(tmp_path, settings, message):

@@ -68,7 +68,7 @@ def test_torch_comes_first_from_the_cpu_index_then_the_lock_then_the_package(clo
     assert int(torch[torch.index("--retries") + 1]) <= 1
     assert lock == ("--no-deps", "--require-hashes", "-r", str(clone / "requirements.lock"))
     constraints = package[package.index("--constraint") + 1]
-    assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[lab,dev,fetch,finetune,hub]")
+    assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[{install.EXTRAS}]")
     assert Path(constraints).read_text() == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\n"
 
 

@@ -103,15 +103,16 @@ def test_hidden_states_are_kept_only_where_the_head_makes_the_logits(tiny, round
 
 
 # Tasks. Identifiers are written so that they have several tokens; "x.py" is Python, "story.txt" is not, "old.py" cannot be parsed.
-SHORT = "def load_settings(path_to_file):\n    settings_by_name = read(path_to_file)\n    return settings_by_name, self\n"
+SHORT = "def load_settings(path_to_file):\n    settings_by_name = read(path_to_file)\n    return settings_by_name, self, self\n"
 STORY = "Scheherazade met Shahryar. The King, old Shahryar, asked Scheherazade for a tale.\n"
 NAMES = ("window_manager", "buffer_length", "parse_header", "find_offset", "close_stream", "update_counter", "previous_value")
 
 
 def long_source():
     """A document that defines its names after some 350 tokens in which none of them occurs."""
-    before = "".join(f"def f(a, b):\n    total = a + b\n    return total * {n}\n\n" for n in range(30))
-    return before + "".join(f"def {name}(self):\n    return self.{name}\n\n" for name in NAMES)
+    before = "def shared_function_name(a, b):\n    pass\n\n"
+    before += "".join(f"def f(a, b):\n    total = a + b\n    return total * {n}\n\n" for n in range(30))
+    return before + "".join(f"def {name}(self):\n    return self.{name}\n\n" for name in ("shared_function_name", *NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +161,12 @@ def test_identifiers_are_names_that_occur_again(tokenizer):
     oracle = Oracle()
     assert task.identifiers(Reference(oracle, stream, length, 1).own) == [True] * 4
     order = sorted(places, key=lambda name: places[name])
-    last = int(stream.ids[task._repeated[order.index("settings_by_name")][3] - 1])  # its last token
-    missed = task.identifiers(Reference(Oracle([last]), stream, length, 1).own)
-    assert missed == [last not in stream.ids[start:end] for _, _, start, end in task._repeated]
-    assert not missed[order.index("settings_by_name")]
-    assert any(missed)
+    _, _, start, end = task._repeated[order.index("settings_by_name")]
+    for place in (start - 1, start, end - 1, end):  # the token before the name, its first and its last, the one after it
+        token = int(stream.ids[place])
+        done = task.identifiers(Reference(Oracle([token]), stream, length, 1).own)
+        assert done == [token not in stream.ids[first:after] for _, _, first, after in task._repeated]
+        assert done[order.index("settings_by_name")] is not (start <= place < end)
 
 
 def test_names_are_not_looked_for_across_windows_or_documents(tokenizer):
@@ -279,7 +281,10 @@ def test_greedy_is_what_transformers_generates(tiny):
 
 
 def test_headers_are_first_lines_of_functions():
-    content = "class A:\n    def f(self, a={1: 2}):\n        def g(): return 1\n    async def h(): pass\n\ndef k(\n    x,\n) -> dict:\n    ...\n"
+    content = (
+        "class A:\n    def f(self, a={1: 2}):\n        def g(): return 1\n    async def h(): pass\n\n"
+        "def k(\n    x,\n) -> dict:\n    ...\n"
+    )
     source = tasks.Source(content, [], [], True)
     assert [content[begin:end] for begin, end in source.headers()] == [
         "    def f(self, a={1: 2}):",
@@ -343,7 +348,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", ["as measured", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])])
+@pytest.mark.parametrize("case", CASES)
 def test_intervals_cover_the_truth_as_often_as_they_say(case):
     tokens = torch.tensor(sweep.load("qat").about["tokens"], dtype=torch.float64)
     tokens = tokens[tokens > 0]

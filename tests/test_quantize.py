@@ -237,7 +237,7 @@ def test_rows_are_planted_found_and_paired(tiny, stream, tmp_path, monkeypatch):
 WEIGHTS = {"even": {}, "attention": {"token_weights": "attention"}, "not_first": {"token_weights": "not_first"}}
 
 
-@pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq", "sink", "positions"])
+@pytest.mark.parametrize("name", ["rtn", "layers", "int8", "nf4", "gptq", "awq", "sink", "positions", "shootout"])
 def test_shipped_measurements_are_of_the_shipped_model(name, course):
     measured = sweep.load(name)
     model, _ = course

@@ -102,6 +102,22 @@ def test_planted_outliers_do_not_change_the_float_model(tiny, stream, tmp_path):
     assert abs(row["change"]) < 1e-4
 
 
+def test_only_missing_rows_are_measured_and_a_file_of_other_items_is_refused(tmp_path):
+    path, wanted, asked = tmp_path / "rows.json", [{"bits": bits} for bits in (4, 3, 2)], []
+
+    def measure(missing):
+        asked.append(list(missing))
+        return ({**setting, "seconds": float(len(asked))} for setting in reversed(missing))
+
+    about = {"items": {"copies": [1]}}
+    sweep.collect(path, about, [wanted[1]], measure)
+    measured = sweep.collect(path, about, wanted, measure)
+    assert asked == [[wanted[1]], [wanted[0], wanted[2]]]
+    assert [(row["bits"], row["seconds"]) for row in measured.rows] == [(4, 2.0), (3, 1.0), (2, 2.0)]
+    with pytest.raises(ValueError, match="rows measured with another items"):
+        sweep.collect(path, {"items": {"copies": [2]}}, wanted, measure)
+
+
 def test_items_are_packed_into_digits():
     items = [True, False, False, True, True, False]
     assert shootout.pack(items) == "98"
@@ -130,6 +146,10 @@ def test_metrics_are_paired_by_document_within_a_file_and_across_two(measured):
     assert files[0].paired(one, rounded, files[1]) == measured.paired(whole, rounded)
     with pytest.raises(ValueError, match="metric is 'copies', wanted one of loss, kl_mean, agreement, identifiers, parses"):
         files[0].difference(one, two, "copies")
+    larger = sweep.Measurements(about | {"model_sha256": "larger"}, [two])
+    assert files[0].difference(one, two, "identifiers", larger).change == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="kl_mean is against the float model of each file, and these are two"):
+        files[0].difference(one, two, "kl_mean", larger)
     other = sweep.Measurements(about | {"text_sha256": "another"}, [two])
     for compare in (lambda: files[0].difference(one, two, "agreement", other), lambda: files[0].paired(one, two, other)):
         with pytest.raises(ValueError, match="so they cannot be paired"):
@@ -140,7 +160,7 @@ def test_metrics_are_paired_by_document_within_a_file_and_across_two(measured):
     ("content", "message"),
     [
         ("{", "is neither JSON nor YAML"),
-        ("{}", "holds {}, wanted a list of settings"),
+        ("{}", "holds dict, wanted a list of settings"),
         ("[]", "wanted a list of settings"),
         ("- rtn", "a configuration is 'rtn', wanted a mapping with a method"),
         ("- {method: magic}", "method is 'magic', wanted one of rtn, nf4"),
@@ -220,11 +240,6 @@ def alone(job, own_settings, tmp_path_factory):
 
 def without_times(rows):
     return [{key: value for key, value in row.items() if key not in ("seconds", "quantizing")} for row in rows]
-
-
-@pytest.fixture
-def fewer_samples(monkeypatch):
-    """Windows of calibration text have 512 tokens, as in every sweep; one is enough here."""
 
 
 @pytest.mark.slow
@@ -314,3 +329,45 @@ def nullcontext_with(context, **methods):
         setattr(context, name, method)
     context.__class__ = type("Client", (type(context),), {"__enter__": lambda self: self})
     return context
+
+
+# Rows that are shipped.
+
+
+def test_shipped_rows_are_enough_and_say_what_they_are_of():
+    course = sweep.load("shootout")
+    assert len(course.rows) >= 60
+    assert sum(row["seconds"] for row in course.rows) < 2 * 30 * 60  # of one core: half an hour on two
+    for row in course.rows:
+        assert {"nbytes", "kl_p999", "identifiers", "copies", "parses", "versions"} <= set(row)
+        for metric in shootout.METRICS:
+            sums, counts = shootout.by_document(course.about, row, metric)
+            if metric != "loss":
+                assert sums.sum() / counts.sum() == pytest.approx(row[metric], abs=1e-5)
+    whole = course.find(planted=None, method="float", embedding=None)
+    worst = course.find(planted=None, method="rtn", bits=2, group_size="row")
+    assert course.difference(whole, worst, "identifiers").high < 0
+    assert course.paired(whole, worst).change == pytest.approx(worst["change"], abs=1e-5)
+
+
+def test_shipped_rows_pair_with_those_of_learning_on_the_grid():
+    course, learned = sweep.load("shootout"), sweep.load("qat")
+    setting = {"method": "rtn", "bits": 4, "group_size": 128}
+    here = course.find(planted=None, symmetric=None, embedding=None, **setting)
+    there = learned.find(further=None, **setting)
+    assert course.paired(here, there, learned).change == pytest.approx(0, abs=1e-5)  # of losses kept to 1e-4 nats a document
+
+
+def test_both_course_models_are_paired_document_by_document():
+    large, small = sweep.load("shootout"), sweep.load("shootout", "course-model-small")
+    whole = [measured.find(planted=None, method="float", embedding=None) for measured in (large, small)]
+    found = large.paired(*whole, small)
+    assert found.low < found.change < found.high
+    assert found.change == pytest.approx(small.baseline / large.baseline - 1, abs=1e-5)
+    assert large.difference(*whole, "identifiers", small).change == pytest.approx(
+        whole[1]["identifiers"] - whole[0]["identifiers"], abs=1e-9
+    )
+    assert {small.about[key] == large.about[key] for key in ("text_sha256", "tokens", "items", "windows")} == {True}
+    # At equal bytes: the large model in 4 bits with a rounded embedding takes what the small one takes in float.
+    near = large.find(planted=None, method="rtn", bits=4, embedding=4)
+    assert near["nbytes"] == pytest.approx(whole[1]["nbytes"], rel=0.01)

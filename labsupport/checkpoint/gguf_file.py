@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from labsupport.checkpoint.tokenizers import read_tokenizer
 from labsupport.checkpoint.weights import ROWS, CheckpointError, read_json
 from labsupport.model import gguf_llama
 from labsupport.quant import gguf_blocks
@@ -165,8 +166,6 @@ def _add_tokenizer(writer: GGUFWriter, source: Path, config: Mapping[str, Any]) 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
-    from labsupport.checkpoint.tokenizers import read_tokenizer
-
     loaded = read_tokenizer(source)
     for role, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
                       ("unk", writer.add_unk_token_id)):  # fmt: skip

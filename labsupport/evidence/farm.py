@@ -40,7 +40,7 @@ def run(
         raise ValueError("a cluster needs Dask: pip install 'labsupport[cluster]'") from error
     files.check_writable(path)
     try:
-        client = Client(address, timeout=WAIT, set_as_default=False)
+        client = Client(address, timeout=WAIT)
     except (OSError, ValueError) as error:
         raise OSError(f"no Dask scheduler answers at {address!r}: {error}") from error
     with client:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import labsupport
+from labsupport import __version__
 from labsupport.evidence.tasks import Tasks
 from labsupport.model import models, opened
 from labsupport.model.comparison import Comparison, Reference
@@ -52,6 +52,7 @@ MEASURED = (
 )  # fmt: skip
 PER_TOKEN = {"loss": "loss", "kl_mean": "kl_by_document", "agreement": "agreed_by_document"}  # and where its sums are
 METRICS = (*PER_TOKEN, *TASKS)
+TO_FLOAT = ("kl_mean", "agreement")  # these compare with the float model that a row was made from
 FLOAT = "float"
 EMBEDDING_GROUP = 64
 EMBEDDING_BITS = (8, 4)
@@ -302,5 +303,5 @@ def versions() -> dict[str, str]:
 
     return {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "labsupport": labsupport.__version__,
+        "labsupport": __version__,
     }  # fmt: skip

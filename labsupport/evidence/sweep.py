@@ -91,8 +91,11 @@ class Measurements:
     def difference(self, reference: Row, other: Row, metric: str, of: Measurements | None = None) -> Difference:
         """The change in one of shootout.METRICS from one row of a shootout to another, in its own unit; of: see `paired`.
 
-        Raises ValueError for another metric, and where the two were not measured on the same tokens and items.
+        Raises ValueError for another metric, where the two were not measured on the same tokens and items, and for a metric that
+        compares with the float model where that is another in the two files.
         """
+        if of is not None and metric in shootout.TO_FLOAT and of.about["model_sha256"] != self.about["model_sha256"]:
+            raise ValueError(f"{metric} is against the float model of each file, and these are two: it cannot be paired")
         sums, counts = shootout.by_document(self.about, reference, metric)
         other_sums, other_counts = shootout.by_document((of or self).about, other, metric)
         if of is not None and (of.about["text_sha256"] != self.about["text_sha256"] or not torch.equal(counts, other_counts)):
