@@ -186,11 +186,10 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
     ),
     shootout.fronts: (
         {
-            "as trained": {"rounding": [(2e6, 30.0), (3e6, 2.0)], "GPTQ": [(2e6, 10.0), (3e6, 1.5)]},
-            "planted": {"GPTQ": [(2e6, 90.0)]},
+            "as trained": {"rounding": [(2e6, 0.3), (3e6, 0.02)], "GPTQ": [(2e6, 0.1), (3e6, -0.001)]},
+            "planted": {"GPTQ": [(2e6, 0.9)]},
         },
-        {"as trained": [(3e6, 1.5), (2e6, 10.0)], "planted": [(2e6, 90.0)]},
-        "rise in perplexity (%)",
+        {"as trained": [(3e6, -0.001), (2e6, 0.1)], "planted": [(2e6, 0.9)]},
     ),
     shootout.spread: ({"GPTQ, 4 bits": (0.002, 0.01, 0.4), "8 bits": (1e-5, 3e-5, 0.002)}, "Divergence"),
     shootout.tasks: (

@@ -8,33 +8,33 @@ from labsupport.figures import base, scales
 from labsupport.figures.base import CourseFigure
 from labsupport.figures.scales import Change
 
-Point = tuple[float, float]  # bytes, and what is measured
+Point = tuple[float, float]  # bytes, and the rise in perplexity
 
 
-def fronts(panels: Mapping[str, Mapping[str, Sequence[Point]]], on_front: Mapping[str, Sequence[Point]], what: str) -> CourseFigure:
+def fronts(panels: Mapping[str, Mapping[str, Sequence[Point]]], on_front: Mapping[str, Sequence[Point]]) -> CourseFigure:
     """Every configuration as a mark of its method over its bytes; those that nobody beats joined by a line.
 
-    panels: by title, points by method; the same methods have the same marks in all. on_front: by title. what: is measured, above 0.
+    panels: by title, points by method; the same methods have the same marks in all. on_front: by title. A point is bytes and the
+    rise in perplexity, 0.01 for 1 %.
     """
     methods = list(dict.fromkeys(method for by_method in panels.values() for method in by_method))
     styles = dict(base.styled(methods))
-    alt = f"{what} over stored bytes, one mark a configuration. " + " ".join(
+    alt = "Rise in perplexity over stored bytes, one mark a configuration. " + " ".join(
         f"{title}: {sum(map(len, by_method.values()))} configurations of {', '.join(by_method)}; on the front "
-        + ", ".join(f"{value:.3g} at {size / 1e6:.2f} MB" for size, value in sorted(on_front[title]))
+        + ", ".join(f"{100 * value:.3g} % at {size / 1e6:.2f} MB" for size, value in sorted(on_front[title]))
         + "."
         for title, by_method in panels.items()
     )
     figure, axes = base.new(alt, 1, len(panels), size=(base.WIDTH, 4.2), squeeze=False)
     for axis, (title, by_method) in zip(axes[0], panels.items(), strict=True):
         line = sorted(on_front[title])
-        axis.step([size / 1e6 for size, _ in line], [value for _, value in line], where="post", color=base.GREY, linewidth=1.2)
+        axis.step([size / 1e6 for size, _ in line], [100 * value for _, value in line], where="post", color=base.GREY, linewidth=1.2)
         for method, points in by_method.items():
             color, marker, _ = styles[method]
-            x, y = [size / 1e6 for size, _ in points], [value for _, value in points]
+            x, y = [size / 1e6 for size, _ in points], [100 * value for _, value in points]
             axis.plot(x, y, marker, color=color, markersize=5, markerfacecolor="none", label=method)
-        axis.set_yscale("log")
-        scales.plain_numbers(axis.yaxis)
-        base.label(axis, title, "stored bytes (MB)", what if axis is axes[0, 0] else "")
+        scales.percent(axis, linear=0.1)
+        base.label(axis, title, "stored bytes (MB)", "rise in perplexity (%)" if axis is axes[0, 0] else "")
     handles = dict(reversed(pair) for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=base.SMALL, frameon=False)
     return figure
@@ -96,10 +96,10 @@ def windows(needed: Mapping[str, float], at_hand: int) -> CourseFigure:
     axis.text(at_hand, -0.62, f" {at_hand} at hand", fontsize=base.SMALL, va="bottom")
     axis.set_xscale("log")
     scales.plain_numbers(axis.xaxis)
-    axis.set_xlim(1, 6 * max(*needed.values(), at_hand))
+    axis.set_xlim(0.5, 6 * max(*needed.values(), at_hand))
     axis.set_yticks(range(len(needed)), list(needed))
     axis.set_ylim(len(needed) - 0.5, -0.9)
-    base.label(axis, "Windows until the interval excludes no difference", "windows of 512 tokens", "")
+    base.label(axis, "Windows until the interval excludes 0", "windows of 512 tokens", "")
     return figure
 
 

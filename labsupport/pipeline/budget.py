@@ -40,3 +40,29 @@ def spend(error: torch.Tensor, nbytes: torch.Tensor, budget: int) -> torch.Tenso
         layer, option = divmod(int(rate.argmax()), error.shape[1])
         left -= int(extra[layer, option])
         choice[layer] = option
+
+
+def stored_bytes(shapes: torch.Tensor, options: torch.Tensor) -> torch.Tensor:
+    """What matrices take on asymmetric grids, to the byte: codes, a float16 scale a group and its zero-point, a code as well.
+
+    shapes: int64 [matrices, 2], out_features and in_features. options: int64 [options, 2], bits and group size.
+    Returns int64 [matrices, options]. Raises ValueError for a group size that does not divide in_features.
+    """
+    bits, size = options.unbind(1)
+    weights, columns = shapes.prod(1)[:, None], shapes[:, 1, None]
+    if (columns % size).any():
+        raise ValueError(f"group sizes {size.unique().tolist()} do not all divide in_features {columns.unique().tolist()}")
+    groups = weights // size
+    return (weights * bits + 7) // 8 + 2 * groups + (groups * bits + 7) // 8
+
+
+def allocate(loss: torch.Tensor, shapes: torch.Tensor, options: torch.Tensor, budget: int) -> torch.Tensor:
+    """An option for each matrix that keeps the sum of losses small and all bytes within the budget, by `spend`.
+
+    loss: float [matrices, options]. shapes, options: as `stored_bytes` has them, options in any order. Returns int64 [matrices].
+    Raises ValueError where even the cheapest options cost more than the budget.
+    """
+    nbytes = stored_bytes(shapes, options)
+    order = nbytes.argsort(dim=1, stable=True)
+    place = spend(loss.gather(1, order), nbytes.gather(1, order), budget)
+    return order.gather(1, place[:, None])[:, 0]

@@ -131,9 +131,11 @@ class Ours:
         perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
         same = ours["greedy"] == theirs["greedy"]
         agree = int(same.long().cumprod(0).sum())
-        close = agree == len(same) or self.margin(self.prompt, ours["greedy"][:agree]) <= self.bound
+        margin = None if agree == len(same) else self.margin(self.prompt, ours["greedy"][:agree])
+        close = margin is None or margin <= self.bound
         said = f"log-probabilities within {off:.2g} (bound {self.bound:.2g}), perplexity {100 * perplexity:+.3f} %, "
-        return said + f"{agree} of {len(same)} tokens equal", off <= self.bound and abs(perplexity) < self.perplexity and close
+        said += f"{agree} of {len(same)} tokens equal" + ("" if margin is None else f", then our two best are {margin:.2g} apart")
+        return said, off <= self.bound and abs(perplexity) < self.perplexity and close
 
     @torch.no_grad()
     def margin(self, prompt: torch.Tensor, more: torch.Tensor) -> float:

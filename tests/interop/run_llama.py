@@ -41,7 +41,8 @@ class Running:
         for place, token in enumerate(tokens):
             batch.add(token, start + place, [0], True)
         self.context.decode(batch)
-        return torch.tensor([self.context.get_logits_ith(place) for place in range(len(tokens))])
+        # Row by row: lists of all rows together would be millions of Python's numbers.
+        return torch.stack([torch.tensor(self.context.get_logits_ith(place)) for place in range(len(tokens))])
 
 
 def found(folder: Path, tokens: measure.Measured) -> tuple[measure.Measured, str]:
