@@ -28,13 +28,15 @@ def fronts(panels: Mapping[str, Mapping[str, Sequence[Point]]], on_front: Mappin
     figure, axes = base.new(alt, 1, len(panels), size=(base.WIDTH, 4.2), squeeze=False)
     for axis, (title, by_method) in zip(axes[0], panels.items(), strict=True):
         line = sorted(on_front[title])
-        axis.step([size / 1e6 for size, _ in line], [100 * value for _, value in line], where="post", color=base.GREY, linewidth=1.2)
+        axis.step(
+            [size / 1e6 for size, _ in line], [100 * value for _, value in line], where="post", color=base.GREY, linewidth=1.2
+        )
         for method, points in by_method.items():
             color, marker, _ = styles[method]
             x, y = [size / 1e6 for size, _ in points], [100 * value for _, value in points]
             axis.plot(x, y, marker, color=color, markersize=5, markerfacecolor="none", label=method)
         scales.percent(axis, linear=0.1)
-        base.label(axis, title, "stored bytes (MB)", "rise in perplexity (%)" if axis is axes[0, 0] else "")
+        base.label(axis, title, "stored bytes (MB)", "rise in perplexity (%)")
     handles = dict(reversed(pair) for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=base.SMALL, frameon=False)
     return figure
@@ -106,7 +108,8 @@ def windows(needed: Mapping[str, float], at_hand: int) -> CourseFigure:
 def families(rows: Mapping[str, Sequence[tuple[str, float, float, Change]]], title: str, bytes_of: str) -> CourseFigure:
     """Families of models over their bytes: perplexity with its interval, each configuration named.
 
-    rows: by family, (name, bytes, perplexity, change with its interval beside one reference). bytes_of: what is counted, with its unit.
+    rows: by family, (name, bytes, perplexity, change with its interval beside one reference). bytes_of: what is counted, with
+    its unit.
     """
     alt = f"{title}: " + "; ".join(
         f"{family}: " + ", ".join(f"{name} {size / 1e6:.2f} MB, perplexity {value:.4g}" for name, size, value, _ in sorted_rows)
