@@ -398,28 +398,28 @@ DIVERGENCES = Exercise(
 
 
 # 14.4 -----------------------------------------------------------------------------------------------------------------
-METRICS, WINDOWS = 4, 50
+MEASURES, WINDOWS = 4, 50
 
 
 @cache
 def windows_inputs(seed: int) -> dict:
-    """Four metrics in units of their own, of which some fall. The one that needs fewest windows has neither the largest mean nor
+    """Four measures in units of their own, of which some fall. The one that needs fewest windows has neither the largest mean nor
     the smallest deviation, and no number of windows is close to a whole one before it is rounded up.
     """
     g = generator(seed)
     level = (0.99, 0.9)[seed % 2]
     while True:
-        unit = 10.0 ** torch.tensor([0, 1, 2, -1])[torch.randperm(METRICS, generator=g)].double()[:, None]
-        hard = torch.randn(METRICS, WINDOWS, generator=g, dtype=torch.float64)
-        sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[torch.randperm(METRICS, generator=g)].double()[:, None]
-        effect = 0.05 + 0.15 * torch.rand(METRICS, 1, generator=g, dtype=torch.float64)
-        noise = 0.25 * torch.randn(METRICS, WINDOWS, generator=g, dtype=torch.float64)
+        unit = 10.0 ** torch.tensor([0, 1, 2, -1])[torch.randperm(MEASURES, generator=g)].double()[:, None]
+        hard = torch.randn(MEASURES, WINDOWS, generator=g, dtype=torch.float64)
+        sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[torch.randperm(MEASURES, generator=g)].double()[:, None]
+        effect = 0.05 + 0.15 * torch.rand(MEASURES, 1, generator=g, dtype=torch.float64)
+        noise = 0.25 * torch.randn(MEASURES, WINDOWS, generator=g, dtype=torch.float64)
         given = {"first": unit * (5 + hard), "second": unit * (5 + hard + sign * effect + noise), "level": level}
         right, exact = _as_outputs(_needed(**given)), _needed(**given, whole=lambda number: number)[0]
         others = [_as_outputs(mistake.answer(*given.values())) for mistake in NEEDED_MISTAKES]
         apart = exact.max() > 2 * WINDOWS and not any(difference(other, right)[2] for other in others)
         best = [other["best"] for other in others[-3:]]  # of those whose numbers are right
-        if apart and len({*best}) == 3 and (exact - exact.round()).abs().min() > 1e-6 and len(right["needed"].unique()) == METRICS:
+        if apart and len({*best}) == 3 and (exact - exact.round()).abs().min() > 1e-6 and len(right["needed"].unique()) == MEASURES:
             return given
 
 
@@ -462,19 +462,19 @@ NEEDED_MISTAKES = mistakes_by_option(_needed, {
     "the square is missing: four times the windows halve the interval": {"power": 1},
     "this was rounded down: so many windows are not quite enough": {"whole": torch.floor},
     "the quotient is the wrong way up: the larger the deviation, the more windows": {"power": -2},
-    "best is the metric with the largest mean: it has units of its own, and says nothing beside the deviation": {
+    "best is the measure with the largest mean: it has units of its own, and says nothing beside the deviation": {
         "best": lambda needed, apart: apart.mean(1).abs().argmax()},
-    "best is the metric with the smallest deviation: it has units of its own, and says nothing beside the mean": {
+    "best is the measure with the smallest deviation: it has units of its own, and says nothing beside the mean": {
         "best": lambda needed, apart: apart.std(1).argmin()},
-    "best is the metric that needs most windows": {"best": lambda needed, apart: needed.argmax()},
+    "best is the measure that needs most windows": {"best": lambda needed, apart: needed.argmax()},
 })  # fmt: skip
 
 WINDOWS_NEEDED = Exercise(
-    id="14.4", name="windows_needed", title="Which metric tells soonest?", minutes=10, difficulty=3, points=3,
+    id="14.4", name="windows_needed", title="Which measure tells soonest?", minutes=10, difficulty=3, points=3,
     returns=("needed", "best"), inputs=windows_inputs, reference=windows_needed, mistakes=NEEDED_MISTAKES,
     others=(
         Mutant(lambda *given: (_needed(*given)[0] + 1, _needed(*given)[1]), "needed[0]: got"),
-        Mutant(lambda *given: (_needed(*given)[0], METRICS), "best: got 4"),
+        Mutant(lambda *given: (_needed(*given)[0], MEASURES), "best: got 4"),
     ),
 )  # fmt: skip
 
