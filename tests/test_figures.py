@@ -37,6 +37,7 @@ from labsupport.figures import (
     planning,
     roofline,
     saliency,
+    shootout,
     straight_through,
 )
 from labsupport.figures.base import CourseFigure
@@ -182,6 +183,28 @@ SAMPLES: dict[Callable[..., CourseFigure], tuple] = {
         {"GPTQ": {"as trained": (0.02, 0.01, 0.03), "planted": (0.2, 0.1, 0.3)}},
         "Who wins",
         ("GPTQ", "planted", 0.25),
+    ),
+    shootout.fronts: (
+        {
+            "as trained": {"rounding": [(2e6, 0.3), (3e6, 0.02)], "GPTQ": [(2e6, 0.1), (3e6, -0.001)]},
+            "planted": {"GPTQ": [(2e6, 0.9)]},
+        },
+        {"as trained": [(3e6, -0.001), (2e6, 0.1)], "planted": [(2e6, 0.9)]},
+    ),
+    shootout.spread: ({"GPTQ, 4 bits": (0.002, 0.01, 0.4), "8 bits": (1e-5, 3e-5, 0.002)}, "Divergence"),
+    shootout.tasks: (
+        {"identifiers": {"a": 0.99, "b": 0.7}, "parses": {"a": 1.01, "b": 0.2}},
+        {"a": 0.02, "b": 0.9},
+        "What is left",
+    ),
+    shootout.windows: ({"perplexity": 340.0, "KL": 12.0}, 128),
+    shootout.families: (
+        {
+            "large": [("2 bits", 2e6, 40.0, (0.4, 0.3, 0.5)), ("8 bits", 5e6, 20.0, (-0.2, -0.3, -0.1))],
+            "small": [("float", 4e6, 30.0, (0.0, 0.0, 0.0))],
+        },
+        "At equal bytes",
+        "all stored bytes (MB)",
     ),
     straight_through.passes: (
         torch.linspace(-3, 3, 61),

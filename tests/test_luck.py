@@ -49,6 +49,7 @@ STILL_RIGHT: dict[str, dict[str, str]] = {
     "12.3": {"update.abs() >= threshold": "no update is exactly as large as its threshold"},
     "12.5": {"low >= 0": "no interval ends at 0", "high <= 0": "no interval ends at 0"},
     "13.2": {"target = ": "any target nearer to one of two levels", "return ": "any weight that an update takes past the middle"},
+    "14.6": {"high <= 0": "no interval ends at 0", "low >= 0": "no interval ends at 0"},
     "10.7": {
         "(reach < 13)": "any length that tells a whole range from a mixed one", "off.std()": "any limit between the kinds",
         "off.mean().abs()": "any limit between the kinds",

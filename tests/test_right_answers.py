@@ -781,8 +781,69 @@ def proved_row_by_row(meant, read):
     return {name: word(right, read.get(name)) for name, right in meant.items()}
 
 
+def ahead_draw_by_draw(losses, document, draws):
+    sums = {}
+    for place, owner in enumerate(document.tolist()):
+        sums.setdefault(owner, []).append(losses[:, place])
+    nats = {owner: torch.stack(parts).sum(0) for owner, parts in sums.items()}
+    order = sorted(range(len(losses)), key=lambda method: sum(each[method] for each in nats.values()))
+    changes = []
+    for draw in draws.tolist():
+        tokens = sum(len(sums[owner]) for owner in draw)
+        first, second = (math.exp(sum(nats[owner][method] for owner in draw) / tokens) for method in order[:2])
+        changes.append(second / first - 1)
+    changes.sort()
+    return *order[:2], changes[10], changes[-11]
+
+
+def front_by_a_sorted_walk(nbytes, perplexity):
+    pairs = list(zip(nbytes.tolist(), perplexity.tolist(), strict=True))
+    best, kept = math.inf, set()
+    for size, value in sorted(pairs):
+        if value < best:
+            best = value
+            kept.add((size, value))
+    return torch.tensor([pair in kept for pair in pairs])
+
+
+def divergences_in_float64(logits, other_logits):
+    p, q = (each.double() - each.double().logsumexp(1, keepdim=True) for each in (logits, other_logits))
+    each = -(p.exp() * q).sum(1) - torch.special.entr(p.exp()).sum(1)
+    return each.mean().item(), each.quantile(0.5).item(), each.sort().values[-2].item()
+
+
+def windows_by_trying(first, second, level):
+    z, needed = NormalDist().inv_cdf(1 - (1 - level) / 2), []
+    for differences in (second - first).tolist():
+        mean = sum(differences) / len(differences)
+        variance = sum((x - mean) ** 2 for x in differences) / (len(differences) - 1)
+        windows = 1
+        while z * (variance / windows) ** 0.5 > abs(mean):
+            windows += 1
+        needed.append(windows)
+    return torch.tensor(needed), needed.index(min(needed))
+
+
+def sign_test_by_symmetry(first, second):
+    differences = [int(b) - int(a) for a, b in zip(first, second, strict=True)]
+    losses, gains = differences.count(-1), differences.count(1)
+    count = losses + gains
+    uneven = [math.comb(count, i) for i in range(count + 1) if abs(2 * i - count) >= abs(losses - gains)]
+    return losses, gains, sum(uneven) / 2**count
+
+
+def verdict_by_sorting(large, small, interval):
+    for row in sorted(large, key=lambda row: sum(row["loss"])):
+        if not row["nbytes"] > small["nbytes"]:
+            three = interval(small, row)
+            clear = three[1] * three[2] > 0
+            return row["name"], *three, ("holds" if three[0] < 0 else "fails") if clear else "cannot be told"
+
+
 ANSWERS = [
     ("15.3", blocks_byte_by_byte), ("15.4", proved_row_by_row),
+    ("14.1", ahead_draw_by_draw), ("14.2", front_by_a_sorted_walk), ("14.3", divergences_in_float64), ("14.4", windows_by_trying),
+    ("14.5", sign_test_by_symmetry), ("14.6", verdict_by_sorting),
     ("13.1", fake_in_float64), ("13.1", fake_with_tiny_scales), ("13.2", wrong_way_far_from_zero), ("13.3", step_by_autograd),
     ("13.4", train_by_autograd), ("13.5", convert_group_by_group), ("13.6", ternary_by_horner), ("13.7", worth_by_sorting),
     ("6.1", hessian_as_a_running_mean), ("6.2", error_of_each_row), ("6.3", made_up_by_elimination),

@@ -21,6 +21,7 @@ CHAPTERS = {
     11: "kernels",
     12: "finetune_merge_requantize",
     13: "quantization_aware_training",
+    14: "shootout",
     15: "choose_and_ship",
 }
 

@@ -17,6 +17,7 @@ from labsupport.figures import (
     planning,
     roofline,
     saliency,
+    shootout,
     straight_through,
 )
 from labsupport.figures import tables as tables  # no figures
@@ -38,5 +39,6 @@ __all__ = [
     "planning",
     "roofline",
     "saliency",
+    "shootout",
     "straight_through",
 ]

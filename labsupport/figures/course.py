@@ -38,7 +38,7 @@ LANES: dict[str, tuple[tuple[int, str, str], ...]] = {
         (15, "choose_and_ship", "which one on Monday"),
     ),
 }
-READY = (*range(14), 15)
+READY = tuple(range(16))
 PER_ROW = 4  # a longer lane goes on in a row below
 WIDTH, HEIGHT = 1.0, 0.72  # of a box; boxes stand 1.12 apart, rows 0.86, and lanes 0.14 further
 

@@ -1,7 +1,7 @@
 """Every verdict of data/claims.yaml once more, with its figures, from the evidence that the file names: `labs claims --check`.
 
 A function for each claim, by what it is settled from: `counted` (arithmetic, and what others have published), `stored` (rows of
-`labs sweep` and `labs bench`), `computed` (on the course model, in seconds).
+`labs sweep` and `labs bench`), `shootout` (those of one sweep), `computed` (on the course model, in seconds).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def verdicts(claim: Claim) -> Iterator[tuple[str | None, str, Verdict]]:
 
 def recompute(number: int, model: str | None, where: str, kept: Verdict, directory: Path | None = None) -> Finding:
     """The verdict and its figures from its evidence. Raises ClaimError where a file is missing, or not the one that was read."""
-    from labsupport.evidence.audit import computed, counted, stored  # noqa: F401  each marks its audits
+    from labsupport.evidence.audit import computed, counted, shootout, stored  # noqa: F401  each marks its audits
 
     if (number, model) not in AUDITS:
         raise ClaimError(f"{where} has a verdict, and no audit computes it")
