@@ -425,10 +425,11 @@ def test_a_gap_that_may_be_chance_is_no_proof() -> None:
 
 
 def small_texts(tokenizer, key):
-    """A text that is quickly read: a module of the library, by every key with names of its own."""
+    """A text that is quickly read: the beginnings of four modules, by every key with names of its own."""
     from labsupport.model import text
 
-    documents = [document for document in text.documents("code", "heldout") if len(document.text) > 8000][:2]
+    long = [document for document in text.documents("code", "heldout") if len(document.text) > 8000][:4]
+    documents = [Document(document.name, document.text[:2500]) for document in long]
     return text.tokenize(tokenizer, documents if key is None else texts.renamed(documents, key), str(key))
 
 
@@ -454,7 +455,7 @@ def test_a_model_that_has_learned_the_text_is_refused(given: Given, tmp_path: Pa
     _, tokenizer = models.load_model(str(COURSE), device="cpu")
     learner = models.duplicate(given.model).requires_grad_(True)
     schedule = training.Schedule(steps=12, batch=2, length=512, learning_rate=1e-3, warmup=2)
-    training.fit(learner, small_texts(tokenizer, None).ids[: 4 * 512 + 1], schedule)
+    training.fit(learner, small_texts(tokenizer, None).ids, schedule)
     monkeypatch.setattr(scoring, "_in_a_process", lambda spec, out: worker.work(worker.Spec(**json.loads(spec.read_text()))))
     for model, refused in ((learner, True), (given.model, False)):
         each = Given(model, given.calibration, given.ids, given.folder)
@@ -521,7 +522,7 @@ def test_rows_are_measured_once_and_of_one_model(given: Given, tmp_path: Path, m
         return baselines.make(Baseline("large", "rtn", "03", 4, 32), have)
 
     for name in ("held_out", "other_code"):
-        monkeypatch.setattr(texts, name, lambda tokenizer, key: tokenize(tokenizer, [Document("a.py", SOURCE * 15)], str(key)))
+        monkeypatch.setattr(texts, name, lambda tokenizer, key: tokenize(tokenizer, [Document("a.py", SOURCE * 40)], str(key)))
     monkeypatch.setattr(reference, "given", lambda folder, on_step: given)
     monkeypatch.setattr(baselines, "answers", lambda: iter([("large", "03 rtn", build)]))
     path = tmp_path / "rows.json"

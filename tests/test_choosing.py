@@ -107,14 +107,15 @@ def test_measured_rows_are_there(name):
 
 def test_rows_of_the_shootout_come_first(tmp_path, monkeypatch):
     form = tables.formats()["w4a16-g32"]
-    before = choosing.measured.__wrapped__(form)
     for sweep in ("awq", "gptq"):
         path = models.data_dir() / "measurements" / f"{sweep}.json"
         measurements.write(tmp_path / "measurements" / f"{sweep}.json", *measurements.read(path))
+    monkeypatch.setattr(models, "data_dir", lambda: tmp_path)
+    before = choosing.measured.__wrapped__(form)
+    assert [each.file for each in before] == ["awq.json", "gptq.json"]
     row = {"method": "gptq", "bits": 4, "group_size": 32, "change": 0.5, "low": 0.4, "high": 0.6}
     planted = row | {"planted": 8, "change": 0.1}
     measurements.write(tmp_path / "measurements" / "shootout.json", {}, [row, planted])
-    monkeypatch.setattr(models, "data_dir", lambda: tmp_path)
     after = choosing.measured.__wrapped__(form)
     assert after[0] == before[0]  # the shootout has no row of AWQ
     assert (after[1].change, after[1].settings, after[1].file) == (0.5, 1, "shootout.json")

@@ -16,7 +16,7 @@ def labs(*arguments):
 def test_a_plan_is_printed():
     done = labs("--model", "llama-3.1-8b", "--gpu", "rtx 4090", "--context", 8192, "--users", 4)
     assert done.exit_code == 0, done.output
-    for part in ("Use w4a16-g128", "most users", "data/measurements/gptq.json", "Assumptions", "claim 13 (depends)"):
+    for part in ("Use w4a16-g128", "most users", "data/measurements/shootout.json", "Assumptions", "claim 13 (depends)"):
         assert part in done.stdout
     assert "\\n" not in done.stdout
 

@@ -56,7 +56,7 @@ def _score(directory: Path, text: Path | None, as_json: bool) -> None:
     except KeyboardInterrupt:
         stopped("capstone", "Nothing was changed")
     if as_json:
-        typer.echo(json.dumps(score.as_json(), indent=1))
+        echo_lines(json.dumps(score.as_json(), indent=1))
         return
     for line in score.lines():
         echo(line)
