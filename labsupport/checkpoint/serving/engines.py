@@ -71,7 +71,7 @@ class Transformers:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if self.tokenizer is not None else ""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, ids: Sequence[int], sampling: Sampling) -> tuple[list[int], bool]:
         """Token by token with a cache, each the best or drawn at its temperature from the most likely that make up top_p."""
         if sampling.seed is not None:
