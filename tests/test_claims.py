@@ -105,13 +105,13 @@ def test_each_measurement_is_there_and_says_so(number, model, where, kept):
             assert piece.version.startswith(content["about"]["date"])
             assert content["rows"]
             of = content["about"].get("model")
-            assert of is None or (of == "course-model" if model is None else of.startswith(model))
+            assert of is None or of.startswith("course-model" if model is None else model)
 
 
 def test_the_file_has_every_claim():
     found = claims.claims()
     assert list(found) == list(range(1, 38))
-    assert {number for number, model, *_ in audit.everything() if model} == {10, 11, 13}
+    assert {number for number, model, *_ in audit.everything() if model} == {10, 11, 13, 15}
     for claim in found.values():
         assert claim.figures or claim.verdict == claims.OPEN, claim.number
     assert {claim.verdict for claim in found.values()} <= {claims.OPEN, *claims.VERDICTS.values()}

@@ -455,6 +455,7 @@ def test_the_engine_of_node_is_asked_in_lines(tmp_path: Path, monkeypatch) -> No
 
 WEB = """
 import http.server, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/v1/models" else 404); self.end_headers()

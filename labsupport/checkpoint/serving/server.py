@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -221,6 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    # What a shell starts in the background ignores SIGINT, and so would its children; this is how the launcher stops a server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
