@@ -15,7 +15,7 @@ from labsupport.pipeline import methods
 from labsupport.pipeline.block import Block
 from labsupport.pipeline.linear import Quantized, replace_weight
 from labsupport.pipeline.methods import METHODS, Method, Storage
-from labsupport.quant import bnb_format, grid, nf4, rtn
+from labsupport.quant import bnb_format, gguf_blocks, grid, nf4, rtn
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def ids():
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_record_names_is_there_and_takes_the_settings_of_its_storage(name):
     method = METHODS[name]
-    assert method.settings is not None  # imports it
+    assert bool(method.settings) == (name not in gguf_blocks.WEIGHTS)  # imports it; a block of GGUF leaves nothing to choose
     if method.storage is not None:
         assert {*method.storage.settings, method.storage.group_setting} - {None} <= method.settings.keys()
         assert method.storage.bits is not None or "bits" in method.settings

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from labsupport.checkpoint.tokenizers import read_tokenizer
-from labsupport.checkpoint.weights import ROWS, CheckpointError, read_json
+from labsupport.checkpoint.weights import ROWS, CheckpointError, Placed, read_json
 from labsupport.model import gguf_llama
 from labsupport.quant import gguf_blocks
 
@@ -193,7 +193,7 @@ def located(path: Path) -> Path | None:
     return None
 
 
-class GGUFWeights(Mapping[str, torch.Tensor]):
+class GGUFWeights(Placed):
     """Every tensor of a GGUF file by the name that it has in transformers, as checkpoint.weights.Weights has those of a directory.
 
     A linear in blocks is "NAME.q4_0", uint8 [out_features, bytes of a row], rows in the order of transformers. Blocks outside the
@@ -234,15 +234,6 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         if name.endswith(".weight") and kind.lower() in gguf_blocks.WEIGHTS:
             return gguf_blocks.GGUFTensor(data, kind.lower()).dequantize()
         return data
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
 
     def shape(self, name: str) -> list[int]:
         if name.endswith(".weight"):

@@ -63,7 +63,22 @@ def pickles(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
 
 
-class Weights(Mapping[str, torch.Tensor]):
+class Placed(Mapping[str, torch.Tensor]):
+    """Tensors by name, in the order of `places`, which says where each is. To ask whether one is there does not read it."""
+
+    places: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+
+class Weights(Placed):
     """Every tensor of a directory by name. A tensor is a view of its mapped file: copy it before the file changes.
 
     any_name: where there is one file alone, take it whatever it is called: AutoGPTQ writes gptq_model-4bit-128g.safetensors.
@@ -162,15 +177,6 @@ class Weights(Mapping[str, torch.Tensor]):
                 raise CheckpointError(f"{renamed[new][1]} and {place[1]} of {self.directory} are both {new} in the model")
             renamed[new] = place
         self.places = renamed
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
 
     def shape(self, name: str) -> list[int]:
         return list(self._slice(name).get_shape())

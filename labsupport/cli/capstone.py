@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from labsupport.cli import progress
 from labsupport.cli.messages import echo, echo_lines, fail, stopped
 
 app = typer.Typer()
@@ -63,22 +64,11 @@ def _score(directory: Path, text: Path | None, as_json: bool) -> None:
 
 
 def _measure(out: Path | None) -> None:
-    from tqdm import tqdm
-
     from labsupport.course.capstone import baselines, scoring
 
     path = out or scoring.rows_path()
     try:
-        with tqdm(unit="row") as bar:
-
-            def on_row(done: int, total: int) -> None:
-                bar.total = total
-                bar.set_postfix_str("", refresh=False)
-                bar.update(done - bar.n)
-
-            def on_step(step: int, loss: float) -> None:
-                bar.set_postfix_str(f"training, step {step + 1}, loss {loss:.3f}")
-
+        with progress.rows("row") as (on_row, on_step):
             baselines.measure(path, on_row=on_row, on_step=on_step)
     except (ValueError, OSError) as error:
         fail("capstone", error)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from labsupport.cli import progress
 from labsupport.cli.messages import echo, fail, stopped
 from labsupport.evidence.settings import SWEEPS
 
@@ -96,8 +97,6 @@ def sweep(
     ] = None,
 ) -> None:
     """Measure a method at many settings and store the rows. A sweep that was stopped continues where it was."""
-    from tqdm import tqdm
-
     from labsupport.evidence import farm, shootout, sink
     from labsupport.evidence import sweep as sweeps
     from labsupport.evidence.job import Job
@@ -113,16 +112,7 @@ def sweep(
         settings = None if configs is None else shootout.read_settings(configs)
         path = out or sweeps.path_of(name, job.model)
         opened = job.open() if dask is None else None
-        with tqdm(unit="setting") as bar:
-
-            def on_row(done: int, total: int) -> None:
-                bar.total = total
-                bar.set_postfix_str("", refresh=False)
-                bar.update(done - bar.n)
-
-            def on_step(step: int, loss: float) -> None:
-                bar.set_postfix_str(f"training, step {step + 1}, loss {loss:.3f}")
-
+        with progress.rows("setting") as (on_row, on_step):
             if opened is None:
                 measured = farm.run(job, path, dask, settings, on_row)
             else:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from labsupport.evidence import claims, measurements, planner, tables
-from labsupport.evidence.planner import Plan
+from labsupport.evidence.planner import OnCard, Plan
 from labsupport.evidence.shapes import Shape
 from labsupport.evidence.tables import QUALITIES, TASKS, Card, Format, Rule
 from labsupport.model import models
@@ -28,24 +28,8 @@ class Impossible(ValueError):
     """Nothing that is asked for fits. One line, which says what would."""
 
 
-@dataclass(frozen=True)
-class Finetuning:
-    """What a training step takes on a card, by kind of bytes as training_memory counts them, and the reserve."""
-
-    shape: Shape
-    card: Card
-    form: Format
-    context: int
-    users: int
-    parts: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.card.memory
+class Finetuning(OnCard):
+    """What a training step takes, by kind of bytes as training_memory counts them, and the reserve. users: the batch."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +123,7 @@ def finetuning(shape: Shape, card: Card, form: Format, context: int, batch: int 
         )
     step = training_memory.Step("qlora", batch, context, rank, optimizer="adamw-8bit", paged=True, checkpointing=True)
     parts = {**training_memory.totals(training_memory.count(shape, step)), "reserve": card.reserve * card.memory}
-    return Finetuning(shape, card, form, context, batch, MappingProxyType(parts))
+    return Finetuning(shape=shape, card=card, form=form, context=context, users=batch, parts=MappingProxyType(parts))
 
 
 def _what_would_fit(

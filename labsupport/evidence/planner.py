@@ -141,24 +141,16 @@ def activation_bytes(shape: Shape, context: int, users: int) -> float:
     return 2 * tokens * (2 * shape.hidden + max(attention, mlp)) + 4 * users * shape.vocab
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a model in a format takes on a card, by part in bytes, and how fast it could be.
-
-    tokens_per_second: of all users together, at most. limit: "memory" or "compute". prefill_seconds: for one prompt of the whole
-    context, at least; None where the card's maker gives no rate.
-    """
+@dataclass(frozen=True, kw_only=True)
+class OnCard:
+    """What a model in a format takes on a card: bytes, by part."""
 
     shape: Shape
     card: Card
     form: Format
-    cache: str
     context: int
     users: int
     parts: Mapping[str, float]
-    tokens_per_second: float
-    limit: str
-    prefill_seconds: float | None
 
     @property
     def total(self) -> float:
@@ -167,6 +159,20 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.total <= self.card.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(OnCard):
+    """What serving it takes, and how fast it could be. cache: one of CACHES.
+
+    tokens_per_second: of all users together, at most. limit: "memory" or "compute". prefill_seconds: for one prompt of the whole
+    context, at least; None where the card's maker gives no rate.
+    """
+
+    cache: str
+    tokens_per_second: float
+    limit: str
+    prefill_seconds: float | None
 
     def _would_fit(self, context: int, users: int) -> bool:
         parts = bytes_by_part(self.shape, self.card, self.form, context, users, self.cache)
@@ -219,8 +225,9 @@ def plan(shape: Shape, card: Card, form: Format | str = "bf16", context: int = 8
     read = read_bytes(shape, form, users) + cache_bytes(shape, context, users, CACHES[cache])
     reading, computing = read / card.bandwidth, 2 * shape.active_parameters * users / rate if rate else 0.0
     return Plan(
-        shape, card, form, cache, context, users, MappingProxyType(bytes_by_part(shape, card, form, context, users, cache)),
-        roofline.decode_rate(read, shape.active_parameters, users, card.bandwidth, rate or float("inf")),
-        "memory" if reading >= computing else "compute",
-        2 * shape.active_parameters * context / rate if rate else None,
+        shape=shape, card=card, form=form, cache=cache, context=context, users=users,
+        parts=MappingProxyType(bytes_by_part(shape, card, form, context, users, cache)),
+        tokens_per_second=roofline.decode_rate(read, shape.active_parameters, users, card.bandwidth, rate or float("inf")),
+        limit="memory" if reading >= computing else "compute",
+        prefill_seconds=2 * shape.active_parameters * context / rate if rate else None,
     )  # fmt: skip

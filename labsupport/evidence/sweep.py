@@ -171,7 +171,8 @@ def run(
     """Measure every setting of the sweep `name`; rows are kept that `path` holds for the same model, text and kind of device.
 
     texts: see `prepare`; what a sweep of LEARNING learns is kept in a folder beside `path`, named after it, until its last row is
-    there. settings: in place of the sweep's own. on_row(done, total) is called after each row. The rest: see `prepare`.
+    there. settings: in place of the sweep's own. on_row(done, total) is called once with the rows that are there, and
+    after each new one. The rest: see `prepare`.
     Raises what `prepare` and `collect` raise; OSError where nothing can be written at `path`.
     """
     files.check_writable(path)
