@@ -32,7 +32,7 @@ def finish(parts: Parts, model: PreTrainedModel, source: Path | None, config: Ma
     model: what was quantized; its weights are not looked at, but which linears it has and whether its head is the embedding.
     source: the directory of the original model, whose tokenizer and generation settings are copied. config: its config.json.
     """
-    facts = replace(facts, readers=_readers(parts.layout, model, bool(facts.settings.get("symmetric"))))
+    facts = replace(facts, readers=_readers(parts.layout, model, facts.settings))
     with closing(parts.stored()) as stored:
         if parts.layout == "gguf":
             return _finish_gguf(parts, stored, source, config, facts)
@@ -71,9 +71,10 @@ def _finish_gguf(parts: Parts, stored: Weights, source: Path | None, config: Map
     return parts.finish(contents, {}, whole=gguf_file.NAME)
 
 
-def _readers(layout: str, model: PreTrainedModel, symmetric: bool) -> str:
+def _readers(layout: str, model: PreTrainedModel, settings: Mapping[str, Any]) -> str:
     """What reads a checkpoint of this model, which is taken apart; where that is not what reads the layout in general, and why."""
-    classes = {type(linear) for linear in models.linears(model).values()}
+    linears = models.linears(model).values()
+    classes = {type(linear) for linear in linears}
     if opened.routed(model):
         reason = "transformers from 5 on does not: it holds the experts of a block in one tensor"
         return f"{ALONE}. {reason}. Each expert has the names and the form that {layout} loaders with a layer for each ask for"
@@ -83,7 +84,14 @@ def _readers(layout: str, model: PreTrainedModel, symmetric: bool) -> str:
     others = sorted(kind.__name__ for kind in classes - {nn.Linear, opened.Turned})
     if others and layout == "bitsandbytes":
         return f"{ALONE}. transformers puts bitsandbytes' layer in the place of an nn.Linear itself, and this model has {others[0]}"
-    if layout == compressed_tensors.PACKED and not symmetric:
+    block = settings["group_size"]
+    if layout == "bitsandbytes" and (split := sorted({linear.in_features for linear in linears if linear.in_features % block})):
+        # bitsandbytes 0.50: tests/test_bitsandbytes.py, and chapter 05. Its code for GPUs and for other processors is right.
+        return (
+            f"{card.LOADERS[layout]}, but not on a processor with AVX-512: there it takes wrong scales, without an error, for "
+            f"rows that are not whole blocks of {block} weights, and this model has rows of {split[0]}"
+        )
+    if layout == compressed_tensors.PACKED and not settings.get("symmetric"):
         # compressed-tensors 0.20 makes no room for packed zero-points before transformers reads the file.
         return (
             "vLLM; transformers with quantization_config=CompressedTensorsConfig(run_compressed=False), since grids are asymmetric"

@@ -65,4 +65,4 @@ def allocate(loss: torch.Tensor, shapes: torch.Tensor, options: torch.Tensor, bu
     nbytes = stored_bytes(shapes, options)
     order = nbytes.argsort(dim=1, stable=True)
     place = spend(loss.gather(1, order), nbytes.gather(1, order), budget)
-    return order.gather(1, place[:, None])[:, 0]
+    return order[torch.arange(len(order)), place]
