@@ -150,7 +150,8 @@ def verdict_inputs(seed: int) -> dict:
         name, change, low, high, _ = _verdict(*case[:2], _paired(*case[2:]))
         kind = (math.copysign(1, change), low > 0 or high < 0)
         if name == "3 bits, g128" and min(abs(change), abs(low), abs(high)) > 1e-3:
-            found.setdefault(next(key for key, value in wanted.items() if value == kind), case)  # the first has exactly as many bytes
+            # The first has exactly as many bytes.
+            found.setdefault(next(key for key, value in wanted.items() if value == kind), case)
     return {key: found[key] for key in wanted}
 
 
