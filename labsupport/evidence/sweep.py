@@ -72,6 +72,10 @@ class Measurements:
             raise LookupError(f"{len(matching)} rows have {setting}, wanted one")
         return matching[0]
 
+    def without(self, key: str) -> Measurements:
+        """The same measurements, but for the rows whose setting has this key."""
+        return Measurements(self.about, [row for row in self.rows if key not in row])
+
     def only(self, **setting: Any) -> dict[str, Any]:
         """The row with this setting and nothing else in its setting. Raises LookupError where there is none."""
         for row in self.rows:

@@ -284,7 +284,7 @@ def _best(opponents: list[dict[str, Any]], at_most: int) -> dict[str, Any]:
 @audits(21)
 def qat_beats_ptq(given: Given) -> Finding:
     """At every width, against the best at its bytes or fewer: as it is, and trained further."""
-    rows, found = given.rows("qat.json"), {}
+    rows, found = given.rows("qat.json").without("embedding"), {}
     for bits in (4, 3, 2):
         ours = rows.find(method="qat", bits=bits, way="straight-through")
         for label, further in (("as it is", None), ("trained further", True)):
@@ -316,7 +316,7 @@ def fp8_cache_is_additive(given: Given) -> Finding:
 @audits(36)
 def costs_a_full_training(given: Given) -> Finding:
     """At least half of the tokens that the model was trained on."""
-    rows = given.rows("qat.json")
+    rows = given.rows("qat.json").without("embedding")
     plan = rows.about["training"]
     spent = plan["steps"] * plan["batch"] * plan["length"]
     trained = json.loads((models.course_model_dir() / "training.json").read_text("utf-8"))["recipe"]["tokens"]
