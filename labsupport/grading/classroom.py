@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from labsupport.grading.records import Collected, GradingError, Override, Policy, Record, Release, Result
 from labsupport.grading.sandbox import Limits
 from labsupport.model import files
@@ -36,8 +34,8 @@ class Settings(Record):
     """What holds for all labs of a class. sandbox: which one answers run in; "auto" takes the first that works here."""
 
     name: str
-    policy: Policy = Field(default_factory=Policy)
-    limits: Limits = Field(default_factory=Limits)
+    policy: Policy = Policy.model_validate({})
+    limits: Limits = Limits.model_validate({})
     sandbox: Literal["auto", "bubblewrap", "docker"] = "auto"
 
 
