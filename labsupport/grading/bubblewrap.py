@@ -34,7 +34,10 @@ from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = 60.0  # seconds until the first program runs, on a cold disk
-USERS = (1_900_000_000, 100_000_000)  # first and count of user ids for sandboxes that root starts; not given to people or containers
+USERS = (
+    1_900_000_000,
+    100_000_000,
+)  # first and count of user ids for sandboxes that root starts; not given to people or containers
 ETC = ("ld.so.cache", "alternatives", "localtime")
 
 
@@ -42,20 +45,28 @@ class Bubblewrap:
     name = "bubblewrap"
 
     def __init__(self) -> None:
-        """Raises GradingError where bubblewrap is missing or cannot run; tried with an empty command."""
+        """Raises GradingError where bubblewrap is missing or cannot run; tried with a short command."""
         if not (program := shutil.which("bwrap")):
             raise GradingError("bwrap is not installed")
         self.program = program
         with tempfile.TemporaryDirectory() as out:
-            ended = self.run(["python", "-c", "import torch"], folders={}, out=Path(out), limits=Limits())
+            ended = self.run(
+                ["python", "-c", "from importlib.util import find_spec as find; raise SystemExit(not find('torch'))"],
+                folders={},
+                out=Path(out),
+                limits=Limits(),
+            )
         if ended.code != 0:
-            raise GradingError(f"Python and torch cannot be started in it: {_last(ended.said)}")
+            raise GradingError(f"Python with torch cannot be started in it: {_last(ended.said)}")
 
     def run(self, command: Sequence[str], *, folders: Mapping[str, Path], out: Path, limits: Limits) -> Ended:
         """See `Sandbox.run`."""
         if any(out.iterdir()):
             raise GradingError(f"{out} must be empty")
         user = USERS[0] + secrets.randbelow(USERS[1]) if os.geteuid() == 0 else None
+        for inside, folder in folders.items():
+            if not folder.is_dir():
+                raise GradingError(f"{folder}, to be seen as {inside}, is not a directory")
         with ExitStack() as stack:
             if user is not None:
                 folders = stack.enter_context(_readable(folders))
@@ -74,7 +85,6 @@ class Bubblewrap:
                 "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
                 "--", "/env/bin/python", "-I", "-S", "/launch.py", json.dumps(settings), *command,
             ]  # fmt: skip
-            began = time.monotonic()
             try:
                 process = subprocess.Popen(
                     arguments,
@@ -104,13 +114,15 @@ class Bubblewrap:
                     process.wait()
             if first is None:
                 raise GradingError(f"bubblewrap could not start: {_last(tail.text())}")
+            began = time.monotonic()
             output, temporary, processes = shown
 
             def over() -> Why:
                 return watch.space(output, limits) or watch.space(temporary, limits) or watch.memory(processes, limits)
 
             ended = watch.follow(process, tail, limits, began, over, lambda: _kill(first))
-            why = ended.why or watch.copy_out(output, out, limits)
+            unfit = watch.copy_out(output, out, limits)
+            why = ended.why or unfit
             return Ended(None if why else ended.code, why, ended.seconds, ended.said)
 
 
@@ -146,7 +158,9 @@ def _layout() -> tuple[str, ...]:
     if not base.is_relative_to("/usr"):
         arguments += [*_above(base), "--ro-bind", str(base), str(base)]
     roots = {Path("/usr"), base}
-    hidden = {found for root in roots for place in ("lib", "lib64", "local/lib") for found in (root / place).glob("python*/*-packages")}
+    hidden = {
+        found for root in roots for place in ("lib", "lib64", "local/lib") for found in (root / place).glob("python*/*-packages")
+    }
     hidden |= {REPOSITORY} if any(REPOSITORY.is_relative_to(root) for root in roots) else set()
     for path in sorted(hidden):
         arguments += ["--tmpfs", str(path), "--remount-ro", str(path)]
@@ -231,7 +245,7 @@ def _readable(folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
         result = {}
         for number, (inside, folder) in enumerate(folders.items()):
             paths = [folder, *folder.rglob("*")]
-            if not all(path.lstat().st_mode & (0o001 if path.is_dir() else 0o004) for path in paths):
+            if not all(path.stat().st_mode & (0o001 if path.is_dir() else 0o004) for path in paths):
                 folder = Path(shutil.copytree(folder, Path(private, str(number))))
                 for path in [folder, *folder.rglob("*")]:
                     path.chmod(0o755 if path.is_dir() else 0o644)

@@ -52,15 +52,21 @@ class Docker:
             assert process.stderr is not None
             tail = watch.Tail(process.stderr)
             ended = watch.follow(
-                process, tail, limits, began, lambda: watch.too_much(target, limits), lambda: void(_ask([self.program, "rm", "-f", name]))
+                process,
+                tail,
+                limits,
+                began,
+                lambda: watch.too_much(target, limits),
+                lambda: void(_ask([self.program, "rm", "-f", name])),
             )
             if ended.code == 125:  # Docker's own failure, not the command's
                 raise GradingError(f"docker run failed: {(ended.said.strip().splitlines() or ['it said nothing'])[-1]}")
             source = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                why = ended.why or watch.copy_out(source, out, limits)
+                unfit = watch.copy_out(source, out, limits)
             finally:
                 os.close(source)
+            why = ended.why or unfit
             return Ended(None if why else ended.code, why, ended.seconds, ended.said)
 
 

@@ -126,9 +126,10 @@ def regular(path: Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise GradingError(f"{path.name} cannot be read as a plain file: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise GradingError(f"{path.name} is not a plain file")
     with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise GradingError(f"{path.name} is not a plain file")
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise GradingError(f"{path.name} has more than {limit} bytes")
