@@ -77,5 +77,3 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
     """What a command that must succeed printed."""
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-

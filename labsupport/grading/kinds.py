@@ -2,16 +2,16 @@
 
 What the kinds mean for assessment, where learners have a chat at hand:
 
-- "build": write a function whose specification stands in the notebook. A chat writes most of these from the text of the cell. A pass
-  shows that working code was handed in, and says little about who could have written it. Most exercises are of this kind, because
-  building is how the course teaches.
+- "build": write a function whose specification stands in the notebook. A chat writes most of these from the text of the cell. A
+  pass shows that working code was handed in, and says little about who could have written it. Most exercises are of this kind,
+  because building is how the course teaches.
 - "find": give an input, a case or a counter-example. The answer is the thing itself or makes it, and the judge measures whether it
   has what was asked for. The idea has to come first: where a method is weak, and why.
-- "explain": from outputs, files, runs or measurements, say which cause, which choice or which verdict fits them. Things that look alike
-  have to be told apart, on cases that the answer has not seen.
+- "explain": from outputs, files, runs or measurements, say which cause, which choice or which verdict fits them. Things that look
+  alike have to be told apart, on cases that the answer has not seen.
 
-No kind is proof against a chat. "find" and "explain" are those about which two minutes of questions tell most, and the only ones that
-a specification does not already solve; `Policy.understanding` is by how much more they count.
+No kind is proof against a chat. "find" and "explain" are those about which two minutes of questions tell most, and the only ones
+that a specification does not already solve; `Policy.understanding` is by how much more they count.
 """
 
 from __future__ import annotations

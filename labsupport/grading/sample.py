@@ -1,12 +1,11 @@
-"""A class to try everything on: three learners, and what they hand in for lab 02. Nobody's work: made from the course's own notebooks.
+"""A class to try everything on: three learners and what they hand in for lab 02, made from the course's own notebooks.
 
-Each answer is right (the solution's text), wrong in a way that people are, blank, or never ends. `EXPECTED` says what it is worth.
+Each answer is right (the solution's text), wrong in a way that people are, blank, or never ends.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from nbformat import NotebookNode
 
