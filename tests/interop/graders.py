@@ -3,10 +3,8 @@
     PYTHONPATH=tests python -m interop.graders --otter OTTER/bin/python --out data/measurements/graders.json
 
 OTTER is an environment of its own: torch in the version of this one, then otter-grader, ipykernel and what pyproject.toml lists for
-labsupport.
-All three judge by the same function on the course's own inputs: nbgrader and otter by `score` in the learner's process, as their tests do;
-labs outside it, on inputs of the class. The notebooks hold the set-up cell and the exercises. otter grades in a container of
-Docker as a rule; `otter run` is the same without. Each submission is ended after OUTER seconds where the grader has no limit of its own.
+labsupport. All three judge by the course's own function: nbgrader and otter in the learner's process, as their tests do, on the public
+inputs; labs outside it, on inputs of the class.
 """
 
 from __future__ import annotations
@@ -39,11 +37,12 @@ from labsupport.model import files
 
 GRADERS = ("nbgrader", "otter", "labs")
 NOTE = (
-    "marks_right: submissions of which every exercise has the points that it must have; honest_right: of those without an attack. won_by: "
-    "attacks that got points. All judge by the course's own function, on the set-up cell and the exercises of lab 02. nbgrader: one command "
-    "for the class, started again without whoever ended it, with 120 seconds a cell in place of 30. otter: `otter run`, a command for each, which is "
-    "`otter grade` without its container, ended after 300 seconds. labs: one worker. seconds_each: wall clock of marking, divided by the "
-    "submissions; cpu_seconds_each: what all processes computed, which a machine that is shared changes less. load: of the machine in the last minute."
+    "marks_right: submissions of which every exercise has the points that it must have; honest_right: of those without an attack. "
+    "won_by: attacks that got points. All judge by the course's own function, on the set-up cell and the exercises of lab 02. "
+    "nbgrader: one command for the class, started again without whoever ended it, with 120 seconds a cell in place of 30. "
+    "otter: `otter run`, a command for each, which is `otter grade` without its container, ended after 300 seconds. labs: one worker. "
+    "seconds_each: wall clock of marking, divided by the submissions; cpu_seconds_each: what all processes computed, which a machine "
+    "that is shared changes less. load: of the machine in the last minute."
 )
 NAME = "02_rounding"
 CELL = 120  # seconds that nbgrader gives a cell; its own 30 are not enough for `import torch` where others use the machine
@@ -147,7 +146,7 @@ def by_nbgrader(root: Path, handed_in: list[HandedIn], grader: Grader) -> None:
 
 
 def _nbgrader_points(root: Path, learner: str) -> dict[str, float | None]:
-    """The score that it would export: a manual one counts before an automatic one. A cell that is not there has none, and earns 0."""
+    """The score that would be exported: a manual one counts before an automatic one; a cell that is not there earns 0."""
     from nbgrader.api import Gradebook
 
     with Gradebook(f"sqlite:///{root / 'gradebook.db'}") as book:
@@ -304,8 +303,12 @@ def measured(name: str, handed_in: list[HandedIn], root: Path, otter: Path) -> d
 
 
 def _versions(python: Path) -> dict[str, str]:
-    code = "import json, platform; from importlib import metadata as m; print(json.dumps({'Python': platform.python_version()} | {n: m.version(n) for n in %r}))"
-    return json.loads(subprocess.check_output([str(python), "-c", code % (["otter-grader", "torch", "nbconvert"],)], text=True))
+    code = """if True:
+        import json, platform
+        from importlib import metadata
+        found = {name: metadata.version(name) for name in ("otter-grader", "nbconvert", "torch")}
+        print(json.dumps({"Python": platform.python_version()} | found))"""
+    return json.loads(subprocess.check_output([str(python), "-c", code], text=True))
 
 
 def main() -> None:

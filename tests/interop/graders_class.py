@@ -22,8 +22,8 @@ LAB = 2
 TEXTS = {attack.title: attack.text for attack in ATTACKS}
 EXERCISES = {exercise.id: exercise for exercise in exercises_of(LAB)}
 
-# By title, of the hostile set; one stands in each answer, and what it wins are the points of that exercise. What reloads a module comes last,
-# for later ones would profit.
+# By title, of the hostile set; one stands in each answer, and what it wins are the points of that exercise. What reloads a module
+# comes last, for later ones would profit.
 IN_AN_ANSWER = (
     "imports the reference", "imports it inside the function", "binds it with partial", "asks the registry",
     "asks check twice", "gives check nothing", "renames the code", "runs its source",
