@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m interop.graders --otter OTTER/bin/python --out data/measurements/graders.json
 
 OTTER is an environment of its own: torch in the version of this one, then otter-grader, ipykernel and what pyproject.toml lists for
-labsupport. All three judge by the course's own function: nbgrader and otter in the learner's process, as their tests do, on the public
-inputs; labs outside it, on inputs of the class.
+labsupport. All three judge by the course's own function: nbgrader and otter in the learner's process, as their tests do, on the
+public inputs; labs outside it, on inputs of the class.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ NOTE = (
     "marks_right: submissions of which every exercise has the points that it must have; honest_right: of those without an attack. "
     "won_by: attacks that got points. All judge by the course's own function, on the set-up cell and the exercises of lab 02. "
     "nbgrader: one command for the class, started again without whoever ended it, with 120 seconds a cell in place of 30. "
-    "otter: `otter run`, a command for each, which is `otter grade` without its container, ended after 300 seconds. labs: one worker. "
-    "seconds_each: wall clock of marking, divided by the submissions; cpu_seconds_each: what all processes computed, which a machine "
-    "that is shared changes less. load: of the machine in the last minute."
+    "otter: `otter run`, a command for each, which is `otter grade` without its container, ended after 300 seconds. labs: one "
+    "worker. seconds_each: wall clock of marking, divided by the submissions; cpu_seconds_each: what all processes computed, which "
+    "a machine that is shared changes less. load: of the machine in the last minute."
 )
 NAME = "02_rounding"
 CELL = 120  # seconds that nbgrader gives a cell; its own 30 are not enough for `import torch` where others use the machine
