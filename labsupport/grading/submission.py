@@ -22,6 +22,7 @@ from typing import Any
 
 from labsupport.course import workbook
 from labsupport.course.carry import ASSIGNS, DEFINES, is_prediction, short_hash, table
+from labsupport.grading.items import PREDICTION
 from labsupport.grading.records import GradingError, Release, Submission
 
 LARGEST_FILE = 20 * 10**6  # bytes
@@ -36,8 +37,8 @@ CHECK = re.compile(r"check-(\d{1,2})-(\d{1,2})")
 CHECKED = re.compile(r"^(?:\w+ *= *)?check\( *[\"'](\d{1,2})\.(\d{1,2})[\"']", re.MULTILINE)
 OURS = re.compile(r"^((?:\w+ *= *)?(?:check|score|tally|revisit)\(.*)$", re.MULTILINE)
 COMMAND = re.compile(r"^(%(?!=)|!(?!=)|\?)", re.MULTILINE)
-OWN = re.compile(r"own_(\d{1,2})_(\d{1,2})")
-OWN_PREDICTION = re.compile(r"own_predicted_\d{1,2}_\d{1,2}")
+OWN = re.compile(r"own_(?:predicted_\d{1,2}|\d{1,2}_\d{1,2})")
+OWN_CALL = re.compile(r"^own_number\(.*$|^from labsupport.exercises.own import own_number *$|^#.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,9 @@ def read(path: Path, lab: int, release: Release | None = None) -> Submission:
     _find_answers(course, cells, found)
     _remark_on_checks(course, cells, release, found)
     own_names = sorted({name for cell in cells for name in ASSIGNS.findall(cell.text) if OWN.fullmatch(name)})
-    drawn = sorted({name for cell in cells for name in ASSIGNS.findall(cell.text) if OWN_PREDICTION.fullmatch(name)})
-    guesses = _values(cells, (*course.predictions, *drawn), course.prediction_ids, found.remarks)
+    guesses = _values(cells, course.predictions, course.prediction_ids, found.remarks)
     numbers = _values(cells, own_names, frozenset(), found.remarks)
-    own = {name.removeprefix("own_").replace("_", "."): _number(name, numbers[name], found.remarks) for name in own_names}
+    own = {_own_key(name): _number(name, numbers[name], found.remarks) for name in own_names}
     others = tuple(_without_ours(cell.text)[0] for cell in cells if _is_learners(course, cell))
     return Submission(
         answers=found.answers, others=others, predictions=guesses, own=own, remarks=tuple(dict.fromkeys(found.remarks))
@@ -300,7 +300,19 @@ def _is_courses(course: Lab, cell: Cell) -> bool:
 def _is_learners(course: Lab, cell: Cell) -> bool:
     """Whether a cell belongs to no answer, and the learner added or changed it."""
     ours = cell.taken or _is_courses(course, cell) or cell.exercise(CHECK) is not None or "own" in cell.tags
-    return not ours and bool(cell.text.strip()) and bool(OURS.sub("", cell.text).strip())
+    return not ours and bool(OURS.sub("", _without_own(cell.text)).strip())
+
+
+def _without_own(text: str) -> str:
+    """Of a cell of own numbers that lost its tag nothing is left."""
+    if not any(OWN.fullmatch(name) for name in ASSIGNS.findall(text)):
+        return text
+    return "\n".join(line for line in OWN_CALL.sub("", text).splitlines() if not re.match(r"own_\w+ *=(?!=)", line))
+
+
+def _own_key(name: str) -> str:
+    """By which Submission.own has it: the exercise's id, or PREDICTION."""
+    return PREDICTION if "predicted" in name else name.removeprefix("own_").replace("_", ".")
 
 
 def _among(cells: list[Cell]) -> str:
