@@ -74,8 +74,8 @@ def space(folder: int, limits: Limits) -> Why:
 def memory(processes: int, limits: Limits) -> Why:
     """Whether the processes of an open /proc are too many, or have too much memory together.
 
-    What the kernel's quick counts show is an upper bound: memory shared after a fork counts once for each process. Where the bound is passed, the
-    slow count decides, which divides what is shared.
+    What the kernel's quick counts show is an upper bound: memory shared after a fork counts once for each process. Where the
+    bound is passed, the slow count decides, which divides what is shared.
     """
     numbers = [name for name in os.listdir(processes) if name.isdecimal()]
     if len(numbers) > limits.processes + 2:  # and the sandbox's own
@@ -115,7 +115,8 @@ def files_of(folder: int, depth: int = DEPTH) -> Iterator[tuple[str, os.stat_res
 
 
 def too_much(folder: Path, limits: Limits) -> Why:
-    """For a directory that is not a file system of its own: whether it holds too many files or bytes. Files without a name are not seen."""
+    """For a directory that is not a file system of its own: whether it holds too many files or bytes. Files without a name are
+    not seen."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         total = 0
