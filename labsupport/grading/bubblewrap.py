@@ -76,6 +76,13 @@ class Bubblewrap:
             told, tells = os.pipe()
             info = stack.enter_context(open(told, "rb"))
             files = {"tells": tells, "seccomp": _content(seccomp.program() or b""), "config": _content(_config())}
+            options = [
+                *_isolation(user, files), *_system(files["config"]), *_writable(limits),
+                *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
+                "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+            ]  # fmt: skip
+            # hundreds of them, which nobody wants to see in a list of processes
+            files["options"] = _content("".join(f"{option}\0" for option in options).encode(errors="surrogateescape"))
             settings = {
                 "channel": inner.fileno(),
                 "uid": user,
@@ -83,9 +90,7 @@ class Bubblewrap:
                 "rlimits": limits.rlimits() | {"RLIMIT_NPROC": limits.processes},
             }
             arguments = [
-                self.program, *_isolation(user, files), *_system(files["config"]), *_writable(limits),
-                *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
-                "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+                self.program, "--args", str(files["options"]),
                 "--", "/env/bin/python", "-I", "-S", "/launch.py", json.dumps(settings), *command,
             ]  # fmt: skip
             try:
