@@ -30,10 +30,11 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from labsupport.grading import launch, seccomp, watch
+from labsupport.grading import seccomp, watch
 from labsupport.grading.records import GradingError
 from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why
 
+LAUNCH = Path(__file__).with_name("launch.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = 60.0  # seconds until the first program runs, on a cold disk
 USERS = (
@@ -79,7 +80,7 @@ class Bubblewrap:
             options = [
                 *_isolation(user, files), *_system(files["config"]), *_writable(limits),
                 *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
-                "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+                "--ro-bind", str(LAUNCH), "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
             ]  # fmt: skip
             # hundreds of them, which nobody wants to see in a list of processes
             files["options"] = _content("".join(f"{option}\0" for option in options).encode(errors="surrogateescape"))
@@ -96,7 +97,7 @@ class Bubblewrap:
             try:
                 process = subprocess.Popen(
                     arguments,
-                    env=ENVIRONMENT,  # /proc/1/environ inside is what bwrap was started with
+                    env=ENVIRONMENT,  # of bwrap too: its own can be read in /proc/1/environ inside
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                     pass_fds=(inner.fileno(), *files.values()),
                 )  # fmt: skip
@@ -146,7 +147,6 @@ def _isolation(user: int | None, files: Mapping[str, int]) -> list[str]:
     return [
         *identity, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *rights,
-        "--clearenv", *(part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)),
         "--info-fd", str(files["tells"]), *(("--seccomp", str(files["seccomp"])) if seccomp.program() else ()),
     ]  # fmt: skip
 
