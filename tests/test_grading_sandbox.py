@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ found = {
     "seen through another's root": [path for path in given["hidden"] for root in ("/proc/1/root", "/proc/1/cwd", "/proc/self/root")
                                     if os.path.exists(root + path)],
     "packages": [name for name in given["packages"] if importlib.util.find_spec(name)],
+    "packages elsewhere": [name for folder in given["elsewhere"] if os.path.isdir(folder) for name in os.listdir(folder)],
     "needed": [name for name in ("torch", "numpy", "safetensors") if not importlib.util.find_spec(name)],
     "written": [path for path in ["/x", "/usr/x", "/etc/x", "/env/x", "/given/x", "/given/given.json", "/dev/x", "/proc/x",
                                   "/launch.py", os.path.dirname(os.__file__) + "/x",
@@ -153,15 +155,18 @@ def found(box, tmp_path_factory):
             "/run",
         ]
         hidden += [
-            Path(shutil.__file__).parents[2] / "lib/python3/dist-packages",
             Path.home() / ".bashrc",
             Path.home() / ".profile",
         ]
         packages = ["labsupport", "bitsandbytes", "gguf", "peft", "nbgrader", "torchao", "pytest", "pip"]
         clone = seccomp.MACHINES.get(os.uname().machine, (0, {}, 0, -1))[3]
+        elsewhere = [
+            path for root in (sys.base_prefix, "/usr", "/usr/local") for path in Path(root, "lib").glob("python*/*-packages")
+        ]
         kinds = ["cgroup", "ipc", "mnt", "net", "pid", "uts"] + ["user"] * (os.geteuid() != 0)
         namespaces = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in kinds}
         facts = {
+            "elsewhere": list(map(str, elsewhere)),
             "namespaces": namespaces,
             "port": server.getsockname()[1],
             "local": name,
@@ -191,6 +196,7 @@ EXPECTED = {
     "seen": [],
     "seen through another's root": [],
     "packages": [],
+    "packages elsewhere": [],
     "needed": [],
     "written": [],
     "writable": ["'done'"] * 3,
@@ -339,15 +345,15 @@ def test_no_process_outlives_the_command(box, tmp_path):
         time.sleep(0.2)
     """)  # fmt: skip
     assert (ended.code, ended.why) == (0, "")
-    assert not [process for process in _everything() if "time.sleep(1000)" in process and str(os.getpid()) not in process]
+    assert not [line for number, line in _everything().items() if "setsid" in line and number != os.getpid()]
 
 
-def _everything() -> list[str]:
-    """Command lines of all processes of this machine."""
-    lines = []
+def _everything() -> dict[int, str]:
+    """Command lines of all processes of this machine, by their numbers."""
+    lines = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+            lines[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
         except OSError:  # it has just ended
             continue
     return lines
@@ -433,6 +439,39 @@ def test_the_end_of_what_is_said_is_kept(box, tmp_path):
     assert ended.code == 0
     assert len(ended.said) == 2000
     assert ended.said.endswith("é\nthe end")
+
+
+def test_what_runs_dies_with_the_one_who_started_it(tmp_path):
+    bubblewrap_or_skip()
+    token, out = f"token-{os.getpid()}", tmp_path / "out"
+    out.mkdir()
+    code = f"""
+from pathlib import Path
+from labsupport.grading import sandbox
+command = ["python", "-c", "import time; time.sleep(1000)", {token!r}]
+sandbox.find("bubblewrap").run(command, folders={{}}, out=Path({str(out)!r}), limits=sandbox.Limits())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    grader = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        _until(lambda: any("-c" in line and token in line and "launch" not in line for line in _others(grader.pid)))
+    finally:
+        grader.kill()
+        grader.wait()
+    _until(lambda: not any(token in line for line in _others(grader.pid)))
+
+
+def _others(pid):
+    return [line for number, line in _everything().items() if number not in (pid, os.getpid())]
+
+
+def _until(holds):
+    """Looks again and again; a machine that is very busy gets two minutes."""
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.1)
+    pytest.fail("it never came to hold")
 
 
 def test_out_must_be_empty(box, tmp_path):
