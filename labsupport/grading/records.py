@@ -77,7 +77,7 @@ class Submission(Record):
     answers: source of each answer by exercise id, as it was written; an exercise that the notebook does not have is not in it.
     others: sources of the cells that the learner added or changed and that belong to no answer, in their order.
     predictions: what was written for each prediction, by the name that the cell sets; a number or a text, None for none.
-    own: numbers of the learner's own that were written down, by exercise id. remarks: oddities, a sentence each.
+    own: numbers of the learner's own that were written down, by exercise id or "prediction". remarks: oddities, a sentence each.
     """
 
     answers: dict[str, str]
