@@ -1,0 +1,121 @@
+"""INSTRUCTORS.md keeps what it says: its commands run, its exercise works, its numbers are those of the course."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import test_exercises
+import test_luck
+import typer
+from interop import graders
+
+from labsupport.cli import app
+from labsupport.course import build
+from labsupport.exercises.form import Exercise
+from labsupport.grading import kinds, sample, sandbox
+from labsupport.grading.records import GradingError, Policy
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = (ROOT / "INSTRUCTORS.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", GUIDE, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """All lines that are to be typed, in their order."""
+    return [line for block in blocks("console") for line in block.splitlines() if line]
+
+
+def test_the_readme_leads_here():
+    assert "](INSTRUCTORS.md)" in README
+
+
+def test_named_files_and_anchors_exist():
+    named = {*re.findall(r"\]\((?!http|#)([^)]+)\)", GUIDE)}
+    named |= {p for p in re.findall(r"`([\w./]+)`", GUIDE) if p.startswith(("labsupport/", "notebooks/", "tests/", "data/"))}
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_commands_and_options_exist():
+    known = typer.main.get_command(app).commands
+    used = re.findall(r"\blabs (\w+)((?: [^`\n|#]*)?)", "\n".join([*commands(), *re.findall(r"`(labs [^`]+)`", GUIDE)]))
+    assert len(used) > 8
+    for name, rest in used:
+        assert name in known, name
+        command = known[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.split()[0]]
+        for option in re.findall(r"(--[\w-]+)", rest):
+            assert any(option in p.opts or option in p.secondary_opts for p in command.params), f"labs {name} {option}"
+
+
+def weeks(title: str) -> dict[str, int]:
+    """Chapters of each row of a schedule, as they stand, and the minutes beside them."""
+    table = GUIDE[GUIDE.index(title) :].split("\n\n")[0]
+    return {chapters: int(minutes) for chapters, minutes in re.findall(r"^\| \d+ \| ([\d, ]+) \| (\d+) \|", table, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(("title", "count"), [("| week of 6 |", 6), ("| week of 12 |", 12)])
+def test_schedules_have_each_chapter_once_and_its_own_minutes(title: str, count: int):
+    minutes = {number: int(m) for number, m in re.findall(r"^\| (\d\d) \| .* \| (\d+) minutes \|$", README, re.MULTILINE)}
+    found = weeks(title)
+    assert len(found) == count
+    assert [number for chapters in found for number in chapters.split(", ")] == sorted(minutes)
+    assert len(minutes) == len(build.sources(ROOT))
+    for chapters, total in found.items():
+        assert total == sum(minutes[number] for number in chapters.split(", ")), chapters
+
+
+def test_kinds_are_counted():
+    for kind, count in Counter(kinds.KIND.values()).items():
+        assert re.search(rf"\b{count} {kind}\b", GUIDE), f"{count} {kind}"
+
+
+def test_defaults_of_limits_and_policy_are_those_of_the_code():
+    limits = sandbox.Limits()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+)", GUIDE, re.MULTILINE))
+    in_the_guide = {"answer_seconds": limits.answer_seconds, "notebook_seconds": limits.notebook_seconds}
+    in_the_guide |= {"memory_bytes": limits.memory_bytes / 2**30, "processes": limits.processes}
+    for field in ("late", "last_day", "partial", "understanding"):
+        in_the_guide[field] = getattr(Policy(), field)
+    assert {name: float(rows[name]) for name in in_the_guide} == in_the_guide
+    assert f"{limits.file_bytes >> 20} MiB, {limits.output_bytes >> 20} MiB, {limits.output_files}" in GUIDE
+
+
+def test_the_comparison_is_the_one_that_was_measured():
+    rows = json.loads(graders.FILE.read_text("utf-8"))["rows"]
+    assert [row["grader"] for row in rows] == ["nbgrader", "otter-grader", "labs"]
+    assert graders.table(rows) in GUIDE
+
+
+# The exercise of one's own --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Exercise:
+    """The guide's exercise, from its text."""
+    path = tmp_path_factory.mktemp("example") / "example.py"
+    path.write_text(re.search(r"<!-- example -->\n```python\n(.*?)```", GUIDE, re.DOTALL)[1], "utf-8")
+    found = importlib.util.spec_from_file_location("example", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.UNUSED_LEVELS
+
+
+def test_the_example_keeps_to_what_every_exercise_does(example: Exercise, monkeypatch):
+    test_exercises.test_reference_is_accepted(example)
+    test_exercises.test_mutants_are_rejected_each_with_its_message(example, monkeypatch)
+    test_exercises.test_has_enough_mutants_and_sane_facts(example)
+    test_exercises.test_inputs_depend_on_the_seed_alone_and_survive_the_reference(example)
+    test_luck.test_no_changed_reference_passes(example)
