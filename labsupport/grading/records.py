@@ -46,7 +46,8 @@ class Release(Record):
     """A lab as it was handed out.
 
     lab: the chapter. points: of the exercises that count, by id, as the class has them. due: when, with a time zone; None for no
-    date. own_numbers: whether each learner's copy has numbers of its own. notebook: name of the file that was handed out.
+    date. own_numbers: whether each learner's copy has numbers of its own. notebook: name of the file that was handed out. released:
+    when it was first handed out.
     """
 
     lab: int
@@ -54,6 +55,7 @@ class Release(Record):
     due: datetime | None = None
     own_numbers: bool = False
     notebook: str
+    released: datetime | None = None
 
 
 class Policy(Record):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime, time
+from datetime import UTC, datetime, time
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +63,9 @@ def release(
     folder, lines = classroom.folder_of("release", lab), list[str]()
     counted = _points(lab, original, only, points or {})
     when = _due(due, lines)
-    wanted = Release(lab=lab, points=counted, due=when, own_numbers=own_numbers, notebook=source.name)
     before = classroom.release(lab) if (folder / "release.json").exists() else None
+    first = before.released if before else datetime.now(UTC)
+    wanted = Release(lab=lab, points=counted, due=when, own_numbers=own_numbers, notebook=source.name, released=first)
     kept = before is not None and not again
     if before is not None and kept:
         if ((only or points) and before.points != counted) or (own_numbers and not before.own_numbers):

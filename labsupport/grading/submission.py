@@ -9,30 +9,24 @@ limits, sees single short lines.
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from labsupport.course import workbook
-from labsupport.course.carry import ASSIGNS, DEFINES, is_prediction, short_hash, table
+from labsupport.course.carry import ASSIGNS, DEFINES, is_prediction, short_hash
+from labsupport.grading.cells import ANSWER, LARGEST_FILE, Cell, cells_of
 from labsupport.grading.items import PREDICTION
 from labsupport.grading.records import GradingError, Release, Submission
 
-LARGEST_FILE = 20 * 10**6  # bytes
-LARGEST_CELL = 100 * 10**3  # characters
-MOST_CELLS = 2000
-MOST_BRACKETS = 10**6  # a list or table takes Python some 64 bytes however little is in it
 LONGEST_LINE = 300  # characters of a line that sets a prediction
 LONGEST_TEXT = 100  # characters of a prediction that is a text
 
-ANSWER = re.compile(r"answer-(\d{1,2})-(\d{1,2})")
 CHECK = re.compile(r"check-(\d{1,2})-(\d{1,2})")
 CHECKED = re.compile(r"^(?:\w+ *= *)?check\( *[\"'](\d{1,2})\.(\d{1,2})[\"']", re.MULTILINE)
 OURS = re.compile(r"^((?:\w+ *= *)?(?:check|score|tally|revisit)\(.*)$", re.MULTILINE)
@@ -53,24 +47,8 @@ class Lab:
     texts: frozenset[str]  # hashes of all cells
 
 
-@dataclass
-class Cell:
-    """A code cell as far as it can be trusted: a bounded text, and what it says that it is. place: counted from 1."""
-
-    place: int
-    text: str
-    id: str
-    grade_id: str
-    tags: tuple[str, ...]
-    points: float | None
-    taken: bool = False
-
-    def exercise(self, pattern: re.Pattern) -> str | None:
-        """By nbgrader's name of the cell, else by its id."""
-        for name in (self.grade_id, self.id):
-            if found := pattern.fullmatch(name):
-                return f"{int(found[1])}.{int(found[2])}"
-        return None
+class OtherLab(GradingError):
+    """A notebook, but of another chapter."""
 
 
 @dataclass
@@ -82,11 +60,25 @@ class _Found:
 def read(path: Path, lab: int, release: Release | None = None) -> Submission:
     """What a notebook of chapter `lab` holds. `release`: as it was handed out; points that differ from its are then remarked on.
 
-    Raises GradingError, in one line, for a file that is no notebook, or one of another lab, and for one beyond the limits above.
+    Raises GradingError, in one line, for a file that is no notebook or beyond the limits above, and OtherLab for another lab's.
     """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise GradingError(f"{path.name} is not a file")
+        if status.st_size > LARGEST_FILE:
+            raise GradingError(f"{path.name} has {status.st_size / 1e6:.0f} MB, more than {LARGEST_FILE / 1e6:.0f} MB")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise GradingError(f"{path.name} cannot be read: {error.strerror}") from None
+    return read_bytes(raw, path.name, lab, release)
+
+
+def read_bytes(raw: bytes, name: str, lab: int, release: Release | None = None) -> Submission:
+    """`read` of a file that is in memory; `name`: what messages call it."""
     course = _lab(lab)
-    cells, remarks = _cells(path)
-    _refuse_other_lab(path, lab, course, cells)
+    cells, remarks = cells_of(raw, name)
+    _refuse_other_lab(name, lab, course, cells)
     found = _Found(remarks=remarks)
     _find_answers(course, cells, found)
     _remark_on_checks(course, cells, release, found)
@@ -120,94 +112,7 @@ def _lab(lab: int) -> Lab:
     return Lab(exercises, stubs, tuple(predictions), frozenset(prediction_ids), by_id, texts)
 
 
-# From bytes to cells --------------------------------------------------------------------------------------------------
-def _load(path: Path) -> dict[str, Any]:
-    """The notebook as JSON has it. Raises GradingError."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise GradingError(f"{path.name} is not a file")
-        if status.st_size > LARGEST_FILE:
-            raise GradingError(f"{path.name} has {status.st_size / 1e6:.0f} MB, more than {LARGEST_FILE / 1e6:.0f} MB")
-        raw = path.read_bytes()
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        if not text.strip("\0 \r\n\t"):
-            raise GradingError(f"{path.name} is empty")
-        if text.count("[") + text.count("{") > MOST_BRACKETS:
-            raise GradingError(f"{path.name} holds more than {MOST_BRACKETS} lists and tables: it cannot be read as a notebook")
-        notebook = json.loads(text)
-    except OSError as error:
-        raise GradingError(f"{path.name} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise GradingError(f"{path.name} is not a notebook: byte {error.start} is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise GradingError(f"{path.name} is not a notebook, or cut off: {error.msg} in line {error.lineno}") from None
-    except (ValueError, RecursionError):
-        raise GradingError(f"{path.name} is nested too deeply, or holds a number of thousands of digits") from None
-    if not isinstance(notebook, dict):
-        raise GradingError(f"{path.name} is not a notebook: it holds no table of cells")
-    return notebook
-
-
-def _cells(path: Path) -> tuple[list[Cell], list[str]]:
-    """The code cells of a notebook of any format since 3, and remarks. Raises GradingError."""
-    notebook = _load(path)
-    listed = notebook.get("cells")
-    sheets = notebook.get("worksheets")
-    if listed is None and isinstance(sheets, list):
-        listed = [cell for sheet in sheets if isinstance(sheet, dict) for cell in _list(sheet.get("cells"))]
-    if not isinstance(listed, list):
-        raise GradingError(f"{path.name} is not a notebook: it has no list of cells")
-    if len(listed) > MOST_CELLS:
-        raise GradingError(f"{path.name} has {len(listed)} cells, more than {MOST_CELLS}")
-    cells, remarks = list[Cell](), list[str]()
-    for place, raw in enumerate(listed, 1):
-        if not isinstance(raw, dict):
-            remarks.append(f"cell {place} is not a table and was left out")
-            continue
-        text = _text(raw)
-        about = table(_table(raw.get("metadata")), "nbgrader")
-        grade_id = about.get("grade_id")
-        if raw.get("cell_type") != "code":
-            if isinstance(grade_id, str) and (named := ANSWER.fullmatch(grade_id)):
-                remarks.append(f"cell {place}, the answer to {named[1]}.{named[2]}, is not a code cell any more and was left out")
-            continue
-        if text is None:
-            remarks.append(f"cell {place} has no text and was left out")
-            continue
-        if len(text) > LARGEST_CELL:
-            remarks.append(f"cell {place} has {len(text)} characters, more than {LARGEST_CELL}, and was left out")
-            continue
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        if clean != text:
-            remarks.append(f"cell {place} holds half of a character (a lone surrogate); it was replaced by a question mark")
-        clean = clean.replace("\r\n", "\n").replace("\r", "\n")
-        tags = tuple(tag for tag in _list(_table(raw.get("metadata")).get("tags")) if isinstance(tag, str))
-        points = about.get("points")
-        given = float(points) if isinstance(points, int | float) and abs(points) < 1e9 else None
-        id = raw.get("id")
-        cells.append(
-            Cell(place, clean, id if isinstance(id, str) else "", grade_id if isinstance(grade_id, str) else "", tags, given)
-        )
-    return cells, remarks
-
-
-def _text(raw: Mapping[str, Any]) -> str | None:
-    source = raw.get("source", raw.get("input"))  # format 3 calls it input
-    if isinstance(source, list) and all(isinstance(line, str) for line in source):
-        source = "".join(source)
-    return source if isinstance(source, str) else None
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _refuse_other_lab(path: Path, lab: int, course: Lab, cells: list[Cell]) -> None:
+def _refuse_other_lab(name: str, lab: int, course: Lab, cells: list[Cell]) -> None:
     named: dict[int, int] = {}
     for cell in cells:
         ids = {cell.exercise(ANSWER), cell.exercise(CHECK), *(f"{a}.{b}" for a, b in CHECKED.findall(cell.text))}
@@ -218,9 +123,9 @@ def _refuse_other_lab(path: Path, lab: int, course: Lab, cells: list[Cell]) -> N
         return
     if named:
         other = max(named, key=lambda chapter: named[chapter])
-        raise GradingError(f"{path.name} is lab {other:02d}, wanted lab {lab:02d}")
-    if not {name for cell in cells for name in _defined(cell.text)} & set(course.exercises.values()):
-        raise GradingError(f"{path.name} has none of the exercises of lab {lab:02d}")
+        raise OtherLab(f"{name} is lab {other:02d}, wanted lab {lab:02d}")
+    if not {function for cell in cells for function in _defined(cell.text)} & set(course.exercises.values()):
+        raise OtherLab(f"{name} has none of the exercises of lab {lab:02d}")
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
