@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
-import shlex
-import subprocess
-import sys
+import textwrap
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,13 @@ import typer
 from interop import graders
 
 from labsupport.cli import app
-from labsupport.course import build
+from labsupport.course import build, workbook
+from labsupport.exercises import rounding
 from labsupport.exercises.form import Exercise
-from labsupport.grading import kinds, sample, sandbox
-from labsupport.grading.records import GradingError, Policy
+from labsupport.grading import cells, kinds, marking, prepared, release, sandbox, submission
+from labsupport.grading.classroom import Classroom
+from labsupport.grading.records import Collected, Policy
+from labsupport.grading.unsafe import Unsafe
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "INSTRUCTORS.md").read_text("utf-8")
@@ -119,3 +122,65 @@ def test_the_example_keeps_to_what_every_exercise_does(example: Exercise, monkey
     test_exercises.test_has_enough_mutants_and_sane_facts(example)
     test_exercises.test_inputs_depend_on_the_seed_alone_and_survive_the_reference(example)
     test_luck.test_no_changed_reference_passes(example)
+
+
+def cells_of_the_example() -> dict[str, str]:
+    """What the guide puts into the notebook, by the cell's name."""
+    answer, check = (textwrap.dedent(block) for block in blocks("python") if "class " not in block and "Exercise(" not in block)
+    return {"answer-2-9": answer, "check-2-9": check}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh")
+def test_the_example_is_released_and_marked(example: Exercise, tmp_path: Path, monkeypatch):
+    """As if it stood in the chapter's file and notebook: right, with a known mistake, and blank."""
+    source = build.read(build.sources(ROOT, ["2"])[0])
+    neighbor = {name: next(c for c in source.cells if c.id == f"{name}-2-8") for name in ("answer", "check")}
+    for name, text in cells_of_the_example().items():
+        added = copy.deepcopy(neighbor[name.split("-")[0]])
+        added.id, added.source, added.metadata.nbgrader.grade_id = name, text.rstrip(), name
+        if "points" in added.metadata.nbgrader:
+            added.metadata.nbgrader.points = example.points
+        source.cells.append(added)
+    student = build.student_form(source)
+    folder = tmp_path / "notebooks"
+    workbook.write(student, folder / "02_rounding.ipynb")
+    monkeypatch.setattr(workbook, "notebooks_dir", lambda: folder)
+    monkeypatch.setattr(rounding, "EXERCISES", (*rounding.EXERCISES, example))
+
+    classroom = Classroom.create(tmp_path / "class")
+    released = release.release(classroom, 2, only=["2.9"]).release
+    assert released.points == {"2.9": example.points}
+    answer = cells_of_the_example()["answer-2-9"]
+    texts = {
+        "pass": answer,
+        "wrong": answer.replace("len(row.unique())", "(int(row.max()) - int(row.min()) + 1)"),
+    }
+    for outcome, text in texts.items():
+        assert text != answer or outcome == "pass"
+        next(c for c in student.cells if c.id == "answer-2-9").source = text
+        path = classroom.folder / "collected" / "02" / "somebody" / f"{outcome}.ipynb"
+        workbook.write(student, path)
+        collected = Collected(
+            lab=2, learner="somebody", sha256=outcome, file=str(path.relative_to(classroom.folder)), handed_in=datetime.now(UTC)
+        )
+        mark = marking.mark(classroom, collected, Unsafe()).marks["2.9"]
+        assert mark.outcome == outcome, mark.message
+        assert mark.points == (example.points if outcome == "pass" else 0)
+        if outcome == "wrong":
+            assert mark.message.startswith("only levels outside the smallest")
+
+
+@pytest.fixture
+def _fresh():
+    """Nothing is remembered of notebooks and exercises, before and after."""
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    for module in (submission, cells, prepared):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
