@@ -30,7 +30,7 @@ LONGEST_TEXT = 100  # characters of a prediction that is a text
 CHECK = re.compile(r"check-(\d{1,2})-(\d{1,2})")
 CHECKED = re.compile(r"^(?:\w+ *= *)?check\( *[\"'](\d{1,2})\.(\d{1,2})[\"']", re.MULTILINE)
 OURS = re.compile(r"^((?:\w+ *= *)?(?:check|score|tally|revisit)\(.*)$", re.MULTILINE)
-COMMAND = re.compile(r"^(%(?!=)|!(?!=)|\?)", re.MULTILINE)
+COMMAND = re.compile(r"^(%%?[A-Za-z]|!(?!=)|\?)", re.MULTILINE)
 OWN = re.compile(r"own_(?:predicted_\d{1,2}|\d{1,2}_\d{1,2})")
 OWN_CALL = re.compile(r"^own_number\(.*$|^from labsupport.exercises.own import own_number *$|^#.*$", re.MULTILINE)
 
