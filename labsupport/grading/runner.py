@@ -234,7 +234,7 @@ def answer(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: P
     exercise: Any = SimpleNamespace(
         id=id, name=about["name"], returns=tuple(about["returns"]), drive=drive, reference=None
     )
-    for number in range(task["inputs"]):
+    for number in range(about["inputs"]):
         begin(number)
         given = transport.read(inputs / f"{id}-{number}")
         torch.manual_seed(number)
@@ -265,7 +265,7 @@ def child(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: Pa
         os.dup2(silent, 1)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _lower(resource.RLIMIT_DATA, task["memory_bytes"])
-        _lower(resource.RLIMIT_CPU, int(task["answer_seconds"] * (task["inputs"] + 1)) + 1)
+        _lower(resource.RLIMIT_CPU, int(task["answer_seconds"] * (task["exercises"][id]["inputs"] + 1)) + 1)
         answer(sources, id, task, inputs, out, lambda number: os.write(told, b"."))
         code = 0
     except BaseException:
@@ -289,7 +289,7 @@ def run(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: Path
         os.close(hears)
         child(sources, id, task, inputs, out, tells)
     os.close(tells)
-    ended, left, deadline = "", task["inputs"], began + task["answer_seconds"]
+    ended, left, deadline = "", task["exercises"][id]["inputs"], began + task["answer_seconds"]
     while True:
         ready, _, _ = select.select([hears], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -335,12 +335,11 @@ def main(task_folder: str, inputs: str, out: str) -> None:
     from labsupport.exercises import attempts  # noqa: F401
 
     torch.set_num_threads(1)
+    Path(out, "ready.json").write_text(json.dumps({"seconds": time.monotonic() - began}), "utf-8")
     sources = Sources(task)
-    ready = time.monotonic() - began
     for id in task["exercises"]:
         ended = run(sources, id, task, Path(inputs), Path(out))
         Path(out, f"{id}.end.json").write_text(json.dumps(ended), "utf-8")
-    Path(out, "end.json").write_text(json.dumps({"ready": ready, "seconds": time.monotonic() - began}), "utf-8")
 
 
 if __name__ == "__main__":
