@@ -15,7 +15,7 @@ import pytest
 import test_exercises
 import test_luck
 import typer
-from interop import graders
+from interop import graders, graders_class
 
 from labsupport.cli import app
 from labsupport.course import build, workbook
@@ -184,3 +184,12 @@ def forget() -> None:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
+
+
+def test_the_class_that_is_compared_is_what_it_says():
+    handed_in = graders_class.class_of_20()
+    assert len(handed_in) == 20
+    assert {one.kind for one in handed_in} == {"right", "blank", "partly", "hostile"}
+    assert all(not any(one.expected.values()) for one in handed_in if one.attacks)
+    texts = {one.learner: "\n".join(cell.source for cell in one.notebook.cells) for one in handed_in}
+    assert len(set(texts.values())) >= 18  # a deleted cell and a copied one leave the text of another's
