@@ -288,7 +288,8 @@ def test_an_answer_that_is_no_code_cell_is_said() -> None:
     [
         ("12.5  # my guess", 12.5), ("-3", -3.0), ("1_000", 1000.0), ("'lower'", "lower"),
         ('"no clear difference"  # so', "no clear difference"),
-        ("None", None), ("", None), ("12,5", None), ("True", None), ("__import__('os').system('true')", None), ("1e999", None), ("9" * 250, 1e250), ("[" * 290, None), ("'" + "x" * 120 + "'", None),
+        ("None", None), ("", None), ("12,5", None), ("True", None), ("__import__('os').system('true')", None),
+        ("1e999", None), ("9" * 250, 1e250), ("[" * 290, None), ("'" + "x" * 120 + "'", None),
         ("1" * 500, None), ("10 ** 9", None),         ("'\\udcff'", "?"),
     ],
 )  # fmt: skip
@@ -403,7 +404,8 @@ def test_cells_that_are_none_are_left_out_and_said() -> None:
     notebook = fresh()
     notebook["cells"] += [
         3, {}, {"cell_type": "code"}, code("x" * 200_000), code("# \ud800"), code("y", metadata=[], id=7),
-        code("z", metadata={"tags": 3}),         {"cell_type": "code", "source": ["a", 3]}, code("w", metadata={"nbgrader": {"grade_id": ["answer-5-1"], "points": "many"}}),
+        code("z", metadata={"tags": 3}), {"cell_type": "code", "source": ["a", 3]},
+        code("w", metadata={"nbgrader": {"grade_id": ["answer-5-1"], "points": "many"}}),
     ]  # fmt: skip
     found = read(notebook)
     assert found.answers == {id: answer(id) for id in NAMES}

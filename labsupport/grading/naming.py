@@ -1,11 +1,12 @@
 """Whose file is it? How learning-management systems name what they hand out together, and how that is matched to a roster.
 
-Looked up in the sources of what writes them. Moodle (mod/assign/classes/downloader.php):
-"Full Name_1_assignsubmission_file/x.ipynb", in older versions with one more underscore, and "Full Name_12_assignsubmission_file_x.ipynb" without folders; the number is
-Moodle's own. Canvas (lib/content_zipper.rb): "lastfirst_LATE_12_34_x.ipynb", the sortable name in small letters without blanks, the
-user's number, the file's. nbgrader: "user+assignment+time+random/x.ipynb" in its exchange, and submitted/user/assignment/x.ipynb,
-both with timestamp.txt. Gradescope's export ("submission_12/x.ipynb" and submission_metadata.yml) is not documented; several public
-scripts that read it agree on its keys.
+Looked up in the sources of what writes them. Moodle (mod/assign/classes/downloader.php): "Full
+Name_1_assignsubmission_file/x.ipynb", in older versions with one more underscore, and "Full
+Name_12_assignsubmission_file_x.ipynb" without folders; the number is Moodle's own. Canvas (lib/content_zipper.rb):
+"lastfirst_LATE_12_34_x.ipynb", the sortable name in small letters without blanks, the user's number, the file's. nbgrader:
+"user+assignment+time+random/x.ipynb" in its exchange, and submitted/user/assignment/x.ipynb, both with timestamp.txt.
+Gradescope's export ("submission_12/x.ipynb" and submission_metadata.yml) is not documented; several public scripts that read it
+agree on its keys.
 """
 
 from __future__ import annotations
