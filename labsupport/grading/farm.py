@@ -79,10 +79,11 @@ def grade(
     unsafe: bool = False,
     again: Collection[str] = (),
     on_result: OnResult = lambda done, total, result: None,
-    on_ready: Callable[[str, int], None] = lambda dashboard, workers: None,
+    on_ready: Callable[[str, int, int], None] = lambda dashboard, workers, waiting: None,
     marker: Marker | None = None,
 ) -> Graded:
-    """Mark what has to be marked. on_ready: called with the address of Dask's dashboard and the number of workers, before the first.
+    """Mark what has to be marked. on_ready: called before the first, with the address of Dask's dashboard, the number of workers
+    and of submissions.
 
     workers: processes on this machine, as many as there are processors without it. dask_address: of a scheduler whose workers see the class's
     folder under the same path, or "gateway:NAME" for a cluster of Dask Gateway. marker: in place of `marking.mark`.
@@ -94,6 +95,8 @@ def grade(
         graded = Graded(before=before, left=list(waiting))
         if not waiting:
             return graded
+        for path in classroom.folder_of("results", lab).glob(f"*/.*{files.SUFFIX}"):
+            path.unlink(missing_ok=True)  # of a worker that died while it wrote
         if not dask_address:
             sandbox.find(sandbox_kind, unsafe)  # says in one line what is missing, before workers start
         try:
@@ -102,12 +105,11 @@ def grade(
                 if not dask_address:
                     client.register_plugin(_leave_interrupts())
                 _check_folder(client, classroom)
-                on_ready(client.dashboard_link, count)
+                on_ready(client.dashboard_link, count, len(waiting))
                 task = _Task(str(classroom.folder), sandbox_kind, unsafe, frozenset(again), marker)
                 for collected, outcome in _outcomes(client, task, waiting, count, own=not dask_address):
                     _take(classroom, graded, collected, outcome)
-                    if isinstance(outcome, Result):
-                        on_result(len(waiting) - len(graded.left), len(waiting), graded.results[-1])
+                    on_result(len(waiting) - len(graded.left), len(waiting), graded.results[-1])
         except KeyboardInterrupt:
             graded.stopped = True
         graded.seconds = time.monotonic() - began
