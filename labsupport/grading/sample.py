@@ -19,6 +19,7 @@ from labsupport.model import files
 
 LAB = 2
 INBOX = "inbox"
+PREDICTED = "predicted_rise"
 
 # By exercise: what stands in the solution, and what a learner wrote in its place.
 WRONG = {
@@ -31,7 +32,7 @@ ENDLESS = "def best_clip(weight, bits, factors):\n    while True:\n        pass\
 
 @dataclass(frozen=True)
 class Person:
-    """learner: the id. wrong, blank, endless: exercises by id; all others are right. prediction: what stands in the cell."""
+    """learner: the id. wrong, blank, endless: exercises by id; all others are right. prediction: what PREDICTED is set to."""
 
     learner: str
     name: str
@@ -82,7 +83,7 @@ def notebook(person: Person) -> NotebookNode:
     for cell in handed_in.cells:
         key = answer_key(cell) or ""
         if is_prediction(cell):
-            cell.source = cell.source.replace("None", person.prediction, 1)
+            cell.source = cell.source.replace(f"{PREDICTED} = None", f"{PREDICTED} = {person.prediction}")
         elif key:
             cell.source = _answer(person, key.removeprefix("answer-").replace("-", "."), cell.source, solutions[key])
     return handed_in
