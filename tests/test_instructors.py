@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import re
+import shlex
 import textwrap
 from collections import Counter
 from datetime import UTC, datetime
@@ -16,14 +17,15 @@ import test_exercises
 import test_luck
 import typer
 from interop import graders, graders_class
+from typer.testing import CliRunner
 
 from labsupport.cli import app
 from labsupport.course import build, workbook
 from labsupport.exercises import rounding
 from labsupport.exercises.form import Exercise
-from labsupport.grading import cells, kinds, marking, prepared, release, sandbox, submission
+from labsupport.grading import cells, kinds, marking, prepared, release, sample, sandbox, submission
 from labsupport.grading.classroom import Classroom
-from labsupport.grading.records import Collected, Policy
+from labsupport.grading.records import Collected, GradingError, Policy
 from labsupport.grading.unsafe import Unsafe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +104,31 @@ def test_the_comparison_is_the_one_that_was_measured():
     rows = json.loads(graders.FILE.read_text("utf-8"))["rows"]
     assert [row["grader"] for row in rows] == ["nbgrader", "otter-grader", "labs"]
     assert graders.table(rows) in GUIDE
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_they_stand_and_give_the_marks_that_are_said(tmp_path: Path, monkeypatch):
+    """Where there is no sandbox, `labs grade` is told to go without: the submissions are the course's own."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        sandbox.find()
+        without = []
+    except GradingError:
+        without = ["--unsafe"]
+    typed = [shlex.split(line) for line in commands()]
+    assert {line[0] for line in typed} == {"labs"}
+    for _, command, *rest in typed:
+        done = CliRunner().invoke(app, [command, *rest, *(without if command == "grade" else [])])
+        assert done.exit_code == 0, f"labs {command}: {done.output}"
+    trial = Classroom.open(tmp_path / "trial")
+    found = {result.learner: result.points for result in trial.results(sample.LAB)}
+    assert found == {person.learner: person.points for person in sample.PEOPLE}
+    first, *others = sample.PEOPLE
+    says = [f"{person.name.split()[0]} {person.points}" for person in others]
+    assert f"{first.name.split()[0]} has {first.points} of 18 points, {', '.join(says)}." in GUIDE
+    for name in re.findall(r"`trial/([\w./]+)`", GUIDE):
+        assert (trial.folder / name).is_file(), name
+    assert f"after {sample.ANSWER_SECONDS:g} seconds; others give it {sandbox.Limits().answer_seconds:g}" in GUIDE
 
 
 # The exercise of one's own --------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ from nbformat import NotebookNode
 from labsupport.course import workbook
 from labsupport.course.carry import answer_key, is_prediction
 from labsupport.exercises.registry import exercises_of
-from labsupport.grading.classroom import COLUMNS, ROSTER, Classroom
+from labsupport.grading.classroom import COLUMNS, ROSTER, SETTINGS, Classroom
 from labsupport.grading.records import GradingError
 from labsupport.model import files
 
 LAB = 2
 INBOX = "inbox"
 PREDICTED = "predicted_rise"
+ANSWER_SECONDS = 5.0  # one answer never ends, and nobody wants to wait for it
 
 # By exercise: what stands in the solution, and what a learner wrote in its place.
 WRONG = {
@@ -62,6 +63,8 @@ def create(folder: Path) -> Classroom:
     """
     handed_in = {person: notebook(person) for person in PEOPLE}
     classroom = Classroom.create(folder, "A sample class")
+    limits = classroom.settings.limits.model_copy(update={"answer_seconds": ANSWER_SECONDS})
+    classroom.settings.model_copy(update={"limits": limits}).write(classroom.folder / SETTINGS)
     rows = [",".join(COLUMNS), *(f"{person.learner},{person.name},{person.learner}@example.org" for person in PEOPLE)]
     files.write_text(classroom.folder / ROSTER, "\n".join(rows) + "\n")
     name = workbook.chapter(str(LAB)).name
