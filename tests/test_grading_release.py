@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -351,8 +350,7 @@ def test_a_released_notebook_runs_to_its_end(classroom: Classroom) -> None:
     from labsupport.course.execute import execute
 
     done = release(classroom, 5, own_numbers=True)
-    notebook = json.loads(done.notebooks[0].read_text("utf-8"))
-    ran = execute(nbformat.from_dict(notebook), "released", strict=False)
+    ran = execute(nbformat.read(done.notebooks[0], 4), "released", strict=False)
     printed = {
         cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in ran.cells if cell.cell_type == "code"
     }

@@ -189,6 +189,17 @@ def test_an_answer_in_a_cell_of_the_course_comes_without_the_course_s_text() -> 
     assert read(notebook).answers["5.1"].strip() == answer("5.1").strip()
 
 
+def test_a_cell_that_only_points_elsewhere_is_no_answer() -> None:
+    notebook = fresh()
+    cell_of(notebook, "answer-5-1")["source"] = "# see the end"
+    notebook["cells"].append(code(answer("5.1", "return 7")))
+    found = read(notebook)
+    assert found.answers["5.1"] == answer("5.1", "return 7")
+    assert found.others == ("# see the end",)
+    cell_of(notebook, "answer-5-1")["source"] = "import end\nnf4_codebook = end.levels"
+    assert read(notebook).answers["5.1"] == "import end\nnf4_codebook = end.levels"
+
+
 def test_a_missing_answer_is_missing_and_said() -> None:
     notebook = fresh()
     notebook["cells"].remove(cell_of(notebook, "answer-5-4"))
@@ -358,6 +369,7 @@ BAD = {
     "deep tables": (b'{"a": ' * 300_000, "is nested too deeply"),
     "many lists": (b'{"cells": [' + b"[]," * 1_000_001 + b"[]]}", "holds more than 1000000 lists and tables"),
     "a long number": (b'{"cells": [' + b"9" * 5000 + b"]}", "a number of thousands of digits"),
+    "much code": (json.dumps({"cells": [code("x" * 90_000)] * 23}).encode(), "has 2070000 characters of code, more than 2000000"),
     "many cells": (b'{"cells": [' + b"0," * 2000 + b"0]}", "has 2001 cells, more than 2000"),
 }
 
@@ -434,6 +446,29 @@ def test_no_text_takes_long(kind: str) -> None:
     start = time.process_time()
     assert read(notebook).answers["5.3"] == answer("5.3")
     assert time.process_time() - start < 3
+
+
+FILLINGS = [
+    "encode = 1\n",
+    "own_5_1 = x\n",
+    "predicted_outer = y\n",
+    "def encode(a): 1\n",
+    'check("5.9"\n',
+    "own_77_1 = 1\n",
+    "%a\n",
+]
+
+
+@pytest.mark.parametrize("line", FILLINGS)
+def test_much_of_what_is_looked_for_does_not_take_long(line: str) -> None:
+    many = line * (90_000 // len(line))
+    notebook = {"cells": [code(many + f"# {number}") for number in range(20)]}
+    notebook["cells"] += fresh()["cells"][:30]
+    raw = json.dumps(notebook).encode()
+    start = time.process_time()
+    found = read(raw)
+    assert time.process_time() - start < 5
+    assert len(found.remarks) <= 51
 
 
 # Whatever bytes are given ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from labsupport.grading.archive import Archive, Entry, Unreadable
+from labsupport.grading.archive import Archive, Entry, Unreadable, shown
 from labsupport.grading.classroom import Learner
 from labsupport.grading.records import GradingError
 
@@ -193,7 +193,8 @@ def _metadata(entry: Entry) -> dict[str, Any]:
             raise GradingError(f"{METADATA} has more than {LARGEST_METADATA / 1e6:.0f} MB")
         found = yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, Unreadable, ValueError, RecursionError) as error:
-        raise GradingError(f"{METADATA} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GradingError(f"{METADATA} cannot be read: {shown(reason)}") from None
     if not isinstance(found, dict):
         raise GradingError(f"{METADATA} holds no table of submissions")
     return {str(key): value for key, value in found.items()}
