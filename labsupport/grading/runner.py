@@ -195,11 +195,9 @@ class Sources:
         return setup + touching
 
 
-def namespace(sources: Sources, id: str, name: str) -> tuple[dict[str, Any], str]:
-    """The names with which an answer runs, and what the last statement that failed raised."""
-    main = ModuleType("__main__")
-    main.__dict__.update(display=lambda *_, **__: None)
-    sys.modules["__main__"] = main
+def define(sources: Sources, id: str, name: str, names: dict[str, Any]) -> str:
+    """Set the names with which an answer runs, in `names`. Returns what the last statement that failed raised, "" for none."""
+    names["display"] = lambda *_, **__: None  # of Jupyter
     failed = ""
     statements = sources.needed(id, name)
     everything = [
@@ -208,14 +206,14 @@ def namespace(sources: Sources, id: str, name: str) -> tuple[dict[str, Any], str
         *sources.answers[id].statements,
     ]
     for chosen in (statements, everything):
-        if name in main.__dict__:
+        if name in names:
             break
         for statement in chosen:
             try:
-                statement.cell.run(statement, main.__dict__)
+                statement.cell.run(statement, names)
             except (Exception, SystemExit) as error:
                 failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return main.__dict__, failed
+    return failed
 
 
 # One answer, in a process of its own ----------------------------------------------------------------------------------
@@ -230,7 +228,9 @@ def answer(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: P
     if id in sources.broken:
         attempts.Attempt("raised", error=sources.broken[id]).save(out / f"{id}-0")
         return
-    names, failed = namespace(sources, id, about["name"])
+    sys.modules["__main__"] = main = ModuleType("__main__")  # where dataclasses and pickle look for what a cell defines
+    names = main.__dict__
+    failed = define(sources, id, about["name"], names)
     if about["name"] not in names:
         error = f"{failed} (before {about['name']} was defined)" if failed else f"there is no {about['name']}"
         attempts.Attempt("raised", error=error).save(out / f"{id}-0")
