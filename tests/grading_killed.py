@@ -3,7 +3,8 @@
     python tests/grading_killed.py --kills 20
 
 Each round has a class of its own and a marker that takes a fixed time. The grader is started, a process of it is killed, and the
-same command is run again, once. Prints a line a round, and exits with 1 where a mark is missing, wrong or doubled.
+same command is run again, once. In three rounds of four this is while submissions are being marked, in the fourth while processes
+start. Prints a line a round, and exits with 1 where a mark is missing, wrong or doubled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import grading_made  # noqa: E402
 import psutil  # noqa: E402
 
-LEARNERS, SECONDS, WORKERS = 12, 0.15, 2
+LEARNERS, SECONDS, WORKERS = 12, 0.5, 2
 
 
 def grade(folder: Path) -> int:
@@ -81,11 +82,16 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def round_of(folder: Path, who: str, moment: float) -> str:
-    """Kill the grader, or a worker, `moment` seconds after the start, or as soon as there is one. What was hit, in words."""
+def round_of(folder: Path, who: str, moment: float, starting: bool = False) -> str:
+    """Kill the grader, or a worker, `moment` seconds after the first submission came to a marker; starting: after the grader was started.
+
+    Without a worker, as soon as there is one. What was hit, in words.
+    """
     make(folder)
     process = start(folder)
     try:
+        while not starting and process.poll() is None and not (folder / grading_made.LOG).exists():
+            time.sleep(0.02)
         time.sleep(moment)
         if who == "worker":
             while process.poll() is None and not workers_of(process):
@@ -115,18 +121,14 @@ def main() -> int:
         return grade(given.grade)
     random.seed(given.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        make(Path(temporary, "undisturbed"))
-        began = time.monotonic()
-        start(Path(temporary, "undisturbed")).wait()
-        length = time.monotonic() - began
-        print(f"undisturbed: {length:.1f} s")
         bad = 0
         for number in range(given.kills):
-            folder, moment = Path(temporary, str(number)), random.uniform(0, length)
-            said = round_of(folder, ("grader", "worker")[number % 2], moment)
+            folder, starting = Path(temporary, str(number)), number % 4 == 3 - number // 4 % 2
+            moment = random.uniform(0, LEARNERS * SECONDS / WORKERS)
+            said = round_of(folder, ("grader", "worker")[number % 2], moment, starting)
             wrong = lost_or_doubled(folder)
             bad += bool(wrong)
-            print(f"{number + 1}: at {moment:.2f} s, {said}: {'; '.join(wrong) or 'all marks there, once'}", flush=True)
+            print(f"{number + 1}: {moment:.2f} s after the {'start' if starting else 'first submission'}, {said}: {'; '.join(wrong) or 'all marks there, once'}", flush=True)
     return int(bad > 0)
 
 

@@ -98,5 +98,5 @@ def test_no_cluster_is_one_line(tmp_path: Path, monkeypatch):
 def test_a_killed_process_loses_no_mark(tmp_path: Path, who: str):
     import grading_killed
 
-    grading_killed.round_of(tmp_path / "class", who, 3.0)
+    grading_killed.round_of(tmp_path / "class", who, 1.2)
     assert grading_killed.lost_or_doubled(tmp_path / "class") == []

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def _client(address: str, workers: int) -> Iterator[tuple[Any, int]]:
     """A client of the cluster at `address`, or of one on this machine that ends with the block; and how many workers it has."""
     try:
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client
     except ImportError as error:
         raise GradingError(f"this needs Dask ({error.name} is missing): pip install 'labsupport[teach]'") from None
     with ExitStack() as stack:
@@ -262,12 +263,7 @@ def _client(address: str, workers: int) -> Iterator[tuple[Any, int]]:
             # A worker's death comes back to us, who count it for one submission alone.
             settings = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
             stack.enter_context(dask.config.set(settings))
-            cluster = stack.enter_context(
-                LocalCluster(
-                    n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
-                    memory_limit=0, silence_logs=50,
-                )
-            )  # fmt: skip
+            cluster = stack.enter_context(_own_cluster(workers))
             yield stack.enter_context(Client(cluster)), workers
             return
         if address.startswith(GATEWAY):
@@ -282,6 +278,26 @@ def _client(address: str, workers: int) -> Iterator[tuple[Any, int]]:
         except TimeoutError:
             raise GradingError(f"no worker is with the scheduler at {address}: dask worker {address} --nthreads 1") from None
         yield client, sum(client.nthreads().values())
+
+
+def _own_cluster(workers: int) -> Any:
+    """Worker processes on this machine, one thread each. Raises GradingError where they die as soon as they start."""
+    from distributed import LocalCluster
+
+    for _ in range(TRIES):
+        try:
+            return LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+                silence_logs=CRITICAL,
+            )
+        except RuntimeError as error:
+            died = error
+    raise GradingError(f"no worker process could be started, in {TRIES} tries: {died}")
 
 
 def _of_gateway(name: str) -> Any:
