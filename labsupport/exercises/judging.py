@@ -179,9 +179,7 @@ def _few_digits(tried: Attempt, want: Outputs) -> str:
 
 
 @torch.no_grad()
-def judge(
-    exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None = None
-) -> Verdict:
+def judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None = None) -> Verdict:
     """The first verdict against an answer, of what became of it on several inputs, or the pass with the largest difference.
 
     wanted: the reference's outputs on each input, where they are known already.
@@ -197,9 +195,7 @@ def judge(
         return wrong(f"{INTERNAL} ({type(error).__name__}: {error}). Please report it: the course is at fault")
 
 
-def _judge(
-    exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None
-) -> Verdict:
+def _judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None) -> Verdict:
     best, unexplained, compared = right(), None, []
     for number, (given, tried) in enumerate(cases):
         if message := _unusable(tried):

@@ -27,7 +27,7 @@ from labsupport.grading import transport
 
 # Modules of ours that a drive calls, or that inputs name, with what they import. Each is right only for the exercise beside it.
 _GRID = ("quant.checks", "quant.grid", "quant.rtn")
-_GPTQ = (*_GRID, "quant.gptq", "quant.gptq_fast", "quant.gptq_grids")
+_GPTQ = (*_GRID, "quant.products", "quant.gptq", "quant.gptq_fast", "quant.gptq_grids")
 LENT: dict[str, tuple[str, ...]] = {
     "4.6": (*_GRID, "quant.int8"),  # the answer looks at layers in int8 from outside
     "7.2": _GPTQ,  # the answer is handed a solver, which here cannot put columns in order
@@ -239,4 +239,3 @@ def _sets(piece: ast.stmt) -> set[str]:
 def _source(text: str, piece: ast.stmt) -> str:
     first = min([piece.lineno, *(d.lineno for d in getattr(piece, "decorator_list", []))])
     return "\n".join(text.splitlines()[first - 1 : piece.end_lineno])
-

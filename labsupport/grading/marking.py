@@ -57,7 +57,11 @@ def mark(classroom: Classroom, collected: Collected, sandbox: Sandbox) -> Result
         problems += said
         for id, asked in group.asked.items():
             of = release.points[id]
-            marks[id] = marked(asked, found[id], of, classroom.settings.policy) if id in found else Marked(outcome="missing", points=0, of=of)
+            marks[id] = (
+                marked(asked, found[id], of, classroom.settings.policy)
+                if id in found
+                else Marked(outcome="missing", points=0, of=of)
+            )
     return Result(
         lab=collected.lab, learner=collected.learner, sha256=collected.sha256, handed_in=collected.handed_in,
         marks={id: marks[id] for id in release.points}, predictions=taken.predictions,
@@ -78,7 +82,9 @@ def _run(
     answers, left = dict(taken.answers), list(ids)
     while left:
         if spent >= limits.notebook_seconds:
-            found |= {id: _Ran(ended=f"the {limits.notebook_seconds:g} s of the whole notebook were over before it began") for id in left}
+            found |= {
+                id: _Ran(ended=f"the {limits.notebook_seconds:g} s of the whole notebook were over before it began") for id in left
+            }
             break
         rest = limits.model_copy(update={"notebook_seconds": limits.notebook_seconds - spent})
         try:
@@ -146,24 +152,27 @@ def _attempts(out: Path, asked: Asked) -> list[Attempt]:
 def marked(asked: Asked, ran: _Ran, of: float, policy: Policy) -> Marked:
     """The mark for what an answer gave."""
     tried = ran.attempts
-    printed = tried[0].printed if tried else ""
-    about = {"of": of, "seconds": ran.seconds, "printed": printed}
+
+    def found(outcome: Outcome, message: str, share: float = 0.0, figures: dict[str, float] | None = None) -> Marked:
+        points = of if outcome == "pass" else of * share * policy.partial
+        return Marked(
+            outcome=outcome, points=points, of=of, message=message, seconds=ran.seconds, share=share,
+            printed=tried[0].printed if tried else "", figures=figures or {},
+        )  # fmt: skip
+
     if ran.unmarked:
-        return Marked(outcome="unmarked", points=0, message=ran.unmarked, **about)
+        return found("unmarked", ran.unmarked)
     failed = bool(tried) and tried[-1].status != "ran"
     if not failed and len(tried) < len(asked.given):
-        outcome, message = _stopped(ran.ended)
-        return Marked(outcome=outcome, points=0, message=message, **about)
+        return found(*_stopped(ran.ended))
     verdict = judge(asked.exercise, list(zip(asked.given, tried, strict=False)), asked.want)
     if verdict.passed:
-        figures = {"difference": verdict.difference, "allowed": verdict.allowed}
-        return Marked(outcome="pass", points=of, message=verdict.message, share=1.0, figures=figures, **about)
+        return found("pass", verdict.message, 1.0, {"difference": verdict.difference, "allowed": verdict.allowed})
     if verdict.message.startswith(INTERNAL):
-        return Marked(outcome="unmarked", points=0, message=verdict.message, **about)
+        return found("unmarked", verdict.message)
     if failed:
-        return Marked(outcome=OUTCOMES[tried[-1].status], points=0, message=verdict.message, **about)
-    share = share_right(asked, tried)
-    return Marked(outcome="wrong", points=of * share * policy.partial, message=verdict.message, share=share, **about)
+        return found(OUTCOMES[tried[-1].status], verdict.message)
+    return found("wrong", verdict.message, share_right(asked, tried))
 
 
 def _stopped(ended: str) -> tuple[Outcome, str]:

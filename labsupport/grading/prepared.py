@@ -1,4 +1,4 @@
-"""What marking a lab needs and every submission shares: secret inputs, the reference's outputs on them, and the benches, as files."""
+"""What marking a lab needs and all submissions share: secret inputs, the reference's outputs on them, and the benches, as files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer left in the sandbox, read as data that a stranger wrote: bounded files of JSON and safetensors, and nothing else."""
+"""What an answer left in the sandbox, read as a stranger's data: bounded files of JSON and safetensors, and nothing else."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ def _attempt(stem: Path, want: Mapping[str, Any]) -> Attempt:
     return Attempt("ran", outputs, **told)
 
 
-def _whole(
-    tensors: Mapping[str, torch.Tensor], dtypes: Collection[torch.dtype], name: str, most: int, path: str, leaf: Any
-) -> Any:
+def _whole(tensors: Mapping[str, torch.Tensor], dtypes: Collection[torch.dtype], name: str, most: int, path: str, leaf: Any) -> Any:
     """A leaf of the output `name`, with its tensor where the file has null. Raises Unfit."""
     if leaf is None:
         leaf = tensors[path]

@@ -10,7 +10,6 @@ run, and what a needed statement raises costs nothing unless the name is missing
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -28,6 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -195,45 +195,48 @@ class Sources:
         return setup + touching
 
 
-def namespace(sources: Sources, id: str, name: str) -> tuple[dict[str, Any], str]:
-    """The names with which an answer runs, and what the last statement that failed raised."""
-    main = ModuleType("__main__")
-    main.__dict__.update(display=lambda *_, **__: None)
-    sys.modules["__main__"] = main
+def define(sources: Sources, id: str, name: str, names: dict[str, Any]) -> str:
+    """Set the names with which an answer runs, in `names`. Returns what the last statement that failed raised, "" for none."""
+    names["display"] = lambda *_, **__: None  # of Jupyter
     failed = ""
     statements = sources.needed(id, name)
-    everything = [*sources.setup.statements, *(s for cell in sources.others for s in cell.statements), *sources.answers[id].statements]
+    everything = [
+        *sources.setup.statements,
+        *(s for cell in sources.others for s in cell.statements),
+        *sources.answers[id].statements,
+    ]
     for chosen in (statements, everything):
-        if name in main.__dict__:
+        if name in names:
             break
         for statement in chosen:
             try:
-                statement.cell.run(statement, main.__dict__)
+                statement.cell.run(statement, names)
             except (Exception, SystemExit) as error:
                 failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return main.__dict__, failed
+    return failed
 
 
 # One answer, in a process of its own ----------------------------------------------------------------------------------
 def answer(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: Path, begin: Any) -> None:
     """Run an answer on each input and leave the attempts. begin(number) is called before each."""
     import torch
-    import transport
+    import transport  # type: ignore[import-not-found]  # it lies beside this file
+
     from labsupport.exercises import attempts
 
     about = task["exercises"][id]
     if id in sources.broken:
         attempts.Attempt("raised", error=sources.broken[id]).save(out / f"{id}-0")
         return
-    names, failed = namespace(sources, id, about["name"])
+    sys.modules["__main__"] = main = ModuleType("__main__")  # where dataclasses and pickle look for what a cell defines
+    names = main.__dict__
+    failed = define(sources, id, about["name"], names)
     if about["name"] not in names:
         error = f"{failed} (before {about['name']} was defined)" if failed else f"there is no {about['name']}"
         attempts.Attempt("raised", error=error).save(out / f"{id}-0")
         return
     drive = import_module(f"drives.e_{id.replace('.', '_')}").drive
-    exercise: Any = SimpleNamespace(
-        id=id, name=about["name"], returns=tuple(about["returns"]), drive=drive, reference=None
-    )
+    exercise: Any = SimpleNamespace(id=id, name=about["name"], returns=tuple(about["returns"]), drive=drive, reference=None)
     for number in range(about["inputs"]):
         begin(number)
         given = transport.read(inputs / f"{id}-{number}")
@@ -275,7 +278,7 @@ def child(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: Pa
 
 
 def _lower(kind: int, value: int) -> None:
-    soft, hard = resource.getrlimit(kind)
+    _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, hard))
 
@@ -300,17 +303,12 @@ def run(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: Path
         if left:  # one more input; who pretends to have begun another gets no more time
             left, deadline = left - 1, time.monotonic() + task["answer_seconds"]
     os.close(hears)
-    for stop in (lambda: os.killpg(process, signal.SIGKILL), lambda: os.kill(process, signal.SIGKILL)):
-        try:
-            if ended:
-                stop()
-        except (ProcessLookupError, PermissionError):
-            pass
+    if ended:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(_waited(process, deadline))
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)  # what it left running
-    except (ProcessLookupError, PermissionError):
-        pass
     if not ended and status:
         ended = f"signal {-status}" if status < 0 else f"exit {status}"
     return {"seconds": time.monotonic() - began, "ended": ended}
@@ -332,6 +330,7 @@ def main(task_folder: str, inputs: str, out: str) -> None:
     task = json.loads(Path(task_folder, "task.json").read_text("utf-8"))
     import torch
     import transport  # noqa: F401  here, so that no answer waits for it
+
     from labsupport.exercises import attempts  # noqa: F401
 
     torch.set_num_threads(1)

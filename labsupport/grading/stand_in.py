@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 
 class NotHere(Exception):
@@ -13,12 +16,12 @@ class NotHere(Exception):
 
 
 class StandIn:
-    """In place of a function, class or module of the course. `check` and its like do nothing, as they stand in cells of all kinds."""
+    """In place of a function, class or module of the course."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["_name"] = name
 
-    def _refuse(self, *_, **__):
+    def _refuse(self, *_: Any, **__: Any) -> Any:
         raise NotHere(
             f"{self._name} is not there where answers are marked: an answer may use its arguments, Python, torch and what its own "
             "cells define"
@@ -27,28 +30,28 @@ class StandIn:
     __call__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __enter__ = __exit__ = __setattr__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __float__ = __index__ = _refuse
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> StandIn:
         if name.startswith("__"):
             raise AttributeError(name)
         return StandIn(f"{self._name}.{name}")
 
 
-def check(id, answer):
+def check(id: str, answer: Any) -> Any:
     """Says nothing: what counts is found elsewhere."""
     return answer
 
 
-def _nothing(*_, **__):
-    return None
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of what only prints."""
 
 
-OURS = {"check": check, "score": lambda id: 0.0, "tally": _nothing, "revisit": _nothing}
+OURS: dict[str, Any] = {"check": check, "score": lambda id: 0.0, "tally": _nothing, "revisit": _nothing}
 
 
-def stand_in_for(module: str):
+def stand_in_for(module: str) -> Callable[[str], Any]:
     """`__getattr__` of a module that has nothing of its own."""
 
-    def find(name: str):
+    def find(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if PathFinder.find_spec(f"{module}.{name}", sys.modules[module].__path__) is not None:  # a module that is here
@@ -58,26 +61,19 @@ def stand_in_for(module: str):
     return find
 
 
-class _Finder:
+class _Finder(MetaPathFinder, Loader):
     """Makes each module of the course that is not in this folder."""
 
-    @staticmethod
-    def find_spec(name: str, path=None, target=None):
-        return ModuleSpec(name, _Finder, is_package=True) if name.startswith("labsupport.") else None
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.startswith("labsupport.") else None
 
-    @staticmethod
-    def create_module(spec):
-        return ModuleType(spec.name)
-
-    @staticmethod
-    def exec_module(module):
-        module.__path__ = []
-        module.__getattr__ = stand_in_for(module.__name__)
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__getattr__"] = stand_in_for(module.__name__)
 
 
-sys.meta_path.append(_Finder)
+sys.meta_path.append(_Finder())
 _find = stand_in_for(__name__)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     return _find(name)

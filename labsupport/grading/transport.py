@@ -1,8 +1,8 @@
 """An exercise's inputs as files, and back, bit for bit: safetensors for tensors, JSON for the rest.
 
-Both sides use this module, so it imports nothing of the course. JSON keeps numbers, texts, True, False and None as they are, and a
-list as a list. All else is a table with one key that says what it is: a tensor's name in the safetensors file, the parts of a tuple,
-the pairs of a dict (its keys may be of any kind), or a function or a module of torch by where it is defined. Those are made again by
+Both sides use this module, so it imports nothing of the course. JSON keeps numbers, texts, True, False and None as they are, and
+a list as a list. All else is a table whose key says what it is: a tensor's name in the safetensors file, the parts of a tuple, the
+pairs of a dict (its keys may be of any kind), or a function or a module of torch by where it is defined. Those are made again by
 import; so a reader must trust who wrote the file. What an answer returns is never read by this module.
 """
 
