@@ -15,7 +15,6 @@ pytest.importorskip("pydantic")
 
 import nbformat
 from grading_hostile import ATTACKS, spread
-from labsupport.grading.classroom import Classroom
 from test_grading_sandbox import bubblewrap_or_skip
 
 from labsupport.course import build
@@ -23,6 +22,7 @@ from labsupport.course.carry import answer_key
 from labsupport.exercises.registry import exercises_of, get
 from labsupport.exercises.session import CHECK_SEEDS, SCORE_SEEDS
 from labsupport.grading import marking
+from labsupport.grading.classroom import Classroom
 from labsupport.grading.records import Collected, Release
 from labsupport.grading.sandbox import Limits
 
@@ -110,7 +110,7 @@ class World:
             "id": id, "lab": f"{int(id.split('.')[0]):02d}", "name": exercise.name, "count": len(exercise.returns),
             "module": reference.__module__, "reference": reference.__name__, "repository": REPOSITORY,
             "site": next(path for path in sys.path if path.endswith("site-packages")), "folder": self.folder, "host": self.host,
-            "port": self.server.getsockname()[1], "table": f"TABLE = { {repr(key): value for key, value in pairs}!r}",
+            "deep": "-" * 90_000 + "1", "port": self.server.getsockname()[1], "table": f"TABLE = { {repr(key): value for key, value in pairs}!r}",
         }  # fmt: skip
 
 

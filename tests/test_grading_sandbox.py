@@ -398,9 +398,10 @@ while True:
 @pytest.mark.parametrize("form", FLOODS)
 def test_output_is_bounded(box, tmp_path, form):
     code, why = FLOODS[form]
-    ended, out = inside(box, tmp_path, code)
+    ended, out = inside(box, tmp_path, "open('/out/before', 'w').write('here')\n" + code)
     assert ended.why == why
     assert ended.code != 0
+    assert (out / "before").read_text() == "here"
     paths = list(out.rglob("*"))
     assert len(paths) <= QUICK.output_files
     assert sum(path.stat().st_size for path in paths) <= QUICK.output_bytes
