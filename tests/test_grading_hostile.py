@@ -1,5 +1,6 @@
 """Hostile answers and notebooks: none earns a point, reads a secret, harms machine or class, or stops the batch."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,8 +34,9 @@ NOTEBOOKS = {2: "02_rounding.ipynb", 5: "05_nf4.ipynb"}
 IDS = {lab: [exercise.id for exercise in exercises_of(lab)] for lab in NOTEBOOKS}
 POINTS = {exercise.id: float(exercise.points) for lab in NOTEBOOKS for exercise in exercises_of(lab)}
 LIMITS = Limits(
-    answer_seconds=3, notebook_seconds=60, memory_bytes=2**30, processes=20, file_bytes=2**23, output_bytes=2**25, output_files=400
+    answer_seconds=2, notebook_seconds=60, memory_bytes=2**30, processes=20, file_bytes=2**23, output_bytes=2**25, output_files=400
 )
+SHORT = LIMITS.model_copy(update={"notebook_seconds": 25})  # for what may stop all answers of its notebook
 CANARY = "canary-5a1f"  # stands wherever a secret does; a result that holds it has leaked one
 LONGEST_SECRET = 20  # characters of the class's key that a leak would show
 
@@ -45,7 +47,6 @@ class World:
     def __init__(self, folder: Path, server: socket.socket, box) -> None:
         self.folder, self.host, self.server, self.box = folder / "class", folder / "host", server, box
         self.room = Classroom.create(self.folder, "hostile")
-        self.room = self.room.__class__(self.folder, self.room.settings.model_copy(update={"limits": LIMITS}), {}, self.room.key)
         self.host.mkdir()
         for path in (self.host / "answers.txt", self.folder / "gradebook.sqlite", self.folder / "collected" / "other.ipynb"):
             path.write_text(CANARY)
@@ -67,7 +68,7 @@ class World:
                 cell.source = answers.get(id, right[cell.id])
         return handed_in
 
-    def mark(self, lab, notebook):
+    def mark(self, lab, notebook, limits=LIMITS):
         """Marks a notebook and sees to it that nothing else has changed or was told."""
         text = nbformat.writes(notebook)
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -76,10 +77,11 @@ class World:
         path.write_text(text)
         file = str(path.relative_to(self.folder))
         collected = Collected(lab=lab, learner="mallory", sha256=digest, file=file, handed_in=datetime.now(UTC))
+        room = dataclasses.replace(self.room, settings=self.room.settings.model_copy(update={"limits": limits}))
         before = self.state()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LABS_SECRET", CANARY)
-            result = marking.mark(self.room, collected, self.box)
+            result = marking.mark(room, collected, self.box)
         assert self.state() == before
         assert not select.select([self.server], [], [], 0)[0], "somebody called from inside"
         said = result.model_dump_json()
@@ -100,17 +102,15 @@ class World:
         """What stands for the names in a text of grading_hostile.txt."""
         exercise = get(id)
         reference = exercise.reference
-        seeds = (*CHECK_SEEDS, *SCORE_SEEDS)
-        pairs = (
-            [(tuple(exercise.inputs(seed).values()), reference(*exercise.inputs(seed).values())) for seed in seeds]
-            if id == "5.4"
-            else []
-        )
+        pairs = []
+        if id == "5.4":  # numbers in, numbers out: such a table is short
+            inputs = [tuple(exercise.inputs(seed).values()) for seed in (*CHECK_SEEDS, *SCORE_SEEDS)]
+            pairs = [(repr(given), reference(*given)) for given in inputs]
         return {
             "id": id, "lab": f"{int(id.split('.')[0]):02d}", "name": exercise.name, "count": len(exercise.returns),
             "module": reference.__module__, "reference": reference.__name__, "repository": REPOSITORY,
             "site": next(path for path in sys.path if path.endswith("site-packages")), "folder": self.folder, "host": self.host,
-            "deep": "-" * 90_000 + "1", "port": self.server.getsockname()[1], "table": f"TABLE = { {repr(key): value for key, value in pairs}!r}",
+            "deep": "-" * 90_000 + "1", "port": self.server.getsockname()[1], "table": f"TABLE = {dict(pairs)!r}",
         }  # fmt: skip
 
 
@@ -133,13 +133,14 @@ HANDED_IN = spread(ATTACKS, IDS)
 @pytest.mark.parametrize(("lab", "attacks"), HANDED_IN, ids=[next(iter(attacks.values())).title for _, attacks in HANDED_IN])
 def test_no_hostile_answer_earns_anything(world, lab, attacks):
     answers = {id: attack.answer(world.names(id)) for id, attack in attacks.items()}
-    result = world.mark(lab, world.notebook(lab, answers))
+    alone = any(attack.alone for attack in attacks.values())
+    result = world.mark(lab, world.notebook(lab, answers), SHORT if alone else LIMITS)
     won = {
         attacks[id].title: mark for id, mark in result.marks.items() if id in attacks and (mark.points or mark.outcome == "pass")
     }
     assert won == {}
     assert not any(result.marks[id].outcome in ("unmarked", "missing") for id in attacks)
-    if not any(attack.alone for attack in attacks.values()):  # what is right beside them counts
+    if not alone:  # what is right beside them counts
         assert {id: result.marks[id].message for id in IDS[lab] if id not in attacks and result.marks[id].outcome != "pass"} == {}
 
 
