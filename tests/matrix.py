@@ -111,7 +111,10 @@ def _as_transformers(directory: Path) -> torch.Tensor | None:
             state = module.weight.quant_state
             shape, state.shape = state.shape, torch.Size([1, state.shape.numel()])
             plain = nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.float16)
-            plain.weight.data, plain.bias = peers.bitsandbytes().functional.dequantize_4bit(module.weight, state).view(shape), module.bias
+            plain.weight.data, plain.bias = (
+                peers.bitsandbytes().functional.dequantize_4bit(module.weight, state).view(shape),
+                module.bias,
+            )
             model.set_submodule(name, plain)
     return logits(model)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from interop import load, served
 from typer.testing import CliRunner
 
 from labsupport import checkpoint
@@ -203,6 +204,12 @@ def test_what_vllm_asks_about_is_read(case: str, quantized: Path, tmp_path: Path
     settings, wanted = CONFIGS[case]
     found = choose.look_at(with_quantization(quantized, tmp_path / "made", settings))
     assert (found.layout, found.bits, found.symmetric, found.scattered, found.int8_inputs) == wanted
+
+
+def test_vllm_is_asked_for_a_checkpoint_of_each_format_that_it_takes() -> None:
+    """`make interop ARGS=--serve`, which the suite does not run: what it names is written, and is all that we send to vLLM."""
+    layouts = {load.CASES[name][1] for name in served.NAMES}
+    assert layouts == {"gptq", "awq", "compressed-tensors", "compressed-tensors-w8a8"}
 
 
 def test_a_gguf_file_and_its_directory_are_taken(tmp_path: Path) -> None:

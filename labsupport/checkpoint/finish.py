@@ -86,10 +86,10 @@ def _readers(layout: str, model: PreTrainedModel, settings: Mapping[str, Any]) -
         return f"{ALONE}. transformers puts bitsandbytes' layer in the place of an nn.Linear itself, and this model has {others[0]}"
     block = settings["group_size"]
     if layout == "bitsandbytes" and (split := sorted({linear.in_features for linear in linears if linear.in_features % block})):
-        # bitsandbytes 0.50, seen in tests/test_bitsandbytes.py; chapter 05 shows it. Its code for GPUs and for other processors is right.
+        # bitsandbytes 0.50: tests/test_bitsandbytes.py, and chapter 05. Its code for GPUs and for other processors is right.
         return (
-            f"{card.LOADERS[layout]}, but not on a processor with AVX-512: there it takes the wrong scales, without an error, for rows "
-            f"that are not whole blocks of {block} weights, and this model has rows of {split[0]}"
+            f"{card.LOADERS[layout]}, but not on a processor with AVX-512: there it takes wrong scales, without an error, for "
+            f"rows that are not whole blocks of {block} weights, and this model has rows of {split[0]}"
         )
     if layout == compressed_tensors.PACKED and not settings.get("symmetric"):
         # compressed-tensors 0.20 makes no room for packed zero-points before transformers reads the file.

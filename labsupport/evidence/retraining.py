@@ -1,7 +1,9 @@
 """Is a model that was trained to live on its grid better than one that was rounded afterwards, at equal bytes and equal training?
 
 Rows of a method after training (`method` rtn, gptq, awq) are of the model as it is, or with `further` of the model after the same
-steps of further training in float; "qat" rows of the same steps with fake quantizers; "float" is further training alone.
+steps of further training in float; "qat" rows of the same steps with fake quantizers; "float" is further training alone. With
+`embedding` the embedding is rounded to so many bits as well, to nearest, after training: notebook 14 sets such rows beside others
+at equal bytes of the whole model. `nbytes` and `bits_per_weight` are of the linears in every row.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from labsupport.evidence import shootout
 from labsupport.evidence.finetuning import Given, settings_of
 from labsupport.model import models
 from labsupport.model.evaluate import Evaluation, evaluate, paired_bootstrap
@@ -27,6 +30,7 @@ SCHEDULE = training.Schedule(steps=300, batch=2, length=512, warmup=20)
 RATES = {16: 5e-5, 4: 5e-5, 3: 2e-4, 2: 1e-3, 1.58: 1e-3}
 SAMPLES = 32
 BITS = (4, 3, 2)
+EMBEDDING = min(shootout.EMBEDDING_BITS)
 
 
 def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -44,6 +48,8 @@ def settings(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield {"method": "qat", "bits": 1.58, "group_size": size, "way": "ternary"}
     for way in ("learned steps", "soft"):
         yield {"method": "qat", "bits": 2, "group_size": size, "way": way}
+    for bits, way in ((3, "straight-through"), (2, "learned steps"), (1.58, "ternary")):
+        yield {"method": "qat", "bits": bits, "group_size": size, "way": way, "embedding": EMBEDDING}
 
 
 def grid_of(setting: dict[str, Any]) -> qat.Grid:
@@ -71,6 +77,9 @@ class Rows:
     def row(self, setting: dict[str, Any]) -> dict[str, Any]:
         """One row. Raises training.Diverged where a model does not learn."""
         model, nbytes = self._model(setting)
+        if "embedding" in setting:
+            with torch.no_grad():
+                shootout.round_embedding(model, setting["embedding"])
         result = self._evaluation(model)
         change = paired_bootstrap(self.baseline, result)
         weights = sum(layer.weight.numel() for layer in models.linears(model).values())

@@ -61,6 +61,15 @@ def _tail(count: int, of: int) -> float:
     return sum(math.comb(of, i) * 0.5**of for i in range(count + 1))
 
 
+def _two_sided(a: int, b: int) -> float:
+    return min(1.0, 2 * _tail(min(a, b), a + b))
+
+
+def _corrected(a, b, first, second):
+    """McNemar's with the correction for continuity."""
+    return 2 * NormalDist().cdf(-max(abs(a - b) - 1, 0) / max(a + b, 1) ** 0.5)
+
+
 def _unpaired(a, b, first, second):
     shares = [each.float().mean().item() for each in (first, second)]
     both = sum(shares) / 2
@@ -74,6 +83,9 @@ SIGN_TEST = Exercise(
         "only_first and only_second are exchanged": {"swapped": True},
         "the counts are of all right answers: a question that both answer says nothing about which is better": {
             "counted": lambda first, second: (int(first.sum()), int(second.sum()))},
+        "counts and p are of all right answers: a question that both answer says nothing about which is better": {
+            "counted": lambda first, second: (int(first.sum()), int(second.sum())),
+            "p": lambda a, b, first, second: _two_sided(int(first.sum()), int(second.sum()))},
         "p is of two shares measured on different questions: both models had the same ones, so look only at those on which they "
         "differ": {"p": _unpaired},
         "p counts one direction: the other model could have been ahead as easily, so it is twice this": {
@@ -88,8 +100,8 @@ SIGN_TEST = Exercise(
             "p": lambda a, b, first, second: min(1.0, 2 * _tail(min(a, b) - 1, a + b))},
         "p is that the two do not differ by this much: it is small where the difference is large": {
             "p": lambda a, b, first, second: 1 - min(1.0, 2 * _tail(min(a, b), a + b))},
-        "p is from the normal curve, and these counts are small: add up the exact chances": {
-            "p": lambda a, b, first, second: 2 * NormalDist().cdf(-abs(a - b) / max(a + b, 1) ** 0.5)},
+        "p is from the normal curve, and these counts are small: add up the exact chances": [
+            {"p": lambda a, b, first, second: 2 * NormalDist().cdf(-abs(a - b) / max(a + b, 1) ** 0.5)}, {"p": _corrected}],
     }),
     others=(
         Mutant(lambda *given: (*_tested(*given)[:2], 0.5), "loses[2]"),
@@ -138,7 +150,8 @@ def verdict_inputs(seed: int) -> dict:
         name, change, low, high, _ = _verdict(*case[:2], _paired(*case[2:]))
         kind = (math.copysign(1, change), low > 0 or high < 0)
         if name == "3 bits, g128" and min(abs(change), abs(low), abs(high)) > 1e-3:
-            found[next(key for key, value in wanted.items() if value == kind)] = case
+            # The first has exactly as many bytes.
+            found.setdefault(next(key for key, value in wanted.items() if value == kind), case)
     return {key: found[key] for key in wanted}
 
 
@@ -214,8 +227,10 @@ EQUAL_BYTES = Exercise(
         "the row nearest in bytes was taken, and it stores more than the small model": {
             "fits": lambda row, small, stored: True,
             "best": lambda rows, small, stored: min(rows, key=lambda row: abs(stored(row) - stored(small)))},
-        "the smallest row was taken: the question is about the best that fits": {
+        "the smallest row was taken, and it is the worst: the question is about the best that fits": {
             "best": lambda rows, small, stored: min(rows, key=stored)},
+        "a row that stores exactly as many bytes as the small model was left out: no more means that it fits": {
+            "fits": lambda row, small, stored: stored(row) < stored(small)},
         "the change goes the other way, and the verdict with it: below 0 is wanted where the large model is better": {
             "turned": True},
         "the verdict is right, and the change goes the other way: wanted is from the small model to the large one": {

@@ -169,6 +169,8 @@ def _where_ahead(given: dict, got: dict, want: dict) -> str | None:
             mean = given["losses"].mean(1)
             pair = got_and_wanted(mean[int(got[name])].item(), mean[want[name]].item())
             return f"{name} is method {int(got[name])}, wanted {want[name]}. Nats a token over all tokens: {pair}"
+    if got["low"] > got["high"]:
+        return f"first and second are right. low is {got['low']:.4g} and high is {got['high']:.4g}: low is the smaller end"
     wider = (got["high"] - got["low"]) / (want["high"] - want["low"])
     end = next(end for end in ("low", "high") if abs(got[end] - want[end]) > _ahead_limits(given, want)[end])
     ends = got_and_wanted(got[end], want[end])
@@ -189,6 +191,7 @@ AHEAD_OF = Exercise(
     allowed=_ahead_limits, close=lambda given, want: ROUNDING, mistakes=AHEAD_MISTAKES,
     others=(
         Mutant(_tokens_resampled, "times as wide"),
+        Mutant(lambda *given: (*_ahead(*given)[:2], *_ahead(*given)[:1:-1]), "low is the smaller end"),
         Mutant(lambda *given: (_ahead(*given)[1], *_ahead(*given)[1:]), "Nats a token over all tokens"),
         Mutant(lambda *given: (_ahead(*given)[0], METHODS, *_ahead(*given)[2:]), f"second is {METHODS}: the methods are counted"),
     ),
@@ -236,6 +239,12 @@ def _front(nbytes, perplexity, beaten):
     return ~(beaten(nbytes[:, None], nbytes[None], perplexity[:, None], perplexity[None]) & another).any(1)
 
 
+def _undominated(nbytes, perplexity):
+    return _front(
+        nbytes, perplexity, lambda n, other_n, p, other_p: (other_n <= n) & (other_p <= p) & ((other_n < n) | (other_p < p))
+    )
+
+
 def _running(nbytes, perplexity, order, keeps):
     """In an order, what keeps(perplexity, best so far) keeps."""
     front, best = torch.zeros(len(nbytes), dtype=torch.bool), math.inf
@@ -243,6 +252,11 @@ def _running(nbytes, perplexity, order, keeps):
         front[place] = keeps(perplexity[place].item(), best)
         best = min(best, perplexity[place].item())
     return front
+
+
+def _by_bytes_and_perplexity(nbytes, perplexity):
+    by_perplexity = perplexity.argsort(stable=True)
+    return by_perplexity[nbytes[by_perplexity].argsort(stable=True)]
 
 
 def _last_better(nbytes, perplexity):
@@ -255,9 +269,7 @@ def _last_better(nbytes, perplexity):
 
 def _hull(nbytes, perplexity):
     """Of the front, what lies on the lower convex hull."""
-    front = _front(
-        nbytes, perplexity, lambda n, other_n, p, other_p: (other_n <= n) & (other_p <= p) & ((other_n < n) | (other_p < p))
-    )
+    front = _undominated(nbytes, perplexity)
     points = sorted({(n, p) for n, p, on in zip(nbytes.tolist(), perplexity.tolist(), front.tolist(), strict=True) if on})
     kept = []
     for x, y in points:
@@ -286,6 +298,12 @@ FRONT_MISTAKES = mistakes_by_option(_front, {
         lambda n, p: _running(n, p, torch.arange(len(n)), lambda own, best: own < best),
     "sorted by bytes alone, so that of equally large ones a worse one that comes first stays: sort by bytes, then perplexity":
         lambda n, p: _running(n, p, n.argsort(stable=True), lambda own, best: own < best),
+    "of two that are equal in both only one was kept: neither drops the other":
+        lambda n, p: _running(n, p, _by_bytes_and_perplexity(n, p), lambda own, best: own < best),
+    "these are in the order of bytes: wanted in the order of the configurations":
+        lambda n, p: _undominated(n, p)[n.argsort(stable=True)],
+    "these are right for the opposite question: True is for the front":
+        lambda n, p: ~_undominated(n, p),
     "this is the convex hull: a configuration above the line between its neighbors is on the front too, where nothing drops it":
         _hull,
     "this is the best one alone: smaller ones that are worse are on the front, where nothing as small is as good":
@@ -389,6 +407,11 @@ DIVERGENCES = Exercise(
         "this is the mean of both directions: wanted is the one that the float model's probabilities weight": {
             "kl": lambda p, q: (_kl(p, q) + _kl(q, p)) / 2},
         "these are of mean probabilities: take the divergence of every token, then its mean and percentiles": _between_means,
+        "this is the cross-entropy: what the float model's own probabilities would give has to be taken off": {
+            "kl": lambda p, q: -(p.exp() * q).sum(1)},
+        "these are added up over the tokens: mean is their sum divided by how many there are": {
+            "summary": lambda kl: (kl.sum().item(), *_summary(kl)[1:])},
+        "mean and median are exchanged": {"summary": lambda kl: (_summary(kl)[1], _summary(kl)[0], _summary(kl)[2])},
         "extreme is the 99th percentile: 99.9 % of the tokens lie below the one wanted": {"summary": partial(_summary, share=0.99)},
         "extreme is at the small end: 99.9 % of the tokens lie below the one wanted": {"summary": partial(_summary, share=0.001)},
         "extreme is the largest of all: wanted is the 99.9th percentile": {"summary": partial(_summary, share=1.0)},

@@ -129,6 +129,6 @@ def families(rows: Mapping[str, Sequence[tuple[str, float, float, Change]]], tit
             axis.annotate(name, (place, value), (4, 4), textcoords="offset points", fontsize=base.SMALL, color=color)
     axis.set_yscale("log")
     scales.one_two_five(axis.yaxis)
-    base.label(axis, title, bytes_of, "perplexity (of nats a token)")
+    base.label(axis, title, bytes_of, "perplexity (no unit)")
     base.legend(axis)
     return figure

@@ -221,5 +221,5 @@ def _remark_on_several(batch: _Batch) -> None:
     for learner in sorted(fresh):
         if (count := len(batch.there[learner])) > 1:
             batch.found.lines.append(
-                f"{learner} has {count} different files for this lab: by the class's policy the {policy} counts"
+                f"{learner} has {count} different files for this lab; by the class's policy the {policy} counts"
             )

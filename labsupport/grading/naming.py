@@ -1,11 +1,12 @@
 """Whose file is it? How learning-management systems name what they hand out together, and how that is matched to a roster.
 
-Looked up in the sources of what writes them: Moodle's mod/assign/classes/downloader.php
-("Full Name_1234_assignsubmission_file/x.ipynb", older versions with an underscore more, and "..._file_x.ipynb" without folders; the number is Moodle's own); Canvas'
-lib/content_zipper.rb ("lastfirst_LATE_12_34_x.ipynb", the sortable name in small letters without blanks, the user's number, the
-file's); nbgrader's exchange ("user+assignment+time+random/x.ipynb") and its folder submitted/user/assignment/x.ipynb, both with
-timestamp.txt. Gradescope's export ("submission_12/x.ipynb" and submission_metadata.yml) is not documented; several public scripts
-that read it agree on its keys.
+Looked up in the sources of what writes them. Moodle (mod/assign/classes/downloader.php): "Full
+Name_1_assignsubmission_file/x.ipynb", in older versions with one more underscore, and "Full
+Name_12_assignsubmission_file_x.ipynb" without folders; the number is Moodle's own. Canvas (lib/content_zipper.rb):
+"lastfirst_LATE_12_34_x.ipynb", the sortable name in small letters without blanks, the user's number, the file's. nbgrader:
+"user+assignment+time+random/x.ipynb" in its exchange, and submitted/user/assignment/x.ipynb, both with timestamp.txt.
+Gradescope's export ("submission_12/x.ipynb" and submission_metadata.yml) is not documented; several public scripts that read it
+agree on its keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from labsupport.grading.archive import Archive, Entry, Unreadable
+from labsupport.grading.archive import Archive, Entry, Unreadable, shown
 from labsupport.grading.classroom import Learner
 from labsupport.grading.records import GradingError
 
@@ -192,7 +193,8 @@ def _metadata(entry: Entry) -> dict[str, Any]:
             raise GradingError(f"{METADATA} has more than {LARGEST_METADATA / 1e6:.0f} MB")
         found = yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, Unreadable, ValueError, RecursionError) as error:
-        raise GradingError(f"{METADATA} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GradingError(f"{METADATA} cannot be read: {shown(reason)}") from None
     if not isinstance(found, dict):
         raise GradingError(f"{METADATA} holds no table of submissions")
     return {str(key): value for key, value in found.items()}

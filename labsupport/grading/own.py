@@ -8,9 +8,9 @@ A constant comes from HMAC-SHA256 over the learner and the exercise under the cl
 half the class, can neither find the secret nor the constants of others. It stands in the learner's notebook for all to see, and
 whoever has that notebook can compute its number.
 
-What it shows: a number that is another learner's and not one's own was hardly found by oneself. The numbers of a class are drawn
-so that any two lie further apart than what the exercise's tolerance and rounding can explain. What it does not show: that a number that
-is right was made by the learner. Whoever hands the answer's code on, or runs the course's own function, has a right number, as has
+What it shows: a number that is another learner's and not one's own was hardly found by oneself. The numbers of a class are drawn so
+that any two lie further apart than the exercise's tolerance and rounding can explain. What it does not show: that a number that is
+right was made by the learner. Whoever hands the answer's code on, or runs the course's own function, has a right number, as has
 whoever asks another to run their notebook. A number that is missing or wrong shows nothing by itself. So it is evidence for a
 conversation, not for a mark, and no points hang on it.
 """

@@ -30,7 +30,7 @@ LONGEST_TEXT = 100  # characters of a prediction that is a text
 CHECK = re.compile(r"check-(\d{1,2})-(\d{1,2})")
 CHECKED = re.compile(r"^(?:\w+ *= *)?check\( *[\"'](\d{1,2})\.(\d{1,2})[\"']", re.MULTILINE)
 OURS = re.compile(r"^((?:\w+ *= *)?(?:check|score|tally|revisit)\(.*)$", re.MULTILINE)
-COMMAND = re.compile(r"^(%(?!=)|!(?!=)|\?)", re.MULTILINE)
+COMMAND = re.compile(r"^(%%?[A-Za-z]|!(?!=)|\?)", re.MULTILINE)
 OWN = re.compile(r"own_(?:predicted_\d{1,2}|\d{1,2}_\d{1,2})")
 OWN_CALL = re.compile(r"^own_number\(.*$|^from labsupport.exercises.own import own_number *$|^#.*$", re.MULTILINE)
 
@@ -41,6 +41,7 @@ class Lab:
 
     exercises: dict[str, str]
     stubs: dict[str, str]
+    points: dict[str, float]
     predictions: tuple[str, ...]
     prediction_ids: frozenset[str]
     by_id: dict[str, str]  # text of each cell by its id
@@ -98,18 +99,19 @@ def _lab(lab: int) -> Lab:
         copy = workbook.read(workbook.chapter(str(lab)))
     except workbook.WorkbookError as error:
         raise GradingError(str(error)) from None
-    exercises, stubs, predictions, prediction_ids = {}, {}, list[str](), set[str]()
+    exercises, stubs, points, predictions, prediction_ids = {}, {}, {}, list[str](), set[str]()
     for cell in copy.cells:
         if found := ANSWER.fullmatch(cell.id):
             stubs[f"{int(found[1])}.{int(found[2])}"] = cell.source
         if CHECK.fullmatch(cell.id) and (called := CHECKED.search(cell.source)):
-            exercises[f"{called[1]}.{called[2]}"] = cell.source.split("=")[0].strip()
+            id = f"{called[1]}.{called[2]}"
+            exercises[id], points[id] = cell.source.split("=")[0].strip(), float(cell.metadata.nbgrader.points)
         if is_prediction(cell):
             predictions += ASSIGNS.findall(cell.source)
             prediction_ids.add(cell.id)
     texts = frozenset(short_hash(cell.source) for cell in copy.cells)
     by_id = {cell.id: cell.source for cell in copy.cells}
-    return Lab(exercises, stubs, tuple(predictions), frozenset(prediction_ids), by_id, texts)
+    return Lab(exercises, stubs, points, tuple(predictions), frozenset(prediction_ids), by_id, texts)
 
 
 def _refuse_other_lab(name: str, lab: int, course: Lab, cells: list[Cell]) -> None:
@@ -243,7 +245,7 @@ def _remark_on_checks(course: Lab, cells: list[Cell], release: Release | None, f
         if any(not _is_courses(course, cell) for cell in copies):
             found.remarks.append(f"the check of {id} was changed; checks do not count")
         wanted = release.points.get(id, 0) if release else None
-        if wanted is not None and any(cell.points not in (None, wanted) for cell in copies):
+        if wanted is not None and any(cell.points not in (None, wanted, course.points[id]) for cell in copies):
             found.remarks.append(f"the points of {id} were changed; the class's count")
     if missing := [id for id in course.exercises if id not in checks]:
         found.remarks.append(f"without the marked checks of {', '.join(missing)}; checks do not count") if checks else None

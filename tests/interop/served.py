@@ -17,7 +17,7 @@ from labsupport.checkpoint.serving import choose, launch
 from labsupport.model import models, text
 
 PROMPTS, LENGTH, TOKENS = 20, 48, 16
-NAMES = ("gptq-4b-sym", "awq-4b", "ct-w4a16")  # of load.CASES: one of each format whose kernel in vLLM is for 4 bits
+NAMES = ("gptq-4b-sym", "awq-4b", "compressed-w4", "compressed-w8a8")  # of load.CASES: one of each format that vLLM takes on a CPU
 PATIENCE = 1800  # seconds: vLLM takes 40 to start on a quiet machine
 
 
@@ -31,7 +31,7 @@ def lines(threads: int) -> Iterator[tuple[str, bool]]:
     """A line for each format: how many of the prompts have the same tokens, and whether all have but for ties.
 
     A tie: where the answers part, our own two best tokens are within the bound of `load.Ours`, twice what float16 moves our own
-    log-probabilities. Without AVX-512 vLLM is not asked, and the line says so.
+    log-probabilities. Without AVX-512 vLLM is not asked for what needs it, and the line says so.
     """
     avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
     _, tokenizer = models.load_model(str(models.course_model_dir()), device="cpu")
@@ -39,24 +39,25 @@ def lines(threads: int) -> Iterator[tuple[str, bool]]:
     prompts = heldout.ids[heldout.positions(LENGTH, PROMPTS)]
     tokens = {"prompt": prompts[:1].contiguous(), "text": heldout.ids[heldout.positions(load.LENGTH + 1, 1)]}
     with tempfile.TemporaryDirectory() as folder:
-        names = [name for name in NAMES if name in load.CASES]
-        if avx512:
-            load.write(Path(folder), train.ids[train.positions(512, 16)], names)
-        for name in names:
-            if not avx512:
-                yield (
-                    f"labs serve, vLLM {name}: unmeasured, its 4-bit kernel for a CPU needs AVX-512, which this processor has not",
-                    True,
-                )
-                continue
+        load.write(Path(folder), train.ids[train.positions(512, 16)], NAMES)
+        for name in NAMES:
             directory = Path(folder) / name
-            ours = load.Ours(checkpoint.load(directory)[0], tokens)
-            yield compare(name, ours, prompts, answers(directory, prompts, threads))
+            try:
+                theirs = answers(directory, prompts, avx512, threads)
+            except choose.EngineError as error:
+                yield f"labs serve, vLLM {name}: unmeasured, {error}", not avx512
+            except launch.ServerError as error:
+                yield f"labs serve, vLLM {name}: {error}", False
+            else:
+                yield compare(name, load.Ours(checkpoint.load(directory)[0], tokens), prompts, theirs)
 
 
-def answers(directory: Path, prompts: torch.Tensor, threads: int) -> list[list[int]]:
-    """The greedy tokens after each prompt, from the server that `labs serve --engine vllm --kv-cache model` starts."""
-    stored, machine = choose.look_at(directory), choose.Machine(avx512=True, vllm=vllm())
+def answers(directory: Path, prompts: torch.Tensor, avx512: bool, threads: int) -> list[list[int]]:
+    """The greedy tokens after each prompt, from the server that `labs serve --engine vllm --kv-cache model` starts.
+
+    Raises EngineError where our rule says that vLLM does not take it here, and ServerError where vLLM says so itself.
+    """
+    stored, machine = choose.look_at(directory), choose.Machine(avx512=avx512, vllm=vllm())
     host, port = "127.0.0.1", launch.free_port("127.0.0.1", 0)
     choice = choose.choose(stored, machine, "vllm", host, port, cache="model")
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -69,13 +70,16 @@ def answers(directory: Path, prompts: torch.Tensor, threads: int) -> list[list[i
 
 
 def compare(name: str, ours: load.Ours, prompts: torch.Tensor, theirs: list[list[int]]) -> tuple[str, bool]:
-    same, ties = 0, 0
+    """The line of a format. Where answers part, it says how far apart our two best tokens are there."""
+    apart = []
     for prompt, answer in zip(prompts, theirs, strict=True):
         found = torch.tensor(answer)
         whole = ours.model.generate(prompt[None], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)[0]
         greedy = whole[len(prompt) :]
         agree = int((greedy == found).long().cumprod(0).sum())
-        same += agree == TOKENS
-        ties += agree < TOKENS and ours.margin(prompt[None], greedy[:agree]) <= ours.bound
-    said = f"labs serve, vLLM {name}: {same} of {len(theirs)} prompts have our {TOKENS} greedy tokens"
-    return said + f", {ties} part at a tie (within {ours.bound:.2g})" * bool(ties), same + ties == len(theirs)
+        if agree < TOKENS:
+            apart.append(ours.margin(prompt[None], greedy[:agree]))
+    said = f"labs serve, vLLM {name}: {len(theirs) - len(apart)} of {len(theirs)} prompts have our {TOKENS} greedy tokens"
+    if apart:
+        said += f"; where the others part our two best are {', '.join(f'{margin:.2g}' for margin in apart)} apart"
+    return f"{said} (a tie: within {ours.bound:.2g})", all(margin <= ours.bound for margin in apart)

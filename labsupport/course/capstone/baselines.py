@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -171,3 +172,4 @@ def measure(
             rows.append(row)
             measurements.write(path, about, rows)
         on_row(number + 1, len(wanted))
+    shutil.rmtree(have.folder, ignore_errors=True)  # states of training, no longer needed
