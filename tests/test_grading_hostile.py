@@ -1,9 +1,12 @@
 """Hostile answers and notebooks: none earns a point, reads a secret, harms machine or class, or stops the batch."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -13,6 +16,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pydantic")
+pytest.importorskip("jinja2")
+pytest.importorskip("sqlalchemy")
 
 import nbformat
 from grading_hostile import ATTACKS, spread
@@ -22,7 +27,7 @@ from labsupport.course import build
 from labsupport.course.carry import answer_key
 from labsupport.exercises.registry import exercises_of, get
 from labsupport.exercises.session import CHECK_SEEDS, SCORE_SEEDS
-from labsupport.grading import marking
+from labsupport.grading import feedback, gradebook, marking, report, texts
 from labsupport.grading.classroom import Classroom
 from labsupport.grading.records import Collected, Release
 from labsupport.grading.sandbox import Limits
@@ -212,10 +217,31 @@ def test_a_helper_that_patches_spoils_only_the_answer_that_uses_it(world):
 
 
 def test_what_is_said_to_hurt_readers_stays_text(world):
-    """In a result it may stand as it was written; what shows it must escape it. Half characters are gone: JSON is UTF-8."""
-    text = "def sqnr_db(*a):\n    print('<script>alert(1)</script>', '\\ud800')\n    raise ValueError('=cmd|A0 \\ud800')\n"
-    result = world.mark(2, world.notebook(2, {"2.6": text}))
+    """In a result it stands as it was written, without half characters: JSON is UTF-8. Pages escape it; no cell begins a formula."""
+    text = "def sqnr_db(*a):\n    print('<script>alert(1)</script>', '\\ud800')\n    raise ValueError('=cmd|A0 <img> \\ud800')\n"
+    last = "class E(Exception):\n    def __str__(s): return '\u202e<b>'\nE.__name__ = '=HYPERLINK'\ndef dequantize(*a): raise E\n"
+    handed_in = world.notebook(2, {"2.6": text, "2.4": last})
+    for cell in handed_in.cells:
+        cell.source = cell.source.replace("predicted_error = None", "predicted_error = '=1+1<script>'")
+    result = world.mark(2, handed_in)
     assert result.marks["2.6"].outcome == "raised"
     assert "=cmd|A0" in result.marks["2.6"].message
+    assert "=HYPERLINK" in result.marks["2.4"].message
+    assert result.predictions["predicted_error"] == "=1+1<script>"
     result.model_dump_json().encode("utf-8")
     assert os.listdir(world.host) == ["answers.txt"]
+
+    with (world.folder / "roster.csv").open("a") as stream:
+        stream.write("mallory,Mallory,\n")
+    room = Classroom.open(world.folder)
+    file = f"collected/02/mallory/{result.sha256}.ipynb"
+    one = Collected(lab=2, learner="mallory", sha256=result.sha256, file=file, handed_in=result.handed_in)
+    one.write((world.folder / file).with_suffix(".json"))
+    result.write(room.result_path(one))
+    entry = next(entry for entry in gradebook.entries(room, 2) if entry.learner == "mallory")
+    page = feedback.page(room, 2, entry)
+    assert "alert(1)" in page
+    assert not re.search(r"<(script|img|b)\b", page)
+    rows = list(csv.reader(io.StringIO(texts.table(report.marks(room, [entry])))))
+    assert any("=cmd|A0" in cell for row in rows for cell in row)
+    assert not any(cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") for row in rows for cell in row if cell)
