@@ -1,8 +1,12 @@
 """Hostile answers and notebooks: none earns a point, reads a secret, harms machine or class, or stops the batch."""
 
+import csv
+import dataclasses
 import hashlib
+import io
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -12,17 +16,19 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pydantic")
+pytest.importorskip("jinja2")
+pytest.importorskip("sqlalchemy")
 
 import nbformat
 from grading_hostile import ATTACKS, spread
-from labsupport.grading.classroom import Classroom
 from test_grading_sandbox import bubblewrap_or_skip
 
 from labsupport.course import build
 from labsupport.course.carry import answer_key
 from labsupport.exercises.registry import exercises_of, get
 from labsupport.exercises.session import CHECK_SEEDS, SCORE_SEEDS
-from labsupport.grading import marking
+from labsupport.grading import feedback, gradebook, marking, report, texts
+from labsupport.grading.classroom import Classroom
 from labsupport.grading.records import Collected, Release
 from labsupport.grading.sandbox import Limits
 
@@ -33,8 +39,9 @@ NOTEBOOKS = {2: "02_rounding.ipynb", 5: "05_nf4.ipynb"}
 IDS = {lab: [exercise.id for exercise in exercises_of(lab)] for lab in NOTEBOOKS}
 POINTS = {exercise.id: float(exercise.points) for lab in NOTEBOOKS for exercise in exercises_of(lab)}
 LIMITS = Limits(
-    answer_seconds=3, notebook_seconds=60, memory_bytes=2**30, processes=20, file_bytes=2**23, output_bytes=2**25, output_files=400
+    answer_seconds=2, notebook_seconds=60, memory_bytes=2**30, processes=20, file_bytes=2**23, output_bytes=2**25, output_files=400
 )
+SHORT = LIMITS.model_copy(update={"notebook_seconds": 25})  # for what may stop all answers of its notebook
 CANARY = "canary-5a1f"  # stands wherever a secret does; a result that holds it has leaked one
 LONGEST_SECRET = 20  # characters of the class's key that a leak would show
 
@@ -45,7 +52,6 @@ class World:
     def __init__(self, folder: Path, server: socket.socket, box) -> None:
         self.folder, self.host, self.server, self.box = folder / "class", folder / "host", server, box
         self.room = Classroom.create(self.folder, "hostile")
-        self.room = self.room.__class__(self.folder, self.room.settings.model_copy(update={"limits": LIMITS}), {}, self.room.key)
         self.host.mkdir()
         for path in (self.host / "answers.txt", self.folder / "gradebook.sqlite", self.folder / "collected" / "other.ipynb"):
             path.write_text(CANARY)
@@ -67,7 +73,7 @@ class World:
                 cell.source = answers.get(id, right[cell.id])
         return handed_in
 
-    def mark(self, lab, notebook):
+    def mark(self, lab, notebook, limits=LIMITS):
         """Marks a notebook and sees to it that nothing else has changed or was told."""
         text = nbformat.writes(notebook)
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -76,10 +82,11 @@ class World:
         path.write_text(text)
         file = str(path.relative_to(self.folder))
         collected = Collected(lab=lab, learner="mallory", sha256=digest, file=file, handed_in=datetime.now(UTC))
+        room = dataclasses.replace(self.room, settings=self.room.settings.model_copy(update={"limits": limits}))
         before = self.state()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LABS_SECRET", CANARY)
-            result = marking.mark(self.room, collected, self.box)
+            result = marking.mark(room, collected, self.box)
         assert self.state() == before
         assert not select.select([self.server], [], [], 0)[0], "somebody called from inside"
         said = result.model_dump_json()
@@ -100,17 +107,15 @@ class World:
         """What stands for the names in a text of grading_hostile.txt."""
         exercise = get(id)
         reference = exercise.reference
-        seeds = (*CHECK_SEEDS, *SCORE_SEEDS)
-        pairs = (
-            [(tuple(exercise.inputs(seed).values()), reference(*exercise.inputs(seed).values())) for seed in seeds]
-            if id == "5.4"
-            else []
-        )
+        pairs = []
+        if id == "5.4":  # numbers in, numbers out: such a table is short
+            inputs = [tuple(exercise.inputs(seed).values()) for seed in (*CHECK_SEEDS, *SCORE_SEEDS)]
+            pairs = [(repr(given), reference(*given)) for given in inputs]
         return {
             "id": id, "lab": f"{int(id.split('.')[0]):02d}", "name": exercise.name, "count": len(exercise.returns),
             "module": reference.__module__, "reference": reference.__name__, "repository": REPOSITORY,
             "site": next(path for path in sys.path if path.endswith("site-packages")), "folder": self.folder, "host": self.host,
-            "port": self.server.getsockname()[1], "table": f"TABLE = { {repr(key): value for key, value in pairs}!r}",
+            "deep": "-" * 90_000 + "1", "port": self.server.getsockname()[1], "table": f"TABLE = {dict(pairs)!r}",
         }  # fmt: skip
 
 
@@ -133,13 +138,14 @@ HANDED_IN = spread(ATTACKS, IDS)
 @pytest.mark.parametrize(("lab", "attacks"), HANDED_IN, ids=[next(iter(attacks.values())).title for _, attacks in HANDED_IN])
 def test_no_hostile_answer_earns_anything(world, lab, attacks):
     answers = {id: attack.answer(world.names(id)) for id, attack in attacks.items()}
-    result = world.mark(lab, world.notebook(lab, answers))
+    alone = any(attack.alone for attack in attacks.values())
+    result = world.mark(lab, world.notebook(lab, answers), SHORT if alone else LIMITS)
     won = {
         attacks[id].title: mark for id, mark in result.marks.items() if id in attacks and (mark.points or mark.outcome == "pass")
     }
     assert won == {}
     assert not any(result.marks[id].outcome in ("unmarked", "missing") for id in attacks)
-    if not any(attack.alone for attack in attacks.values()):  # what is right beside them counts
+    if not alone:  # what is right beside them counts
         assert {id: result.marks[id].message for id in IDS[lab] if id not in attacks and result.marks[id].outcome != "pass"} == {}
 
 
@@ -211,10 +217,31 @@ def test_a_helper_that_patches_spoils_only_the_answer_that_uses_it(world):
 
 
 def test_what_is_said_to_hurt_readers_stays_text(world):
-    """In a result it may stand as it was written; what shows it must escape it. Half characters are gone: JSON is UTF-8."""
-    text = "def sqnr_db(*a):\n    print('<script>alert(1)</script>', '\\ud800')\n    raise ValueError('=cmd|A0 \\ud800')\n"
-    result = world.mark(2, world.notebook(2, {"2.6": text}))
+    """In a result it stands as it was written, without half characters: JSON is UTF-8. Pages escape it; no cell begins a formula."""
+    text = "def sqnr_db(*a):\n    print('<script>alert(1)</script>', '\\ud800')\n    raise ValueError('=cmd|A0 <img> \\ud800')\n"
+    last = "class E(Exception):\n    def __str__(s): return '\u202e<b>'\nE.__name__ = '=HYPERLINK'\ndef dequantize(*a): raise E\n"
+    handed_in = world.notebook(2, {"2.6": text, "2.4": last})
+    for cell in handed_in.cells:
+        cell.source = cell.source.replace("predicted_error = None", "predicted_error = '=1+1<script>'")
+    result = world.mark(2, handed_in)
     assert result.marks["2.6"].outcome == "raised"
     assert "=cmd|A0" in result.marks["2.6"].message
+    assert "=HYPERLINK" in result.marks["2.4"].message
+    assert result.predictions["predicted_error"] == "=1+1<script>"
     result.model_dump_json().encode("utf-8")
     assert os.listdir(world.host) == ["answers.txt"]
+
+    with (world.folder / "roster.csv").open("a") as stream:
+        stream.write("mallory,Mallory,\n")
+    room = Classroom.open(world.folder)
+    file = f"collected/02/mallory/{result.sha256}.ipynb"
+    one = Collected(lab=2, learner="mallory", sha256=result.sha256, file=file, handed_in=result.handed_in)
+    one.write((world.folder / file).with_suffix(".json"))
+    result.write(room.result_path(one))
+    entry = next(entry for entry in gradebook.entries(room, 2) if entry.learner == "mallory")
+    page = feedback.page(room, 2, entry)
+    assert "alert(1)" in page
+    assert not re.search(r"<(script|img|b)\b", page)
+    rows = list(csv.reader(io.StringIO(texts.table(report.marks(room, [entry])))))
+    assert any("=cmd|A0" in cell for row in rows for cell in row)
+    assert not any(cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") for row in rows for cell in row if cell)

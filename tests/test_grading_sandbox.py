@@ -112,6 +112,7 @@ found = {
     "own group": os.getpgid(0) != 0,
     "trace": call("ptrace", 16, os.getppid(), 0, 0),
     "memory of the first": tried(lambda: open("/proc/1/mem", "r+b").write(b"x")),
+    "limits": Path("/proc/self/limits").read_text(),
     "limits of the first": Path("/proc/1/limits").read_text(),
     "kill the first": tried(lambda: os.kill(1, 9)),
     "namespace": call("unshare", 0x10000000),
@@ -232,6 +233,15 @@ def test_no_open_file_of_the_outside_is_inherited(found):
 def test_the_user_inside_is_not_root_and_cannot_become_it(found):
     assert found["user"] != 0
     assert found["becomes root"] in ("PermissionError", "OSError")  # it may not; there is no such user
+
+
+def test_the_limits_are_those_of_the_system_and_cannot_be_raised(found):
+    limits = {
+        "Max core file size": 0, "Max cpu time": QUICK.cpu_seconds, "Max open files": 256, "Max file size": QUICK.file_bytes,
+        "Max data size": QUICK.memory_bytes, "Max processes": QUICK.processes, "Max address space": QUICK.memory_bytes + 16 * 2**30,
+    }  # fmt: skip
+    for name, value in limits.items():
+        assert re.search(rf"^{name} +{value} +{value} ", found["limits"], re.MULTILINE), name
 
 
 def test_the_first_process_is_somebody_elses_or_has_the_same_limits(found):
@@ -398,9 +408,10 @@ while True:
 @pytest.mark.parametrize("form", FLOODS)
 def test_output_is_bounded(box, tmp_path, form):
     code, why = FLOODS[form]
-    ended, out = inside(box, tmp_path, code)
+    ended, out = inside(box, tmp_path, "open('/out/before', 'w').write('here')\n" + code)
     assert ended.why == why
     assert ended.code != 0
+    assert (out / "before").read_text() == "here"
     paths = list(out.rglob("*"))
     assert len(paths) <= QUICK.output_files
     assert sum(path.stat().st_size for path in paths) <= QUICK.output_bytes

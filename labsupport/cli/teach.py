@@ -46,6 +46,18 @@ def init(
         )
 
 
+@of_class.command()
+def sample(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Make a class of three made-up learners, and what they hand in for lab 02, to try the other commands on."""
+    with _errors("class sample"):
+        from labsupport.grading import sample as made_up
+
+        classroom = made_up.create(folder)
+        echo(f"made {classroom.folder} with {len(made_up.PEOPLE)} learners")
+        inbox = folder / made_up.INBOX
+        echo(f"Next: labs release {made_up.LAB:02d} --class {folder}, labs collect {made_up.LAB:02d} {inbox} --class {folder}")
+
+
 @app.command()
 def release(
     lab: Lab,

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import nbgrader_course as nbg
@@ -45,6 +46,8 @@ NOTE = (
     "a machine that is shared changes less. load: of the machine in the last minute."
 )
 NAME = "02_rounding"
+FILE = nbg.ROOT / "data" / "measurements" / "graders.json"
+GUIDE, BEGIN, END = nbg.ROOT / "INSTRUCTORS.md", "<!-- graders -->", "<!-- /graders -->"
 CELL = 120  # seconds that nbgrader gives a cell; its own 30 are not enough for `import torch` where others use the machine
 OUTER = 300
 
@@ -261,7 +264,7 @@ def right(one: HandedIn, found: Found) -> bool:
     return {id: points or 0.0 for id, points in found.points.items()} == one.expected
 
 
-def row(grader: Grader, handed_in: list[HandedIn]) -> dict[str, object]:
+def row(grader: Grader, handed_in: list[HandedIn]) -> dict[str, Any]:
     found = grader.found
     attacks = [title for one in handed_in for title in won(one, found[one.learner])]
     tried = sum(len(one.attacks) for one in handed_in)
@@ -285,7 +288,30 @@ def row(grader: Grader, handed_in: list[HandedIn]) -> dict[str, object]:
     }
 
 
-def measured(name: str, handed_in: list[HandedIn], root: Path, otter: Path) -> dict[str, object]:
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows side by side, as INSTRUCTORS.md has them."""
+    lines = {
+        "submissions with the right mark": lambda row: f"{row['marks_right']} of {row['submissions']}",
+        "of those without an attack": lambda row: f"{row['honest_right']} of {row['honest']}",
+        "without any mark": lambda row: str(len(row["without_a_mark"])),
+        "attacks that got points": lambda row: f"{row['attacks_won']} of {row['attacks']}",
+        "seconds a submission": lambda row: f"{row['seconds_each']:.1f}",
+        "of these, processor": lambda row: f"{row['cpu_seconds_each']:.1f}",
+    }
+    names = [f"{row['grader']} {row['versions'].get(row['grader'], '')}".strip() for row in rows]
+    head = ["", *names]
+    body = [[what, *(said(row) for row in rows)] for what, said in lines.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Into the guide, between its marks."""
+    text = GUIDE.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    GUIDE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}", "utf-8")
+
+
+def measured(name: str, handed_in: list[HandedIn], root: Path, otter: Path) -> dict[str, Any]:
     """One grader on the whole class, in an empty folder."""
     here = dict(machine.describe("cpu").versions)
     if name == "nbgrader":
@@ -331,6 +357,7 @@ def main() -> None:
         rows[fresh["grader"]] = fresh
         files.write_text(given.out, json.dumps({"about": about, "rows": list(rows.values())}, indent=1) + "\n")
         shown = ("marks_right", "submissions", "attacks_won", "attacks", "seconds_each", "cpu_seconds_each", "wrong_marks")
+        write_table(list(rows.values())) if given.out.resolve() == FILE else None
         print(f"{name}: " + ", ".join(f"{key} {fresh[key]}" for key in shown), flush=True)
 
 
