@@ -51,6 +51,10 @@ class Statement:
     uses: set[str]
 
     @property
+    def place(self) -> tuple[str, int, int]:
+        return self.cell.file, self.node.lineno, self.node.col_offset
+
+    @property
     def defines(self) -> bool:
         return isinstance(self.node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
@@ -164,7 +168,8 @@ class Sources:
         own = self.answers[id]
         elsewhere = [*self.others, *(cell for key, cell in self.answers.items() if key != id)]
         order = {cell.file: place for place, cell in enumerate([self.setup, *elsewhere, own])}
-        chosen = {s.cell.file + str(s.node.lineno) + str(s.node.col_offset): s for s in own.statements if s.takes_all}
+        chosen = {s.place: s for s in own.statements if s.takes_all}
+        last = max((s.place for s in own.statements if name in s.binds), default=("", 0, 0))
         known: set[str] = set()
         wanted = [name, *(use for s in chosen.values() for use in s.uses)]
         while wanted:
@@ -172,22 +177,25 @@ class Sources:
             if name in known:
                 continue
             known.add(name)
-            for statement in self._setting(name, own, elsewhere):
-                key = statement.cell.file + str(statement.node.lineno) + str(statement.node.col_offset)
-                if key not in chosen:
-                    chosen[key] = statement
+            for statement in self._setting(name, own, elsewhere, last):
+                if statement.place not in chosen:
+                    chosen[statement.place] = statement
                     wanted += statement.uses | statement.touches
-        return sorted(chosen.values(), key=lambda s: (order[s.cell.file], s.node.lineno, s.node.col_offset))
+        return sorted(chosen.values(), key=lambda s: (order[s.cell.file], s.place))
 
-    def _setting(self, name: str, own: Cell, elsewhere: list[Cell]) -> list[Statement]:
-        """Where a name comes from. A learner who calls a number `list` or `torch` somewhere means it there only."""
+    def _setting(self, name: str, own: Cell, elsewhere: list[Cell], last: tuple[str, int, int]) -> list[Statement]:
+        """Where a name comes from. A learner who calls a number `list` or `torch` somewhere means it there only.
+
+        last: where the function is defined; after it, in its own cell, such a name is for what follows.
+        """
         touching = [s for s in own.statements if name in s.touches]
-        if mine := [s for s in own.statements if name in s.binds]:
-            return mine + touching
         setup = [s for s in self.setup.statements if name in s.binds]
+        known = hasattr(builtins, name) or any(not s.ours for s in setup)
+        if mine := [s for s in own.statements if name in s.binds and (s.place <= last or s.defines or not known)]:
+            return mine + touching
         theirs = [s for cell in elsewhere for s in cell.statements if name in s.binds]
         defined = [s for s in theirs if s.defines]
-        if hasattr(builtins, name) or any(not s.ours for s in setup):
+        if known:
             return (defined or [s for s in setup if not s.ours]) + touching
         if theirs := [s for s in theirs if not s.ours]:
             cells = {s.cell.file for s in theirs}
