@@ -17,7 +17,7 @@ import torch
 from labsupport.exercises.attempts import Attempt
 from labsupport.exercises.compare import leaves
 from labsupport.exercises.judging import INTERNAL, judge, outputs_right
-from labsupport.grading import prepared, returned, submission
+from labsupport.grading import own, prepared, returned, submission
 from labsupport.grading.classroom import Classroom
 from labsupport.grading.prepared import Asked, Group, Lab
 from labsupport.grading.records import Collected, GradingError, Marked, Outcome, Policy, Result, Submission
@@ -25,6 +25,9 @@ from labsupport.grading.sandbox import Limits, Sandbox
 
 OUTCOMES: dict[str, Outcome] = {"blank": "blank", "raised": "raised", "returned": "raised"}  # of attempts that did not run through
 WHY = {"time": "more time", "memory": "more memory", "output": "more room for files", "killed": "more processes"}
+
+
+LONGEST_MESSAGE = 1000  # characters: a text that an answer returns may be in it
 
 
 @dataclass
@@ -50,6 +53,7 @@ def mark(classroom: Classroom, collected: Collected, sandbox: Sandbox) -> Result
     except GradingError as error:
         problems.append(str(error))
     remarks += taken.remarks
+    numbers = own.judge(classroom, release, collected.learner, taken) if release.own_numbers and not problems else {}
     for group in lab.groups:
         ids = [id for id in group.asked if id in taken.answers]
         found, seconds, said = _run(lab, group, ids, taken, classroom.settings.limits, sandbox)
@@ -64,7 +68,7 @@ def mark(classroom: Classroom, collected: Collected, sandbox: Sandbox) -> Result
             )
     return Result(
         lab=collected.lab, learner=collected.learner, sha256=collected.sha256, handed_in=collected.handed_in,
-        marks={id: marks[id] for id in release.points}, predictions=taken.predictions,
+        marks={id: marks[id] for id in release.points}, predictions=taken.predictions, own=numbers,
         problems=tuple(problems), remarks=tuple(dict.fromkeys(remarks)), seconds=time.monotonic() - began,
         in_sandbox=in_sandbox, versions=lab.versions, sandbox=sandbox.name,
     )  # fmt: skip
@@ -159,7 +163,7 @@ def marked(asked: Asked, ran: _Ran, of: float, policy: Policy) -> Marked:
     def found(outcome: Outcome, message: str, share: float = 0.0, figures: dict[str, float] | None = None) -> Marked:
         points = of if outcome == "pass" else of * share * policy.partial
         return Marked(
-            outcome=outcome, points=points, of=of, message=message, seconds=ran.seconds, share=share,
+            outcome=outcome, points=points, of=of, message=message[:LONGEST_MESSAGE], seconds=ran.seconds, share=share,
             printed=tried[0].printed if tried else "", figures=figures or {},
         )  # fmt: skip
 
@@ -200,7 +204,7 @@ def share_right(asked: Asked, tried: Sequence[Attempt]) -> float:
     right = set(counted)
     for given, one, want in zip(asked.given, tried, asked.want, strict=True):
         right &= outputs_right(asked.exercise, given, one, want)
-    return len(right) / len(counted)
+    return min(len(right), len(counted) - 1) / len(counted)  # all right and refused: what is wrong was seen in them together
 
 
 def _varies(name: str, asked: Asked) -> bool:
