@@ -1,11 +1,13 @@
 """A sandbox of bubblewrap: namespaces of its own, a file system that holds what it needs and nothing else, no rights.
 
-What holds it: a network without interfaces but its own loopback; process, IPC, host-name, cgroup and mount namespaces of its own; /usr, the C library, Python and
-PACKAGES, read-only; /tmp, /out and /dev/shm small file systems in memory, which are gone with it; no capability; the filter of seccomp.py; the limits of
-`Limits.rlimits`; a look at memory, processes and files every 50 ms. When its first process dies the kernel kills all others.
+What holds it: a network without interfaces but its own loopback; process, IPC, host-name, cgroup and mount namespaces of its own;
+/usr, the C library, Python and PACKAGES, read-only; /tmp, /out and /dev/shm small file systems in memory, which are gone with it;
+no capability; the filter of seccomp.py; the limits of `Limits.rlimits`; a look at memory, processes and files every 50 ms. When
+its first process dies the kernel kills all others.
 
-A fork bomb: RLIMIT_NPROC counts by user, and never for the real root. Started by root, each sandbox therefore gets a user id that nobody
-else has, and no user namespace, which could only map back to root. Started by a plain user it has a user namespace, where Linux counts apart (from 5.14).
+A fork bomb: RLIMIT_NPROC counts by user, and never for the real root. Started by root, each sandbox therefore gets a user id that
+nobody else has, and no user namespace, which could only map back to root. Started by a plain user it has a user namespace, where
+Linux counts apart (from 5.14).
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from labsupport.grading import launch, seccomp, watch
+from labsupport.grading import seccomp, watch
 from labsupport.grading.records import GradingError
 from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why
 
+LAUNCH = Path(__file__).with_name("launch.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = 60.0  # seconds until the first program runs, on a cold disk
 USERS = (
@@ -74,21 +77,27 @@ class Bubblewrap:
             told, tells = os.pipe()
             info = stack.enter_context(open(told, "rb"))
             files = {"tells": tells, "seccomp": _content(seccomp.program() or b""), "config": _content(_config())}
+            options = [
+                *_isolation(user, files), *_system(files["config"]), *_writable(limits),
+                *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
+                "--ro-bind", str(LAUNCH), "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+            ]  # fmt: skip
+            # hundreds of them, which nobody wants to see in a list of processes
+            files["options"] = _content("".join(f"{option}\0" for option in options).encode(errors="surrogateescape"))
             settings = {
                 "channel": inner.fileno(),
                 "uid": user,
+                "first_is_ours": user is None,
                 "rlimits": limits.rlimits() | {"RLIMIT_NPROC": limits.processes},
             }
             arguments = [
-                self.program, *_isolation(user, files), *_system(files["config"]), *_writable(limits),
-                *(part for inside, folder in folders.items() for part in (*_above(Path(inside)), "--ro-bind", str(folder.resolve()), inside)),
-                "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+                self.program, "--args", str(files["options"]),
                 "--", "/env/bin/python", "-I", "-S", "/launch.py", json.dumps(settings), *command,
             ]  # fmt: skip
             try:
                 process = subprocess.Popen(
                     arguments,
-                    env=ENVIRONMENT,  # /proc/1/environ inside is what bwrap was started with
+                    env=ENVIRONMENT,  # of bwrap too: its own can be read in /proc/1/environ inside
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                     pass_fds=(inner.fileno(), *files.values()),
                 )  # fmt: skip
@@ -102,7 +111,8 @@ class Bubblewrap:
             try:
                 ours.settimeout(STARTS)
                 _, shown, _, _ = socket.recv_fds(ours, 1, 3)
-                stack.callback(lambda: [os.close(descriptor) for descriptor in shown])
+                for descriptor in shown:
+                    stack.callback(os.close, descriptor)
                 if len(shown) == 3:
                     first = os.pidfd_open(json.loads(info.read())["child-pid"])
                     stack.callback(os.close, first)
@@ -135,9 +145,8 @@ def _isolation(user: int | None, files: Mapping[str, int]) -> list[str]:
         identity = []
         rights = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     return [
-        *identity, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox",
-        "--die-with-parent", "--new-session", "--cap-drop", "ALL", *rights,
-        "--clearenv", *(part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)),
+        *identity, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
+        "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *rights,
         "--info-fd", str(files["tells"]), *(("--seccomp", str(files["seccomp"])) if seccomp.program() else ()),
     ]  # fmt: skip
 
@@ -179,6 +188,10 @@ def _above(path: Path) -> Iterator[str]:
         yield from ("--perms", "0755", "--dir", str(folder))
 
 
+def _shown(inside: str, folder: Path) -> list[str]:
+    return [*_above(Path(inside)), "--ro-bind", str(folder.resolve()), inside]
+
+
 def _system(config: int) -> list[str]:
     return [*_layout(), "--perms", "0644", "--ro-bind-data", str(config), "/env/pyvenv.cfg"]
 
@@ -197,7 +210,8 @@ def _config() -> bytes:
 
 
 def _packages() -> set[Path]:
-    """Files and folders of PACKAGES and of all that they require, by what pip wrote down. What an editable package points to is not followed."""
+    """Files and folders of PACKAGES and of all that they require, by what pip wrote down. What an editable package points to is
+    not followed."""
     from packaging.requirements import Requirement
 
     seen: set[str] = set()
@@ -240,7 +254,8 @@ def _content(content: bytes) -> int:
 
 @contextmanager
 def _readable(folders: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
-    """The folders, or copies of them, so that every user may read them: inside nobody is their owner. Only root may look into the copies' parent."""
+    """The folders, or copies of them, so that every user may read them: inside nobody is their owner. Only root may look into the
+    copies' parent."""
     with tempfile.TemporaryDirectory() as private:
         result = {}
         for number, (inside, folder) in enumerate(folders.items()):

@@ -1,7 +1,9 @@
-"""A sandbox of Docker, where bubblewrap cannot run. Untested: written where no daemon was at hand; its command line is tested as data.
+"""A sandbox of Docker, where bubblewrap cannot run. Untested: written where no daemon was at hand; its command line is tested as
+data.
 
-What holds it is Docker: a container without network and capabilities, read-only, with limits of cgroups on memory and processes. /out is a directory of this
-machine, so what holds its size is the size of one file and a look every 50 ms, which does not see files without a name.
+What holds it is Docker: a container without network and capabilities, read-only, with limits of cgroups on memory and processes.
+/out is a directory of this machine, so what holds its size is the size of one file and a look every 50 ms, which does not see
+files without a name.
 """
 
 from __future__ import annotations
@@ -74,15 +76,17 @@ def arguments(name: str, command: Sequence[str], folders: Mapping[str, Path], ou
     """Of `docker`, for one run."""
     soft = limits.rlimits()
     ulimits = {"core": 0, "cpu": soft["RLIMIT_CPU"], "fsize": soft["RLIMIT_FSIZE"], "nofile": soft["RLIMIT_NOFILE"]}
+    shown = (f"type=bind,source={folder.resolve()},target={inside},readonly" for inside, folder in folders.items())
+    space = f"size={limits.output_bytes},nr_inodes={limits.output_files}"
     return [
         "run", "--rm", "--init", "--name", name, "--pull", "never", "--log-driver", "none", "--hostname", "sandbox",
         "--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--ipc", "private",
         "--user", "65534:65534", "--pids-limit", str(limits.processes), "--cpus", "1",
         "--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes), "--shm-size", str(limits.file_bytes),
         *(part for key, value in ulimits.items() for part in ("--ulimit", f"{key}={value}:{value}")),
-        "--tmpfs", f"/tmp:rw,nosuid,nodev,size={limits.output_bytes},nr_inodes={limits.output_files},mode=1777", "--workdir", "/tmp",
+        "--tmpfs", f"/tmp:rw,nosuid,nodev,{space},mode=1777", "--workdir", "/tmp",
         *(part for key, value in ENVIRONMENT.items() if key != "PATH" for part in ("--env", f"{key}={value}")),
-        *(part for inside, folder in folders.items() for part in ("--mount", f"type=bind,source={folder.resolve()},target={inside},readonly")),
+        *(part for each in shown for part in ("--mount", each)),
         "--mount", f"type=bind,source={out.resolve()},target=/out",
         image(), *command,
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 """A filter of system calls: what an answer never needs, and what would go around the limits.
 
-Without cgroups, memory that belongs to no process and lies in no counted file system is not counted: anonymous files (memfd), System V memory. These
-calls fail with EPERM, as do those that make namespaces, mount, trace another process, or load code into the kernel, and sockets other
-than local and internet ones (a virtual machine's sockets know no network namespace). The form is classic BPF, see the kernel's
-Documentation/userspace-api/seccomp_filter.rst.
+Without cgroups, memory that belongs to no process and lies in no counted file system is not counted: anonymous files (memfd),
+System V memory. These calls fail with EPERM, as do those that make namespaces, mount, trace another process, or load code into
+the kernel, and sockets other than local and internet ones (a virtual machine's sockets know no network namespace). The form is
+classic BPF, see the kernel's Documentation/userspace-api/seccomp_filter.rst.
 """
 
 from __future__ import annotations

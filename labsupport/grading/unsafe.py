@@ -14,15 +14,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from labsupport.grading import launch, watch
+from labsupport.grading import watch
 from labsupport.grading.records import GradingError
 from labsupport.grading.sandbox import ENVIRONMENT, Ended, Limits
 
+LAUNCH = Path(__file__).with_name("launch.py")
+
 
 class Unsafe:
-    """Runs with all rights of who marks. Kept: the clock, what the limits of the system keep on one process, and the size of /out now and then.
+    """Runs with all rights of who marks. Kept: the clock, what the limits of the system keep on one process, and the size of /out
+    now and then.
 
-    Not kept: the files of this machine, the network, memory of several processes together, their number, a process that leaves its group.
+    Not kept: the files of this machine, the network, memory of several processes together, their number, a process that leaves
+    its group.
     """
 
     name = "none"
@@ -32,16 +36,17 @@ class Unsafe:
         if any(out.iterdir()):
             raise GradingError(f"{out} must be empty")
         paths = {**folders, "/out": out}
-        settings = {"channel": None, "uid": None, "rlimits": limits.rlimits()}
+        settings = {"channel": None, "uid": None, "first_is_ours": False, "rlimits": limits.rlimits()}
         with tempfile.TemporaryDirectory() as temporary:
             environment = {**ENVIRONMENT, "HOME": temporary, "TMPDIR": temporary}
             environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), "/usr/bin", "/bin"))
             program = shutil.which(command[0], path=environment["PATH"]) if command[0] != "python" else sys.executable
             if program is None:
                 raise GradingError(f"{command[0]} is not installed")
+            translated = [outside(each, paths) for each in command[1:]]
             began = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", launch.__file__, json.dumps(settings), program, *(outside(each, paths) for each in command[1:])],
+                [sys.executable, "-I", "-S", str(LAUNCH), json.dumps(settings), program, *translated],
                 cwd=temporary, env=environment, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip

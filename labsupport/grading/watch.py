@@ -74,8 +74,8 @@ def space(folder: int, limits: Limits) -> Why:
 def memory(processes: int, limits: Limits) -> Why:
     """Whether the processes of an open /proc are too many, or have too much memory together.
 
-    What the kernel's quick counts show is an upper bound: memory shared after a fork counts once for each process. Where the bound is passed, the
-    slow count decides, which divides what is shared.
+    What the kernel's quick counts show is an upper bound: memory shared after a fork counts once for each process. Where the
+    bound is passed, the slow count decides, which divides what is shared.
     """
     numbers = [name for name in os.listdir(processes) if name.isdecimal()]
     if len(numbers) > limits.processes + 2:  # and the sandbox's own
@@ -95,12 +95,18 @@ def _kilobytes(processes: int, name: str, file: str, field: str) -> int:
 
 
 def files_of(folder: int, depth: int = DEPTH) -> Iterator[tuple[str, os.stat_result]]:
-    """Path and state of all in an open directory, links not followed; folders too, before what is in them."""
+    """Path and state of all in an open directory, links not followed; folders too, before what is in them.
+
+    What was changed first comes first, so that a flood at the end does not displace what was there before.
+    """
+    found = list[tuple[int, int, str, os.stat_result]]()
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    for name in names:
+        for entry in entries:
+            with suppress(OSError):  # removed meanwhile
+                state = entry.stat(follow_symlinks=False)
+                found.append((state.st_ctime_ns, state.st_ino, entry.name, state))  # the clock has steps of milliseconds
+    for _, _, name, state in sorted(found):
         try:
-            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
             yield name, state
             if not stat.S_ISDIR(state.st_mode) or not depth:
                 continue
@@ -115,7 +121,8 @@ def files_of(folder: int, depth: int = DEPTH) -> Iterator[tuple[str, os.stat_res
 
 
 def too_much(folder: Path, limits: Limits) -> Why:
-    """For a directory that is not a file system of its own: whether it holds too many files or bytes. Files without a name are not seen."""
+    """For a directory that is not a file system of its own: whether it holds too many files or bytes. Files without a name are
+    not seen."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         total = 0
