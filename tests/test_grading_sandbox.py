@@ -1,14 +1,17 @@
 """The sandbox keeps its promises: what is tried inside, fails, and what is left in /out is plain files of bounded size."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -26,10 +29,16 @@ QUICK = Limits(notebook_seconds=60, memory_bytes=2**29, file_bytes=2**20, output
 
 @pytest.fixture(scope="module")
 def box():
-    try:
-        return sandbox.find("bubblewrap")
-    except GradingError as error:
-        pytest.skip(str(error))
+    return bubblewrap_or_skip()
+
+
+def bubblewrap_or_skip():
+    """Skips where this machine has no bubblewrap that works; where it has, ours must start."""
+    program = shutil.which("bwrap")
+    plain = ["--ro-bind", "/", "/", "--unshare-net", "--unshare-pid", "true"]
+    if program is None or subprocess.run([program, *plain], capture_output=True, check=False).returncode:
+        pytest.skip("bubblewrap is not installed, or may not make namespaces here")
+    return sandbox.find("bubblewrap")
 
 
 def inside(box, folder, code, limits=QUICK, **folders):
@@ -74,7 +83,12 @@ for link in Path("/proc").glob("[0-9]*/fd/*"):
         links.append([link.parts[2], os.readlink(link)])
     except OSError:
         pass
+mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
+devices = ("devtmpfs", "devpts")
 found = {
+    "namespaces shared": [name for name, link in given["namespaces"].items() if os.readlink(f"/proc/self/ns/{name}") == link],
+    "mounts to write to": sorted(place for place, kind, how in mounts if "rw" in how.split(",") and kind not in devices),
+    "mounts with devices": [place for place, kind, how in mounts if "nodev" not in how.split(",") and kind not in devices],
     "interfaces": [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]],
     "loopback": tried(lambda: connect(socket.AF_INET, ("127.0.0.1", given["port"]))),
     "local socket": tried(lambda: connect(socket.AF_UNIX, "\\0" + given["local"])),
@@ -84,6 +98,7 @@ found = {
     "seen through another's root": [path for path in given["hidden"] for root in ("/proc/1/root", "/proc/1/cwd", "/proc/self/root")
                                     if os.path.exists(root + path)],
     "packages": [name for name in given["packages"] if importlib.util.find_spec(name)],
+    "packages elsewhere": [name for folder in given["elsewhere"] if os.path.isdir(folder) for name in os.listdir(folder)],
     "needed": [name for name in ("torch", "numpy", "safetensors") if not importlib.util.find_spec(name)],
     "written": [path for path in ["/x", "/usr/x", "/etc/x", "/env/x", "/given/x", "/given/given.json", "/dev/x", "/proc/x",
                                   "/launch.py", os.path.dirname(os.__file__) + "/x",
@@ -99,6 +114,7 @@ found = {
     "own group": os.getpgid(0) != 0,
     "trace": call("ptrace", 16, os.getppid(), 0, 0),
     "memory of the first": tried(lambda: open("/proc/1/mem", "r+b").write(b"x")),
+    "limits": Path("/proc/self/limits").read_text(),
     "limits of the first": Path("/proc/1/limits").read_text(),
     "kill the first": tried(lambda: os.kill(1, 9)),
     "namespace": call("unshare", 0x10000000),
@@ -142,13 +158,19 @@ def found(box, tmp_path_factory):
             "/run",
         ]
         hidden += [
-            Path(shutil.__file__).parents[2] / "lib/python3/dist-packages",
             Path.home() / ".bashrc",
             Path.home() / ".profile",
         ]
         packages = ["labsupport", "bitsandbytes", "gguf", "peft", "nbgrader", "torchao", "pytest", "pip"]
         clone = seccomp.MACHINES.get(os.uname().machine, (0, {}, 0, -1))[3]
+        elsewhere = [
+            path for root in (sys.base_prefix, "/usr", "/usr/local") for path in Path(root, "lib").glob("python*/*-packages")
+        ]
+        kinds = ["cgroup", "ipc", "mnt", "net", "pid", "uts"] + ["user"] * (os.geteuid() != 0)
+        namespaces = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in kinds}
         facts = {
+            "elsewhere": list(map(str, elsewhere)),
+            "namespaces": namespaces,
             "port": server.getsockname()[1],
             "local": name,
             "hidden": list(map(str, hidden)),
@@ -166,6 +188,9 @@ def found(box, tmp_path_factory):
 
 
 EXPECTED = {
+    "namespaces shared": [],
+    "mounts to write to": ["/dev/shm", "/out", "/proc", "/tmp"],
+    "mounts with devices": [],
     "interfaces": ["lo"],
     "loopback": "ConnectionRefusedError",
     "local socket": "ConnectionRefusedError",
@@ -174,6 +199,7 @@ EXPECTED = {
     "seen": [],
     "seen through another's root": [],
     "packages": [],
+    "packages elsewhere": [],
     "needed": [],
     "written": [],
     "writable": ["'done'"] * 3,
@@ -211,6 +237,15 @@ def test_the_user_inside_is_not_root_and_cannot_become_it(found):
     assert found["becomes root"] in ("PermissionError", "OSError")  # it may not; there is no such user
 
 
+def test_the_limits_are_those_of_the_system_and_cannot_be_raised(found):
+    limits = {
+        "Max core file size": 0, "Max cpu time": QUICK.cpu_seconds, "Max open files": 256, "Max file size": QUICK.file_bytes,
+        "Max data size": QUICK.memory_bytes, "Max processes": QUICK.processes, "Max address space": QUICK.memory_bytes + 16 * 2**30,
+    }  # fmt: skip
+    for name, value in limits.items():
+        assert re.search(rf"^{name} +{value} +{value} ", found["limits"], re.MULTILINE), name
+
+
 def test_the_first_process_is_somebody_elses_or_has_the_same_limits(found):
     """Whoever can write to its memory can run code in it."""
     if found["memory of the first"] != "PermissionError":
@@ -240,6 +275,7 @@ def test_processes_are_few_and_a_fork_fails_when_there_are_more(box, tmp_path):
     assert int((out / "count").read_text()) == QUICK.processes - itself
 
 
+@pytest.mark.slow  # two processors for a second
 def test_a_fork_bomb_ends_with_the_time(box, tmp_path):
     code = "import os\nwhile True:\n try:\n  os.fork()\n except OSError:\n  pass"
     ended, _ = inside(box, tmp_path, code, QUICK.model_copy(update={"notebook_seconds": 1.0}))
@@ -322,15 +358,15 @@ def test_no_process_outlives_the_command(box, tmp_path):
         time.sleep(0.2)
     """)  # fmt: skip
     assert (ended.code, ended.why) == (0, "")
-    assert not [process for process in _everything() if "time.sleep(1000)" in process and str(os.getpid()) not in process]
+    assert not [line for number, line in _everything().items() if "setsid" in line and number != os.getpid()]
 
 
-def _everything() -> list[str]:
-    """Command lines of all processes of this machine."""
-    lines = []
+def _everything() -> dict[int, str]:
+    """Command lines of all processes of this machine, by their numbers."""
+    lines = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+            lines[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
         except OSError:  # it has just ended
             continue
     return lines
@@ -375,9 +411,10 @@ while True:
 @pytest.mark.parametrize("form", FLOODS)
 def test_output_is_bounded(box, tmp_path, form):
     code, why = FLOODS[form]
-    ended, out = inside(box, tmp_path, code)
+    ended, out = inside(box, tmp_path, "open('/out/before', 'w').write('here')\n" + code)
     assert ended.why == why
     assert ended.code != 0
+    assert (out / "before").read_text() == "here"
     paths = list(out.rglob("*"))
     assert len(paths) <= QUICK.output_files
     assert sum(path.stat().st_size for path in paths) <= QUICK.output_bytes
@@ -416,6 +453,39 @@ def test_the_end_of_what_is_said_is_kept(box, tmp_path):
     assert ended.code == 0
     assert len(ended.said) == 2000
     assert ended.said.endswith("é\nthe end")
+
+
+def test_what_runs_dies_with_the_one_who_started_it(tmp_path):
+    bubblewrap_or_skip()
+    token, out = f"token-{os.getpid()}", tmp_path / "out"
+    out.mkdir()
+    code = f"""
+from pathlib import Path
+from labsupport.grading import sandbox
+command = ["python", "-c", "import time; time.sleep(1000)", {token!r}]
+sandbox.find("bubblewrap").run(command, folders={{}}, out=Path({str(out)!r}), limits=sandbox.Limits())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    grader = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        _until(lambda: any("-c" in line and token in line and "launch" not in line for line in _others(grader.pid)))
+    finally:
+        grader.kill()
+        grader.wait()
+    _until(lambda: not any(token in line for line in _others(grader.pid)))
+
+
+def _others(pid):
+    return [line for number, line in _everything().items() if number not in (pid, os.getpid())]
+
+
+def _until(holds):
+    """Looks again and again; a machine that is very busy gets two minutes."""
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.1)
+    pytest.fail("it never came to hold")
 
 
 def test_out_must_be_empty(box, tmp_path):
@@ -516,6 +586,45 @@ def test_a_file_that_was_left_is_read_only_if_it_is_plain(tmp_path):
         sandbox.regular(tmp_path, 5)
     with pytest.raises(GradingError, match="more than 4 bytes"):
         sandbox.regular(tmp_path / "plain", 4)
+
+
+def _verdict(program, architecture, number, argument=0):
+    """What a filter returns, by the rules of classic BPF that it uses."""
+    data = struct.pack("=iIQQ", number, architecture, 0, argument)  # struct seccomp_data, as far as it is read
+    steps, place, value = list(struct.iter_unpack("=HBBI", program)), 0, 0
+    while True:
+        code, if_true, if_false, operand = steps[place]
+        place += 1
+        if code == 0x06:
+            return operand
+        if code == 0x20:
+            value = struct.unpack_from("=I", data, operand)[0]
+            continue
+        holds = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[code]
+        place += if_true if holds else if_false
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_the_filter_refuses_what_it_says(machine):
+    architecture, calls, sockets, clone = seccomp.MACHINES[machine]
+    program = seccomp.program(machine)
+    allow, kill = 0x7FFF0000, 0x80000000
+    refuse, nothing_such, no_family = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT))
+    for number in (*calls.values(), *seccomp.EVERYWHERE.values()):
+        assert _verdict(program, architecture, number) == refuse
+    assert _verdict(program, architecture, 435) == nothing_such  # clone3
+    assert _verdict(program, architecture, clone, 0x11) == allow  # a fork
+    assert _verdict(program, architecture, clone, 0x10000011) == refuse  # in a user namespace of its own
+    assert [_verdict(program, architecture, sockets, family) for family in (1, 2, 10)] == [allow] * 3
+    assert [_verdict(program, architecture, sockets, family) for family in (0, 16, 38, 40)] == [no_family] * 4
+    assert _verdict(program, 0x40000003, 1) == kill  # the 32-bit calls of Intel
+    assert all(_verdict(program, architecture, number) == allow for number in (0, 1, 3, 9, 12, 59, 60, 221, 222, 257))
+    if machine == "x86_64":
+        assert _verdict(program, architecture, 0x40000000 | 56) == kill
+
+
+def test_a_processor_that_the_filter_does_not_know_has_none():
+    assert seccomp.program("riscv64") is None
 
 
 def test_dockers_command_line_says_every_limit(tmp_path):

@@ -30,10 +30,11 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from labsupport.grading import launch, seccomp, watch
+from labsupport.grading import seccomp, watch
 from labsupport.grading.records import GradingError
 from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why
 
+LAUNCH = Path(__file__).with_name("launch.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = 60.0  # seconds until the first program runs, on a cold disk
 USERS = (
@@ -76,6 +77,13 @@ class Bubblewrap:
             told, tells = os.pipe()
             info = stack.enter_context(open(told, "rb"))
             files = {"tells": tells, "seccomp": _content(seccomp.program() or b""), "config": _content(_config())}
+            options = [
+                *_isolation(user, files), *_system(files["config"]), *_writable(limits),
+                *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
+                "--ro-bind", str(LAUNCH), "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+            ]  # fmt: skip
+            # hundreds of them, which nobody wants to see in a list of processes
+            files["options"] = _content("".join(f"{option}\0" for option in options).encode(errors="surrogateescape"))
             settings = {
                 "channel": inner.fileno(),
                 "uid": user,
@@ -83,15 +91,13 @@ class Bubblewrap:
                 "rlimits": limits.rlimits() | {"RLIMIT_NPROC": limits.processes},
             }
             arguments = [
-                self.program, *_isolation(user, files), *_system(files["config"]), *_writable(limits),
-                *(part for inside, folder in folders.items() for part in _shown(inside, folder)),
-                "--ro-bind", launch.__file__, "/launch.py", "--remount-ro", "/", "--chdir", "/tmp",
+                self.program, "--args", str(files["options"]),
                 "--", "/env/bin/python", "-I", "-S", "/launch.py", json.dumps(settings), *command,
             ]  # fmt: skip
             try:
                 process = subprocess.Popen(
                     arguments,
-                    env=ENVIRONMENT,  # /proc/1/environ inside is what bwrap was started with
+                    env=ENVIRONMENT,  # of bwrap too: its own can be read in /proc/1/environ inside
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                     pass_fds=(inner.fileno(), *files.values()),
                 )  # fmt: skip
@@ -141,7 +147,6 @@ def _isolation(user: int | None, files: Mapping[str, int]) -> list[str]:
     return [
         *identity, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *rights,
-        "--clearenv", *(part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)),
         "--info-fd", str(files["tells"]), *(("--seccomp", str(files["seccomp"])) if seccomp.program() else ()),
     ]  # fmt: skip
 

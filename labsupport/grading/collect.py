@@ -17,6 +17,7 @@ from labsupport.grading.records import Collected, GradingError, Release
 from labsupport.grading.submission import OtherLab, read_bytes
 from labsupport.model import files
 
+MOST_LINES = 2000
 CLOCKS = timedelta(minutes=10)  # by which two machines' clocks may differ
 
 
@@ -89,6 +90,9 @@ def collect(
         batch.found.lines.append("a zip has times without a zone: they were taken as this machine's")
     if not notebooks:
         batch.found.lines.append(f"{shown(source.name)} holds no notebooks (.ipynb)")
+    lines = batch.found.lines
+    if len(lines) > MOST_LINES:
+        batch.found.lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more such lines"]
     return batch.found
 
 

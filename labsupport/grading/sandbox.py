@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class Limits(Record):
 
     answer_seconds: of one answer on one input; who runs answers keeps it. notebook_seconds: of the whole command, by the wall
     clock. memory_bytes: of all its processes together, and what one may ask for. file_bytes: of one file. output_bytes,
-    output_files: of all that lies in /out, and again in /tmp. processes: at the same time, threads counted.
+    output_files: of all that lies in /out, and again in /tmp; both are in memory, beside memory_bytes. processes: at the same
+    time, threads counted.
     """
 
     answer_seconds: float = Field(default=20.0, gt=0)
@@ -103,6 +105,8 @@ def find(kind: str = "auto", unsafe: bool = False) -> Sandbox:
 
     Raises GradingError: none works, why, and what to install.
     """
+    if sys.platform == "win32":
+        raise GradingError("submissions cannot be run on Windows itself: use the Linux that Windows offers (WSL)")
     from labsupport.grading.bubblewrap import Bubblewrap
     from labsupport.grading.docker import Docker
     from labsupport.grading.unsafe import Unsafe

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from labsupport.grading import launch, watch
+from labsupport.grading import watch
 from labsupport.grading.records import GradingError
 from labsupport.grading.sandbox import ENVIRONMENT, Ended, Limits
+
+LAUNCH = Path(__file__).with_name("launch.py")
 
 
 class Unsafe:
@@ -44,7 +46,7 @@ class Unsafe:
             translated = [outside(each, paths) for each in command[1:]]
             began = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", launch.__file__, json.dumps(settings), program, *translated],
+                [sys.executable, "-I", "-S", str(LAUNCH), json.dumps(settings), program, *translated],
                 cwd=temporary, env=environment, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip

@@ -95,12 +95,18 @@ def _kilobytes(processes: int, name: str, file: str, field: str) -> int:
 
 
 def files_of(folder: int, depth: int = DEPTH) -> Iterator[tuple[str, os.stat_result]]:
-    """Path and state of all in an open directory, links not followed; folders too, before what is in them."""
+    """Path and state of all in an open directory, links not followed; folders too, before what is in them.
+
+    What was changed first comes first, so that a flood at the end does not displace what was there before.
+    """
+    found = list[tuple[int, int, str, os.stat_result]]()
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    for name in names:
+        for entry in entries:
+            with suppress(OSError):  # removed meanwhile
+                state = entry.stat(follow_symlinks=False)
+                found.append((state.st_ctime_ns, state.st_ino, entry.name, state))  # the clock has steps of milliseconds
+    for _, _, name, state in sorted(found):
         try:
-            state = os.stat(name, dir_fd=folder, follow_symlinks=False)
             yield name, state
             if not stat.S_ISDIR(state.st_mode) or not depth:
                 continue

@@ -1,0 +1,81 @@
+"""A class to try everything on: three learners and what they hand in for lab 02, made from the course's own notebooks.
+
+Each answer is right (the solution's text), wrong in a way that people are, blank, or never ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbformat import NotebookNode
+
+from labsupport.course import workbook
+from labsupport.course.carry import answer_key, is_prediction
+from labsupport.exercises.registry import exercises_of
+from labsupport.grading.records import GradingError
+
+LAB = 2
+PREFIX = "answer-2-"
+
+# By exercise: what stands in the solution, and what a learner wrote in its place.
+WRONG = {
+    "2.1": ("(2**bits - 1)", "2**bits"),
+    "2.3": ("steps + zero_point", "steps"),
+    "2.4": ("(codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale", "(codes - zero_point) * scale"),
+}
+ENDLESS = "def best_clip(weight, bits, factors):\n    while True:\n        pass\n"
+
+
+@dataclass(frozen=True)
+class Person:
+    """learner: the id. wrong, blank, endless: exercises by id; all others are right. prediction: what stands in the cell."""
+
+    learner: str
+    name: str
+    wrong: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
+    endless: tuple[str, ...] = ()
+    prediction: str = "None"
+
+    @property
+    def points(self) -> int:
+        """Of its right answers."""
+        missed = {*self.wrong, *self.blank, *self.endless}
+        return sum(exercise.points for exercise in exercises_of(LAB) if exercise.id not in missed)
+
+
+PEOPLE = (
+    Person("ada", "Ada Right", prediction="15.0"),
+    Person("ben", "Ben Partly", wrong=("2.1", "2.3", "2.4"), blank=("2.7",), endless=("2.8",), prediction="3.0"),
+    Person("cleo", "Cleo Blank", blank=tuple(exercise.id for exercise in exercises_of(LAB))),
+)
+
+
+def notebook(person: Person) -> NotebookNode:
+    """What one of them hands in. Raises GradingError where the solutions are not beside the notebooks (an installed wheel)."""
+    blank = workbook.chapter(str(LAB))
+    solved = blank.parent / "solutions" / blank.name
+    if not solved.is_file():
+        raise GradingError(f"{solved} is not there: a sample class is made in a clone of the repository")
+    solutions = {key: cell.source for cell in workbook.read(solved).cells if (key := answer_key(cell))}
+    handed_in = workbook.learner_copy(workbook.read(blank))
+    for cell in handed_in.cells:
+        key = answer_key(cell) or ""
+        if is_prediction(cell):
+            cell.source = cell.source.replace("None", person.prediction, 1)
+        elif key.startswith(PREFIX):
+            cell.source = _answer(person, key.removeprefix("answer-").replace("-", "."), cell.source, solutions[key])
+    return handed_in
+
+
+def _answer(person: Person, id: str, blank: str, solution: str) -> str:
+    if id in person.blank:
+        return blank
+    if id in person.endless:
+        return ENDLESS
+    if id in person.wrong:
+        right, wrong = WRONG[id]
+        if right not in solution:
+            raise GradingError(f"the solution of {id} has no {right!r}: mend WRONG in labsupport/grading/sample.py")
+        return solution.replace(right, wrong)
+    return solution
