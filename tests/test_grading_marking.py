@@ -166,6 +166,20 @@ def test_words_that_can_be_guessed_earn_no_share(room, tmp_path):
     assert outputs_right(one.exercise, one.given[0], through_files(tmp_path, one, lambda *_: "memory").attempts[0], one.want[0])
 
 
+def test_numbers_of_the_learners_own_are_looked_at_where_the_class_has_them(room, monkeypatch):
+    seen = []
+    judge = lambda room, release, learner, taken: seen.append((release.lab, learner, len(taken.answers))) or {"2.1": "as b"}  # noqa: E731
+    monkeypatch.setattr("labsupport.grading.own.judge", judge)
+    machine = Broken(GradingError("no sandbox"))
+    assert mark(room, 2, box=machine).own == {}
+    path = room.folder / "release" / "02" / "release.json"
+    before = path.read_text()
+    path.write_text(before.replace('"own_numbers": false', '"own_numbers": true'))
+    assert mark(room, 2, box=machine).own == {"2.1": "as b"}
+    assert seen == [(2, "a", len(exercises_of(2)))]
+    path.write_text(before)
+
+
 def test_seeds_are_the_classs_own(room, tmp_path):
     other = Classroom.create(tmp_path / "class")
     ours, theirs = prepared.seeds_of(room, get("2.1")), prepared.seeds_of(other, get("2.1"))
@@ -190,6 +204,26 @@ def test_honest_oddities_are_marked_as_the_plain_answer_is(room):
     assert set(outcomes(result).values()) == {"pass"}, {i: m.message for i, m in result.marks.items() if m.outcome != "pass"}
     assert "odd" in result.marks["2.1"].printed
     assert "100%" in result.marks["2.1"].printed
+
+
+def test_a_notebook_without_ids_in_another_order_with_split_cells_is_marked_as_it_was(room):
+    notebook = solved(2)
+    for cell in notebook.cells:
+        if cell.get("id") == "answer-2-4":
+            cell.source, rest = cell.source.split("    ### BEGIN SOLUTION\n")
+            notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_code_cell(rest, metadata=dict(cell.metadata)))
+            break
+    notebook.cells[:] = [cell for cell in notebook.cells if cell.source] + [nbformat.v4.new_code_cell("x = 1\n%matplotlib inline")]
+    split = mark(room, 2, notebook=notebook)
+    notebook = solved(2)
+    for cell in notebook.cells:
+        cell.pop("id")
+        cell.metadata.clear()
+        cell.metadata["executionInfo"] = {"status": "ok"}
+    notebook.cells.reverse()
+    notebook.nbformat_minor = 0
+    reversed_ = mark(room, 2, notebook=notebook)
+    assert {*outcomes(split).values(), *outcomes(reversed_).values()} == {"pass"}
 
 
 def test_one_answer_that_never_ends_or_kills_leaves_the_others(room):

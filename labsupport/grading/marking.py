@@ -27,6 +27,9 @@ OUTCOMES: dict[str, Outcome] = {"blank": "blank", "raised": "raised", "returned"
 WHY = {"time": "more time", "memory": "more memory", "output": "more room for files", "killed": "more processes"}
 
 
+LONGEST_MESSAGE = 1000  # characters: a text that an answer returns may be in it
+
+
 @dataclass
 class _Ran:
     """What the sandbox gave for one exercise. ended: "" where the answer came to its end by itself."""
@@ -160,7 +163,7 @@ def marked(asked: Asked, ran: _Ran, of: float, policy: Policy) -> Marked:
     def found(outcome: Outcome, message: str, share: float = 0.0, figures: dict[str, float] | None = None) -> Marked:
         points = of if outcome == "pass" else of * share * policy.partial
         return Marked(
-            outcome=outcome, points=points, of=of, message=message, seconds=ran.seconds, share=share,
+            outcome=outcome, points=points, of=of, message=message[:LONGEST_MESSAGE], seconds=ran.seconds, share=share,
             printed=tried[0].printed if tried else "", figures=figures or {},
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import labsupport
+from labsupport import __version__
 from labsupport.course import workbook
 from labsupport.exercises.form import Exercise, Outputs
 from labsupport.exercises.judging import outputs
@@ -93,7 +93,7 @@ def _lab(number: int, wanted: tuple[tuple[str, tuple[int, ...]], ...]) -> Lab:
         groups.append(Group(asked, Path(folder.name, f"bench-{place}")))
     for path in Path(folder.name).rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # in the sandbox it is another user who reads
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "labsupport": labsupport.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "labsupport": __version__}
     return Lab(tuple(groups), inputs, imports_of(number), versions, folder)
 
 
