@@ -3,8 +3,9 @@
     python tests/grading_class.py --learners 200 --workers 2
 
 Right, blank, wrong by each mistake that the course knows (written as the text of an answer), and a few hostile answers. What is
-expected of a mistake is what the exercise's judgement says of the same function, run in this process on the same inputs. Prints how many marks
-are as expected, those that are not, and the wall time over the time in the sandbox divided by the workers. Exits with 1 for a wrong mark.
+expected of a mistake is what the exercise's judgement says of the same function, run in this process on the same inputs. Prints
+how many marks are as expected, those that are not, and the wall time over the time in the sandbox divided by the workers. Exits
+with 1 for a wrong mark.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import nbformat  # noqa: E402
 
+from labsupport import quant  # noqa: E402
 from labsupport.course import workbook  # noqa: E402
 from labsupport.course.carry import answer_key  # noqa: E402
 from labsupport.exercises.attempts import attempt  # noqa: E402
@@ -50,23 +51,28 @@ HOSTILE = (
 # Mistakes as texts ----------------------------------------------------------------------------------------------------
 @cache
 def texts_of(exercise: Exercise) -> tuple[tuple[str, Mistake], ...]:
-    """The known mistakes of an exercise, each as the text of an answer: the expression that makes it, and what that needs of its chapter.
+    """The known mistakes of an exercise, each as the text of an answer: the expression that makes it, and what that needs.
 
-    Those are left out that need the course's own functions, which an answer cannot have.
+    Where that is a module of `labsupport.quant`, its whole text is part of the answer, as a learner could have copied it.
     """
     module = sys.modules[f"labsupport.exercises.{CHAPTERS[int(exercise.id.split('.')[0])]}"]
     source = inspect.getsource(module)
     tree = ast.parse(source)
-    made = {target.id: node.value for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    made = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     name = next(name for name in made if getattr(module, name) is exercise)
     expressions = list(_expressions(made[name], made, source))
     assert len(expressions) == len(exercise.mistakes), exercise.id
     found = []
     for expression, mistake in zip(expressions, exercise.mistakes, strict=True):
-        needed = _needed(expression, tree, source, module)
-        if needed is not None:
-            arguments = ", ".join(exercise.inputs(0)) if exercise.drive is None else "*given, **named"
-            found.append((f"{needed}\ndef {exercise.name}({arguments}):\n    return ({expression})({arguments})\n", mistake))
+        needed = _needed(expression, tree, source)
+        arguments = ", ".join(exercise.inputs(0)) if exercise.drive is None else "*given, **named"
+        found.append((f"{needed}\ndef {exercise.name}({arguments}):\n    return ({expression})({arguments})\n", mistake))
     return tuple(found)
 
 
@@ -105,8 +111,8 @@ def _expressions(node: ast.expr, made: dict[str, ast.expr], source: str) -> Iter
         raise ValueError(f"mistakes written as {ast.dump(node)[:80]} are not known here")
 
 
-def _needed(expression: str, tree: ast.Module, source: str, module: ModuleType) -> str | None:
-    """The chapter's imports and definitions that an expression needs, in their order. None where the course's own are among them."""
+def _needed(expression: str, tree: ast.Module, source: str) -> str:
+    """The chapter's imports and definitions that an expression needs, in their order."""
     defined: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -122,16 +128,33 @@ def _needed(expression: str, tree: ast.Module, source: str, module: ModuleType) 
             if isinstance(node, ast.Name) and node.id in defined and defined[node.id] not in wanted:
                 wanted.add(defined[node.id])
                 ahead.append(defined[node.id])
-    if any(isinstance(node, ast.ImportFrom) and (node.module or "").startswith("labsupport") for node in wanted):
-        return None
-    lines = [ast.get_source_segment(source, node) or "" for node in tree.body if node in wanted]
+    lines = [_copied(node) or ast.get_source_segment(source, node) or "" for node in tree.body if node in wanted]
     return "\n".join(["from __future__ import annotations", "import functools", *lines])
+
+
+def _copied(node: ast.stmt) -> str:
+    """For an import from `labsupport.quant`: lines that make its modules of their text, and what they import in turn. Else ""."""
+    if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("labsupport.quant"):
+        return ""
+    names = [alias.name for alias in node.names]
+    _, _, within = str(node.module).removeprefix("labsupport.").partition(".")
+    lines = ["import sys, types"]
+    for name in [within] if within else names:
+        text = body = Path(quant.__file__).with_name(f"{name}.py").read_text("utf-8")
+        for inner in ast.parse(text).body:
+            if copied := _copied(inner):
+                body = body.replace(ast.get_source_segment(text, inner) or "", copied)
+        lines += [f"{name} = sys.modules['copied_{name}'] = types.ModuleType('copied_{name}')", f"exec({body!r}, {name}.__dict__)"]
+    return "\n".join(lines + [f"{name} = {within}.{name}" for name in names if within])
 
 
 # The class ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Person:
-    """One submission. answers: text by exercise, where it is not the solution. mistakes: the function of each. hostile: an exercise."""
+    """One submission.
+
+    answers: text by exercise, where it is not the solution. mistakes: the function of each. hostile: an exercise.
+    """
 
     learner: str
     lab: int
@@ -159,7 +182,9 @@ def people(count: int) -> list[Person]:
         else:
             chosen = {e.id: texts_of(e)[turn[lab] % len(texts_of(e))] for e in exercises if texts_of(e)}
             turn[lab] += 1
-            made.append(Person(learner, lab, {id: text for id, (text, _) in chosen.items()}, {id: m for id, (_, m) in chosen.items()}))
+            made.append(
+                Person(learner, lab, {id: text for id, (text, _) in chosen.items()}, {id: m for id, (_, m) in chosen.items()})
+            )
     return made
 
 
@@ -168,7 +193,9 @@ def notebook(person: Person) -> nbformat.NotebookNode:
     copy = workbook.learner_copy(workbook.read(blank))
     if person.blank:
         return copy
-    solutions = {key: cell.source for cell in workbook.read(blank.parent / "solutions" / blank.name).cells if (key := answer_key(cell))}
+    solutions = {
+        key: cell.source for cell in workbook.read(blank.parent / "solutions" / blank.name).cells if (key := answer_key(cell))
+    }
     for cell in copy.cells:
         key = answer_key(cell) or ""
         if key.startswith("answer-"):
@@ -200,7 +227,11 @@ def made_class(folder: Path, class_of: Sequence[Person]) -> Classroom:
 def unexpected(made: Classroom, person: Person, expected: dict[tuple[str, str], tuple[str, float, str]]) -> list[str]:
     """A sentence for each mark of a person that is not the one expected. expected: of mistakes, kept between calls."""
     entry = next(entry for entry in gradebook.entries(made, person.lab) if entry.learner == person.learner)
-    asked = {id: one for group in prepared.lab(made, person.lab, list(made.release(person.lab).points)).groups for id, one in group.asked.items()}
+    asked = {
+        id: one
+        for group in prepared.lab(made, person.lab, list(made.release(person.lab).points)).groups
+        for id, one in group.asked.items()
+    }
     wrong = []
     for line in entry.lines:
         outcome, points, message = "pass", line.of, ""
@@ -247,13 +278,17 @@ def main() -> int:
         for lab in LABS:
             graded = farm.grade(made, lab, workers=given.workers, unsafe=given.unsafe)
             spent = sum(result.in_sandbox for result in graded.results)
-            print(f"lab {lab:02d}: {len(graded.results)} submissions in {graded.seconds:.1f} s; {spent:.1f} s in the sandbox", flush=True)
+            print(
+                f"lab {lab:02d}: {len(graded.results)} submissions in {graded.seconds:.1f} s; {spent:.1f} s in the sandbox",
+                flush=True,
+            )
             wall, inside = wall + graded.seconds, inside + spent
         expected: dict = {}
         wrong = [sentence for person in class_of for sentence in unexpected(made, person, expected)]
         marks = sum(len(made.release(person.lab).points) for person in class_of)
         print(f"{marks - len(wrong)} of {marks} marks are as expected", *wrong, sep="\n")
-        print(f"wall time {wall:.1f} s, {wall / (inside / given.workers):.2f} times the time in the sandbox over {given.workers} workers")
+        times = wall * given.workers / inside
+        print(f"wall time {wall:.1f} s, {times:.2f} times the time in the sandbox over {given.workers} workers")
     return int(bool(wrong))
 
 
