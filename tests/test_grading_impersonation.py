@@ -8,6 +8,7 @@ import pytest
 
 from labsupport.course import workbook
 from labsupport.grading import collect, release
+from labsupport.grading.archive import MOST_BYTES
 from labsupport.grading.classroom import ROSTER, Classroom
 
 LAB = 2
@@ -80,3 +81,14 @@ def test_a_first_name_is_no_id_of_somebody_else(classroom: Classroom, tmp_path: 
     """Ada Yonath's id is not ada, which is another learner's."""
     files = {f"Ada Yonath_1_assignsubmission_file/{NAME}": None, f"ben Benjamin Bell_2_assignsubmission_file/{NAME}": None}
     assert {learner for learner, _ in owners(classroom, tmp_path / "in", files)} == {"ay", "ben"}
+
+
+def test_a_huge_file_takes_nobodys_place(classroom: Classroom, tmp_path: Path):
+    """Its name comes first. It has no blocks on the disk, and is not read."""
+    huge = tmp_path / "in" / "Ada Byron_1_assignsubmission_file" / "large.ipynb"
+    huge.parent.mkdir(parents=True)
+    with huge.open("wb") as stream:
+        stream.truncate(2 * MOST_BYTES)
+    assert owners(classroom, tmp_path / "in", {f"Ben Bell_2_assignsubmission_file/{NAME}": None}) == {
+        ("ben", f"Ben Bell_2_assignsubmission_file/{NAME}")
+    }
