@@ -124,7 +124,9 @@ def _exercise(line: Line) -> dict[str, object]:
         else SAYS[line.outcome] + (", in part" if mark and line.outcome == "wrong" and mark.share else ""),
         "message": mark.message if mark else "",
         "printed": mark.printed if mark else "",
-        "figures": {FIGURES.get(name, name): value for name, value in mark.figures.items()} if mark else {},
+        "figures": {FIGURES.get(name, name): value for name, value in mark.figures.items()}
+        if mark and any(mark.figures.values())
+        else {},
         "by_hand": _by_hand(line.by_hand) if line.by_hand else "",
     }
 
