@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +188,17 @@ def test_an_answer_in_a_cell_of_the_course_comes_without_the_course_s_text() -> 
     assert read(notebook).answers["5.1"].strip() == answer("5.1").strip()
 
 
+def test_a_cell_that_only_points_elsewhere_is_no_answer() -> None:
+    notebook = fresh()
+    cell_of(notebook, "answer-5-1")["source"] = "# see the end"
+    notebook["cells"].append(code(answer("5.1", "return 7")))
+    found = read(notebook)
+    assert found.answers["5.1"] == answer("5.1", "return 7")
+    assert found.others == ("# see the end",)
+    cell_of(notebook, "answer-5-1")["source"] = "import end\nnf4_codebook = end.levels"
+    assert read(notebook).answers["5.1"] == "import end\nnf4_codebook = end.levels"
+
+
 def test_a_missing_answer_is_missing_and_said() -> None:
     notebook = fresh()
     notebook["cells"].remove(cell_of(notebook, "answer-5-4"))
@@ -358,6 +368,7 @@ BAD = {
     "deep tables": (b'{"a": ' * 300_000, "is nested too deeply"),
     "many lists": (b'{"cells": [' + b"[]," * 1_000_001 + b"[]]}", "holds more than 1000000 lists and tables"),
     "a long number": (b'{"cells": [' + b"9" * 5000 + b"]}", "a number of thousands of digits"),
+    "much code": (json.dumps({"cells": [code("x" * 90_000)] * 23}).encode(), "has 2070000 characters of code, more than 2000000"),
     "many cells": (b'{"cells": [' + b"0," * 2000 + b"0]}", "has 2001 cells, more than 2000"),
 }
 
@@ -365,13 +376,11 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_notebook_is_refused_in_one_line(kind: str) -> None:
     raw, says = BAD[kind]
-    start = time.process_time()
     with pytest.raises(GradingError) as refused:
         read(raw)
     assert says in str(refused.value)
     assert str(refused.value).startswith("05_nf4.ipynb ")
     assert "\n" not in str(refused.value)
-    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("strip", [lambda notebook: None, save_as_colab])
@@ -414,7 +423,8 @@ def test_cells_that_are_none_are_left_out_and_said() -> None:
     assert found.model_validate_json(found.model_dump_json()) == found
 
 
-SLOW_TEXTS = {
+# A pattern or a parser that is not linear would not come to an end on these.
+STUMBLING = {
     "one line of 20 MB": "x" * 19_000_000,
     "brackets": "(" * 90_000,
     "names": "predicted_outer = 1\n" * 4_000,
@@ -426,14 +436,33 @@ SLOW_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("kind", SLOW_TEXTS)
-def test_no_text_takes_long(kind: str) -> None:
+@pytest.mark.parametrize("kind", STUMBLING)
+def test_a_text_that_a_pattern_may_stumble_over(kind: str) -> None:
     notebook = fresh()
-    notebook["cells"] += [code(SLOW_TEXTS[kind])] * (1 if kind.startswith("one") else 3)
-    cell_of(notebook, "predict")["source"] = SLOW_TEXTS[kind]
-    start = time.process_time()
+    notebook["cells"] += [code(STUMBLING[kind])] * (1 if kind.startswith("one") else 3)
+    cell_of(notebook, "predict")["source"] = STUMBLING[kind]
     assert read(notebook).answers["5.3"] == answer("5.3")
-    assert time.process_time() - start < 3
+
+
+FILLINGS = [
+    "encode = 1\n",
+    "own_5_1 = x\n",
+    "predicted_outer = y\n",
+    "def encode(a): 1\n",
+    'check("5.9"\n',
+    "own_77_1 = 1\n",
+    "%a\n",
+]
+
+
+@pytest.mark.parametrize("line", FILLINGS)
+def test_much_of_what_is_looked_for_comes_to_an_end(line: str) -> None:
+    many = line * (90_000 // len(line))
+    notebook = {"cells": [code(many + f"# {number}") for number in range(20)]}
+    notebook["cells"] += fresh()["cells"][:30]
+    raw = json.dumps(notebook).encode()
+    found = read(raw)
+    assert len(found.remarks) <= 51
 
 
 # Whatever bytes are given ---------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from labsupport.grading.records import GradingError
 
 LARGEST_FILE = 20 * 10**6  # bytes
 LARGEST_CELL = 100 * 10**3  # characters
+LARGEST_CODE = 2 * 10**6  # characters of all code cells; what fills 20 MB are outputs
 MOST_CELLS = 2000
 MOST_BRACKETS = 10**6  # a list or table takes Python some 64 bytes however little is in it
 
 ANSWER = re.compile(r"answer-(\d{1,2})-(\d{1,2})")
 
 
-@dataclass
+@dataclass(eq=False)
 class Cell:
     """A code cell as far as it can be trusted: a bounded text, and what it says that it is. place: counted from 1."""
 
@@ -102,6 +103,8 @@ def cells_of(raw_file: bytes, name: str) -> tuple[list[Cell], list[str]]:
         cells.append(
             Cell(place, clean, id if isinstance(id, str) else "", grade_id if isinstance(grade_id, str) else "", tags, given)
         )
+    if (total := sum(len(cell.text) for cell in cells)) > LARGEST_CODE:
+        raise GradingError(f"{name} has {total} characters of code, more than {LARGEST_CODE}")
     return cells, remarks
 
 

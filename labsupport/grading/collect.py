@@ -11,12 +11,14 @@ from pathlib import Path
 
 from labsupport.course import workbook
 from labsupport.grading.archive import MOST_BYTES, Archive, Entry, Unreadable, contents, read_notebook, shown
+from labsupport.grading.cells import LARGEST_FILE
 from labsupport.grading.classroom import Classroom
 from labsupport.grading.naming import METADATA, TIMESTAMP, Claim, Namer, Roster
 from labsupport.grading.records import Collected, GradingError, Release
 from labsupport.grading.submission import OtherLab, read_bytes
 from labsupport.model import files
 
+MOST_LINES = 2000
 CLOCKS = timedelta(minutes=10)  # by which two machines' clocks may differ
 
 
@@ -77,7 +79,7 @@ def collect(
     total = 0
     for place, entry in enumerate(notebooks, 1):
         try:
-            total += min(entry.size, MOST_BYTES)
+            total += entry.size if entry.size <= LARGEST_FILE else 0  # what is larger is not read, and takes nobody's place
             if total > MOST_BYTES:
                 raise Unreadable(f"comes after {MOST_BYTES / 1e9:.0f} GB of others: not taken")
             _take(entry, batch)
@@ -89,6 +91,9 @@ def collect(
         batch.found.lines.append("a zip has times without a zone: they were taken as this machine's")
     if not notebooks:
         batch.found.lines.append(f"{shown(source.name)} holds no notebooks (.ipynb)")
+    lines = batch.found.lines
+    if len(lines) > MOST_LINES:
+        batch.found.lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more such lines"]
     return batch.found
 
 

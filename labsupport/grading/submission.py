@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from labsupport.course import workbook
@@ -26,6 +27,8 @@ from labsupport.grading.records import GradingError, Release, Submission
 
 LONGEST_LINE = 300  # characters of a line that sets a prediction
 LONGEST_TEXT = 100  # characters of a prediction that is a text
+MOST_LINES = 20  # that set one prediction and are looked at
+MOST_REMARKS = 50
 
 CHECK = re.compile(r"check-(\d{1,2})-(\d{1,2})")
 CHECKED = re.compile(r"^(?:\w+ *= *)?check\( *[\"'](\d{1,2})\.(\d{1,2})[\"']", re.MULTILINE)
@@ -83,14 +86,16 @@ def read_bytes(raw: bytes, name: str, lab: int, release: Release | None = None) 
     found = _Found(remarks=remarks)
     _find_answers(course, cells, found)
     _remark_on_checks(course, cells, release, found)
-    own_names = sorted({name for cell in cells for name in ASSIGNS.findall(cell.text) if OWN.fullmatch(name)})
+    asked = {f"own_{id.replace('.', '_')}" for id in course.exercises} | {f"own_predicted_{lab}"}
+    own_names = sorted({name for cell in cells for name in ASSIGNS.findall(cell.text) if name in asked})
     guesses = _values(cells, course.predictions, course.prediction_ids, found.remarks)
     numbers = _values(cells, own_names, frozenset(), found.remarks)
     own = {_own_key(name): _number(name, numbers[name], found.remarks) for name in own_names}
     others = tuple(_without_ours(cell.text)[0] for cell in cells if _is_learners(course, cell))
-    return Submission(
-        answers=found.answers, others=others, predictions=guesses, own=own, remarks=tuple(dict.fromkeys(found.remarks))
-    )
+    said = list(dict.fromkeys(found.remarks))
+    if len(said) > MOST_REMARKS:
+        said = [*said[:MOST_REMARKS], f"and {len(said) - MOST_REMARKS} more remarks"]
+    return Submission(answers=found.answers, others=others, predictions=guesses, own=own, remarks=tuple(said))
 
 
 @lru_cache
@@ -132,31 +137,35 @@ def _refuse_other_lab(name: str, lab: int, course: Lab, cells: list[Cell]) -> No
 
 # Answers --------------------------------------------------------------------------------------------------------------
 def _find_answers(course: Lab, cells: list[Cell], found: _Found) -> None:
-    """By the cell's name or id; then, for what is missing or was left empty, by the function."""
+    """By the cell's name or id; then, for what is missing, was left empty or does not define it, by the function."""
+    names = {name: id for id, name in course.exercises.items()}
+    defining: dict[str, list[Cell]] = {}  # by exercise: cells in which the learner defines its function
+    empty: dict[str, list[Cell]] = {}  # by exercise: its stub, untouched
+    stubs = {_squeezed(text): id for id, text in course.stubs.items()}
+    for cell in cells:
+        if id := stubs.get(_squeezed(cell.text)):
+            empty.setdefault(id, []).append(cell)
+        elif not _is_courses(course, cell):
+            for name in _defined(_own_part(course, cell)) & names.keys():
+                defining.setdefault(names[name], []).append(cell)
     for id, name in course.exercises.items():
-        stub = _squeezed(course.stubs.get(id, ""))
+        blank = empty.get(id, [])
         mine = [cell for cell in cells if cell.exercise(ANSWER) == id]
-        for cell in mine:
+        written = [cell for cell in mine if cell.text.strip() and cell not in blank]
+        elsewhere = [cell for cell in defining.get(id, []) if cell not in written]
+        for cell in (*blank, *mine):
             cell.taken = True
-        written = [cell for cell in mine if cell.text.strip() and _squeezed(cell.text) != stub]
-        if not written:
-            elsewhere = [
-                cell
-                for cell in cells
-                if name in _defined(_own_part(course, cell)) and _squeezed(cell.text) != stub and not _is_courses(course, cell)
-            ]
-            if elsewhere:
-                last = elsewhere[-1]
-                last.taken = True
-                found.remarks.append(f"{id}: taken from cell {last.place}, which defines {name}{_among(elsewhere)}")
-                _take(id, _own_part(course, last), found)
-                continue
-        if written:
+        if elsewhere and not any(name in _defined(cell.text) | set(ASSIGNS.findall(cell.text)) for cell in written):
+            last = elsewhere[-1]
+            last.taken = True
+            for cell in written:
+                cell.taken = False
+            found.remarks.append(f"{id}: taken from cell {last.place}, which defines {name}{_among(elsewhere)}")
+            _take(id, _own_part(course, last), found)
+        elif written:
             _take(id, _joined(id, name, written, found), found)
-        elif mine or any(_squeezed(cell.text) == stub for cell in cells):
+        elif mine or blank:
             found.answers[id] = course.stubs[id]
-            for cell in cells:
-                cell.taken = cell.taken or _squeezed(cell.text) == stub
 
 
 def _joined(id: str, name: str, written: list[Cell], found: _Found) -> str:
@@ -259,7 +268,7 @@ def _values(
 ) -> dict[str, float | str | None]:
     """What each name is set to: in its own cell, else in the last cell that sets it. None for nothing and for what is no value."""
     values: dict[str, float | str | None] = {}
-    lines = {name: list(_lines_setting(cells, name, ids)) for name in names}
+    lines = {name: list(islice(_lines_setting(cells, name, ids), MOST_LINES)) for name in names}
     for name, written in lines.items():
         values[name] = None
         for place, line in written:
@@ -288,7 +297,7 @@ def _literal(line: str) -> float | str | None:
     wanted = "wanted a number, or a text in quotes"
     if len(line) > LONGEST_LINE:
         raise ValueError(f"is a line of {len(line)} characters, {wanted}")
-    shown = line.strip()[:40]
+    shown = "".join(character if character.isprintable() else "?" for character in line.strip()[:40])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as an unknown escape in a text
