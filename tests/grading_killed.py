@@ -2,9 +2,9 @@
 
     python tests/grading_killed.py --kills 20
 
-Each round has a class of its own and a marker that takes a fixed time. The grader is started, a process of it is killed, and the
-same command is run again, once. In three rounds of four this is while submissions are being marked, in the fourth while processes
-start. Prints a line a round, and exits with 1 where a mark is missing, wrong or doubled.
+Each round has a class of its own and a marker that takes a fixed time. The grader is started, a process of it is killed, and
+the same command is run again, once. In three rounds of four this is while submissions are being marked, in the fourth while
+processes start. Prints a line a round, and exits with 1 where a mark is missing, wrong or doubled.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def round_of(folder: Path, who: str, moment: float, starting: bool = False) -> str:
-    """Kill the grader, or a worker, `moment` seconds after the first submission came to a marker; starting: after the grader was started.
+    """Kill the grader, or a worker, `moment` seconds after the first submission came to a marker, or after the start.
 
     Without a worker, as soon as there is one. What was hit, in words.
     """
@@ -128,7 +128,11 @@ def main() -> int:
             said = round_of(folder, ("grader", "worker")[number % 2], moment, starting)
             wrong = lost_or_doubled(folder)
             bad += bool(wrong)
-            print(f"{number + 1}: {moment:.2f} s after the {'start' if starting else 'first submission'}, {said}: {'; '.join(wrong) or 'all marks there, once'}", flush=True)
+            print(
+                f"{number + 1}: {moment:.2f} s after the {'start' if starting else 'first submission'}, {said}: "
+                f"{'; '.join(wrong) or 'all marks there, once'}",
+                flush=True,
+            )
     return int(bad > 0)
 
 

@@ -1,4 +1,7 @@
-"""A made class for tests of what comes after marking: submissions that say themselves what a marker is to find, and one that does."""
+"""A made class for tests of what comes after marking:
+
+submissions that say themselves what a marker is to find, and one that does.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +42,17 @@ def hand_in(made: Classroom, learner: str, what: dict, when: datetime = DUE) -> 
     (folder / f"{sha256}.ipynb").write_bytes(content)
     one = Collected(
         lab=LAB, learner=learner, sha256=sha256, file=str((folder / f"{sha256}.ipynb").relative_to(made.folder)), handed_in=when
-    )  # fmt: skip
+    )
     one.write(folder / f"{sha256}.json")
     return one
 
 
 def result(one: Collected, **marks: Marked) -> Result:
     """marks: by exercise, "e5_1" for 5.1; the others pass."""
-    found = {id: marks.get(f"e{id.replace('.', '_')}", Marked(outcome="pass", points=of, of=of, share=1)) for id, of in POINTS.items()}
-    return Result(
-        lab=one.lab, learner=one.learner, sha256=one.sha256, handed_in=one.handed_in, marks=found, sandbox="none"
-    )  # fmt: skip
+    found = {
+        id: marks.get(f"e{id.replace('.', '_')}", Marked(outcome="pass", points=of, of=of, share=1)) for id, of in POINTS.items()
+    }
+    return Result(lab=one.lab, learner=one.learner, sha256=one.sha256, handed_in=one.handed_in, marks=found, sandbox="none")
 
 
 def write(made: Classroom, found: Result, one: Collected) -> None:

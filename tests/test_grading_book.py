@@ -72,13 +72,17 @@ def test_points_that_a_result_claims_do_not_count(tmp_path: Path):
     """What an exercise is worth stands in the release."""
     made = classroom(tmp_path / "class", {"ada": ""})
     one = hand_in(made, "ada", {})
-    write(made, result(one, e5_1=Marked(outcome="pass", points=1000, of=1000, share=1), e5_2=Marked(outcome="blank", points=4, of=4)), one)
+    write(
+        made,
+        result(one, e5_1=Marked(outcome="pass", points=1000, of=1000, share=1), e5_2=Marked(outcome="blank", points=4, of=4)),
+        one,
+    )
     assert entry(made).points == 4.0
 
 
 @pytest.mark.parametrize(("repeated", "points"), [("last", 4.0), ("first", 2.0), ("best", 7.2)])
 def test_which_submission_counts(tmp_path: Path, repeated, points):
-    """first: 2 points. Then 8, a day late. The last in time: 5, two days late. One more comes after the last day and is not taken."""
+    """first: 2 points. Then 8, a day late. The last: 5, two days late. One more comes after the last day and is not taken."""
     made = classroom(tmp_path / "class", {"ada": ""}, repeated=repeated)
     blank = Marked(outcome="blank", points=0, of=0)
     half = Marked(outcome="wrong", points=0, of=4, share=0.5)
@@ -155,10 +159,13 @@ def test_the_book_is_made_again_from_files(tmp_path: Path):
         return found
 
     first = rows()
-    assert first["totals"] == [(LAB, "ada", 5.0, 8.0, 5.0, 0, "marked", one.sha256), (LAB, "ben", 0.0, 8.0, 0.0, 0, "none handed in", "")]
+    assert first["totals"] == [
+        (LAB, "ada", 5.0, 8.0, 5.0, 0, "marked", one.sha256),
+        (LAB, "ben", 0.0, 8.0, 0.0, 0, "none handed in", ""),
+    ]
     assert len(first["submissions"]) == 2
     assert len(first["marks"]) == 2 * len(grading_made.POINTS)
-    assert ("seen together", "Grace") == first["overrides"][0][5:7]
+    assert first["overrides"][0][5:7] == ("seen together", "Grace")
     (made.folder / "gradebook.sqlite").write_bytes(b"not a book")
     assert rows() == first
 

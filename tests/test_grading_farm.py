@@ -28,14 +28,22 @@ def test_marks_each_submission_once_whatever_one_of_them_does(tmp_path: Path):
     once, always = hand_in(made, "cleo", {"die": 1}), hand_in(made, "dan", {"die": 99})
     raising = hand_in(made, "eve", {"error": "a disk\nfailed"})
     seen, ready = [], []
-    graded = run(made, on_result=lambda done, total, result: seen.append((done, total)), on_ready=lambda *about: ready.append(about))
+    graded = run(
+        made, on_result=lambda done, total, result: seen.append((done, total)), on_ready=lambda *about: ready.append(about)
+    )
     assert seen == [(done, 5) for done in range(1, 6)]
     assert ready[0][0].startswith("http://127.0.0.1:")
     assert ready[0][1:] == (2, 5)
     assert not graded.left
     for one in (*right, once):
         assert farm.final_result(made, one) == grading_made.result(one)
-    assert marked_times(made) == {right[0].sha256: 1, right[1].sha256: 1, once.sha256: 2, always.sha256: farm.TRIES, raising.sha256: 1}
+    assert marked_times(made) == {
+        right[0].sha256: 1,
+        right[1].sha256: 1,
+        once.sha256: 2,
+        always.sha256: farm.TRIES,
+        raising.sha256: 1,
+    }
     unmarked = {result.learner: result for result in made.results(LAB) if not result.final}
     assert set(unmarked) == {"dan", "eve"}
     assert "died 3 times" in unmarked["dan"].problems[0]
@@ -72,9 +80,20 @@ def test_what_has_to_be_marked(tmp_path: Path):
         farm.to_mark(made, LAB, ["dan"])
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from labsupport.grading.farm import only_one
+with only_one(Path(sys.argv[1])):
+    print("in", flush=True)
+    input()
+"""
+
+
 def test_one_grader_at_a_time_and_a_dead_one_leaves_no_lock(tmp_path: Path):
-    hold = f"from labsupport.grading.farm import only_one\nfrom pathlib import Path\nwith only_one(Path({str(tmp_path)!r})):\n print('in', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "in\n"
         with pytest.raises(GradingError, match="another `labs grade`"), farm.only_one(tmp_path):
             pass
@@ -87,7 +106,7 @@ def test_no_cluster_is_one_line(tmp_path: Path, monkeypatch):
     made = classroom(tmp_path / "class", {"ada": ""})
     hand_in(made, "ada", {})
     monkeypatch.setattr(farm, "WAIT", 0.2)
-    with pytest.raises(GradingError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+    with pytest.raises(GradingError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run(made, dask_address="tcp://127.0.0.1:9")
     with pytest.raises(GradingError, match=r"dask-gateway|has no cluster"):
         run(made, dask_address="gateway:course")

@@ -29,7 +29,9 @@ HERE = Path()
 
 @of_class.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder. Keep it to yourself: marks and the class's secret are in it.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder. Keep it to yourself: marks and the class's secret are in it.")
+    ],
     name: Annotated[str, typer.Option(help="Name of the class, as learners read it; the folder's without one.")] = "",
 ) -> None:
     """Make a class: settings, an empty roster to fill in, and a secret that makes its inputs. The first of the commands."""
@@ -38,17 +40,38 @@ def init(
 
         classroom = Classroom.create(folder, name)
         echo(f"made {classroom.folder}")
-        echo(f"Next: put your learners into {classroom.folder / ROSTER}, a row each, and hand out a lab: labs release 05 --class {folder}")
+        echo(
+            f"Next: put your learners into {classroom.folder / ROSTER}, a row each. Then hand out a lab: "
+            f"labs release 05 --class {folder}"
+        )
+
+
+@of_class.command()
+def sample(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Make a class of three made-up learners, and what they hand in for lab 02, to try the other commands on."""
+    with _errors("class sample"):
+        from labsupport.grading import sample as made_up
+
+        classroom = made_up.create(folder)
+        echo(f"made {classroom.folder} with {len(made_up.PEOPLE)} learners")
+        inbox = folder / made_up.INBOX
+        echo(f"Next: labs release {made_up.LAB:02d} --class {folder}, labs collect {made_up.LAB:02d} {inbox} --class {folder}")
 
 
 @app.command()
 def release(
     lab: Lab,
     folder: Folder = HERE,
-    due: Annotated[str | None, typer.Option(help="When it must be in: 2027-03-01, or with a time and zone 2027-03-01T18:00+01:00.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="An exercise that counts, such as 5.2. Repeat it. Without it all count.")] = None,
+    due: Annotated[
+        str | None, typer.Option(help="When it must be in: 2027-03-01, or with a time and zone 2027-03-01T18:00+01:00.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An exercise that counts, such as 5.2. Repeat it. Without it all count.")
+    ] = None,
     points: Annotated[list[str] | None, typer.Option(help="Points of an exercise, such as 5.2=4. Repeat it.")] = None,
-    own_numbers: Annotated[bool, typer.Option("--own-numbers", help="Give each learner a notebook with numbers of their own.")] = False,
+    own_numbers: Annotated[
+        bool, typer.Option("--own-numbers", help="Give each learner a notebook with numbers of their own.")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Replace notebooks that were handed out before.")] = False,
 ) -> None:
     """Hand out a lab: write the notebook that learners get into the class's folder. Run it again to change the date."""
@@ -71,9 +94,13 @@ def release(
 @app.command()
 def collect(
     lab: Lab,
-    source: Annotated[Path, typer.Argument(help="What came in: a folder, a zip from Moodle, Canvas or Gradescope, or one notebook.")],
+    source: Annotated[
+        Path, typer.Argument(help="What came in: a folder, a zip from Moodle, Canvas or Gradescope, or one notebook.")
+    ],
     folder: Folder = HERE,
-    kind: Annotated[str, typer.Option("--from", help="How files are named: auto, moodle, canvas, gradescope, nbgrader or folder.")] = "auto",
+    kind: Annotated[
+        str, typer.Option("--from", help="How files are named: auto, moodle, canvas, gradescope, nbgrader or folder.")
+    ] = "auto",
 ) -> None:
     """Take what was handed in into the class's folder. Nothing of it is run. The same files again change nothing."""
     with _errors("collect", "What was taken so far is whole; the same command goes on"):
@@ -87,23 +114,37 @@ def collect(
         for line in found.lines:
             echo(line)
         learners = len({one.learner for one in classroom.collected(number)})
-        echo(f"lab {number:02d}: {len(found.taken)} new, {found.known} known; {learners} of {len(classroom.roster)} learners have handed in")
+        echo(
+            f"lab {number:02d}: {len(found.taken)} new, {found.known} known; "
+            f"{learners} of {len(classroom.roster)} learners have handed in"
+        )
 
 
 @app.command()
 def grade(
     lab: Lab,
     folder: Folder = HERE,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that mark at the same time; one a processor without it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that mark at the same time; one a processor without it.")
+    ] = None,
     dask: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="A Dask scheduler whose workers see the class's folder, or gateway:NAME of Dask Gateway.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="A Dask scheduler whose workers see the class's folder, or gateway:NAME of Dask Gateway."
+        ),
     ] = "",
     unsafe: Annotated[
-        bool, typer.Option("--unsafe", help="Where no sandbox works, run what was handed in with all your rights. For trusted code only.")
+        bool,
+        typer.Option(
+            "--unsafe", help="Where no sandbox works, run what was handed in with all your rights. For trusted code only."
+        ),
     ] = False,
     again: Annotated[list[str] | None, typer.Option(metavar="LEARNER", help="Mark this learner once more. Repeat it.")] = None,
 ) -> None:
-    """Mark what was collected, in a sandbox. What has a mark keeps it; stop and start it as you like. Exit code 1 if something is left."""
+    """Mark what was collected, in a sandbox.
+
+    What has a mark keeps it; stop and start it as you like. Exit code 1 if something is left.
+    """
     with _errors("grade", "The same command goes on with what is left"):
         from labsupport.grading import farm, gradebook
 
@@ -133,7 +174,11 @@ def grade(
             stopped("grade", f"{len(graded.left)} submissions remain; the same command goes on with them")
         unfinished = [result for result in graded.results if not result.final]
         if unfinished:
-            fail("grade", f"{len(unfinished)} submissions are not fully marked: {unfinished[0].learner} and others; the same command tries again")
+            fail(
+                "grade",
+                f"not fully marked: {', '.join(result.learner for result in unfinished[:5])}, {len(unfinished)} in all; "
+                "the same command tries again",
+            )
         echo(f"wrote {book}. Next: labs report {number:02d}, labs feedback {number:02d}")
 
 
@@ -158,7 +203,7 @@ def mark(
         now = datetime.now().astimezone()
         override = Override(
             lab=number, learner=learner, exercise=exercise, points=points, reason=reason.strip(), by=by or _user(), when=now
-        )  # fmt: skip
+        )
         path = gradebook.set_by_hand(classroom, override)
         gradebook.rebuild(classroom)
         entry = next(one for one in gradebook.entries(classroom, number) if one.learner == learner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from labsupport.figures import base
 from labsupport.figures.base import CourseFigure
@@ -38,8 +39,11 @@ def distribution(marks: Sequence[float], of: float) -> CourseFigure:
     return figure
 
 
-def hardest(outcomes: Mapping[str, Mapping[str, int]]) -> CourseFigure:
-    """A bar for each exercise, the one that fewest have right on top. outcomes: by exercise, how many learners have each outcome."""
+def hardest(outcomes: Mapping[str, Mapping[Any, int]]) -> CourseFigure:
+    """A bar for each exercise, the one that fewest have right on top.
+
+    outcomes: by exercise, how many learners have each outcome.
+    """
     order = sorted(outcomes, key=lambda id: (outcomes[id].get("pass", 0) / max(1, sum(outcomes[id].values())), id))
     shares = ", ".join(f"{id} {outcomes[id].get('pass', 0)} of {sum(outcomes[id].values())}" for id in order)
     figure, axis = base.new(

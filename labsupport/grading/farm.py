@@ -1,7 +1,8 @@
 """A class's submissions on Dask: workers that live as long as the batch, and one result file for each submission that counts.
 
-Whatever dies, the files that are there are whole, and the same command goes on with those that are not. A worker that dies takes one submission
-with it, which is tried again, and after the third time gets a result that says so: no submission can stop the others.
+Whatever dies, the files that are there are whole, and the same command goes on with those that are not. A worker that dies
+takes one submission with it, which is tried again, and after the third time gets a result that says so: no submission can stop
+the others.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ OnResult = Callable[[int, int, Result], None]
 
 @dataclass
 class Graded:
-    """What a batch did. results: of this time. before: submissions that had a final result. left: those that have none. seconds: wall clock.
+    """What a batch did.
 
-    lines: what went wrong with single submissions, a sentence each. stopped: whether Ctrl-C ended it.
+    results: of this time. before: submissions that had a final result. left: those that have none. seconds: wall clock. lines: what
+    went wrong with single submissions, a sentence each. stopped: whether Ctrl-C ended it.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -50,7 +52,10 @@ class Graded:
 
 
 def to_mark(classroom: Classroom, lab: int, again: Collection[str] = ()) -> tuple[list[Collected], int]:
-    """The submissions that count and have no final result, and how many have one. again: learners whose results are made anew."""
+    """The submissions that count and have no final result, and how many have one.
+
+    again: learners whose results are made anew.
+    """
     release, by_learner = classroom.release(lab), defaultdict[str, list[Collected]](list)
     for one in classroom.collected(lab):
         by_learner[one.learner].append(one)
@@ -86,9 +91,10 @@ def grade(
     """Mark what has to be marked. on_ready: called before the first, with the address of Dask's dashboard, the number of workers
     and of submissions.
 
-    workers: processes on this machine, as many as there are processors without it. dask_address: of a scheduler whose workers see the class's
-    folder under the same path, or "gateway:NAME" for a cluster of Dask Gateway. marker: in place of `marking.mark`.
-    Ctrl-C ends it; `Graded.left` says what remains. Raises GradingError: no sandbox, no cluster, another grader at work.
+    workers: processes on this machine, as many as there are processors without it. dask_address: of a scheduler whose workers
+    see the class's folder under the same path, or "gateway:NAME" for a cluster of Dask Gateway. marker: in place of
+    `marking.mark`. Ctrl-C ends it; `Graded.left` says what remains. Raises GradingError: no sandbox, no cluster, another grader
+    at work.
     """
     began = time.monotonic()
     with only_one(classroom.folder):
@@ -119,7 +125,10 @@ def grade(
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Inside, this process is the only grader of the class. The lock is the operating system's: it ends with the process, however that ends."""
+    """Inside, this process is the only grader of the class.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK, timeout=0)
@@ -152,16 +161,19 @@ class _Task:
         there = final_result(classroom, collected)
         if there is not None and collected.learner not in self.again:
             return there  # of a worker that wrote it and then died
-        if self.marker is None:
-            from labsupport.grading.marking import mark
-        else:
-            mark = self.marker
+        mark = self.marker or _marking()
         result = mark(classroom, collected, _sandbox(self.sandbox_kind, self.unsafe))
         path = classroom.result_path(collected)
         with files.explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         result.write(path)
         return result
+
+
+def _marking() -> Marker:
+    from labsupport.grading.marking import mark  # not before it is needed: it brings torch
+
+    return mark
 
 
 _sandboxes: dict[tuple[str, bool], Sandbox] = {}  # in a worker
@@ -178,7 +190,8 @@ def _outcomes(
 ) -> Iterator[tuple[Collected, Result | Exception]]:
     """Each submission with its result, or with what went wrong in its last try. Never more tasks at a time than workers.
 
-    So a worker that dies has one submission on it, and no other is blamed. own: whether the cluster is ours, and leaves it to us to try again.
+    So a worker that dies has one submission on it, and no other is blamed. own: whether the cluster is ours, and leaves it to
+    us to try again.
     """
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
@@ -245,8 +258,13 @@ def _unmarked(classroom: Classroom, collected: Collected, reason: str) -> Result
         for id, of in classroom.release(collected.lab).points.items()
     }
     return Result(
-        lab=collected.lab, learner=collected.learner, sha256=collected.sha256, handed_in=collected.handed_in, marks=marks, problems=(reason,)
-    )  # fmt: skip
+        lab=collected.lab,
+        learner=collected.learner,
+        sha256=collected.sha256,
+        handed_in=collected.handed_in,
+        marks=marks,
+        problems=(reason,),
+    )
 
 
 # Clusters -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A page for each learner: the mark and how it came about, what was seen in each answer, predictions beside what was measured.
 
-All texts in it come from outside: they are escaped, cut, and without control characters. A page has no script, no link and no address.
+All texts in it come from outside: they are escaped, cut, and without control characters. A page has no script, no link and no
+address.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ from labsupport.grading.records import Outcome, Override
 from labsupport.model import files
 
 SAYS: dict[Outcome, str] = {
-    "pass": "right", "wrong": "not right", "blank": "blank", "raised": "it raised an error or gave nothing that can be used",
-    "stopped": "it was stopped", "missing": "not in the notebook", "unmarked": "not marked yet",
-}  # fmt: skip
+    "pass": "right",
+    "wrong": "not right",
+    "blank": "blank",
+    "raised": "it raised an error or gave nothing that can be used",
+    "stopped": "it was stopped",
+    "missing": "not in the notebook",
+    "unmarked": "not marked yet",
+}
 FIGURES = {"difference": "largest difference", "allowed": "difference allowed"}
 REVISIT = re.compile(r"^revisit\((predicted_\w+),.*\)$", re.MULTILINE)
 MEASURED = re.compile(
@@ -49,10 +55,18 @@ def page(classroom: Classroom, lab: int, entry: Entry) -> str:
     who = classroom.roster.get(entry.learner, Learner(entry.learner))
     result = entry.result
     return texts.page(
-        "feedback.html", lab=lab, title=report.title(lab), name=who.name or who.id, class_name=classroom.settings.name, entry=entry,
-        how=how(classroom, lab, entry), exercises=[_exercise(line) for line in entry.lines], predictions=_predictions(classroom, lab, entry),
-        remarks=(*result.problems, *result.remarks) if result else (), number=report.number,
-    )  # fmt: skip
+        "feedback.html",
+        lab=lab,
+        title=report.title(lab),
+        name=who.name or who.id,
+        class_name=classroom.settings.name,
+        entry=entry,
+        how=how(classroom, lab, entry),
+        exercises=[_exercise(line) for line in entry.lines],
+        predictions=_predictions(classroom, lab, entry),
+        remarks=(*result.problems, *result.remarks) if result else (),
+        number=report.number,
+    )
 
 
 def how(classroom: Classroom, lab: int, entry: Entry) -> list[str]:
@@ -78,7 +92,8 @@ def how(classroom: Classroom, lab: int, entry: Entry) -> list[str]:
             said.append(f"After {policy.last_day} days nothing is taken.")
         else:
             said.append(
-                f"Each day costs {100 * policy.late:g} %: {report.number(entry.before_late)} became {report.number(entry.points)} points."
+                f"Each day costs {100 * policy.late:g} %: "
+                f"{report.number(entry.before_late)} became {report.number(entry.points)} points."
             )
     if any(line.outcome == "wrong" and line.mark and line.mark.share and not line.by_hand for line in entry.lines):
         said.append(f"An answer with some outputs right and others not gets at most {100 * policy.partial:g} % of its points.")
@@ -99,12 +114,21 @@ def _by_hand(one: Override) -> str:
 def _exercise(line: Line) -> dict[str, object]:
     mark = line.mark
     return {
-        "id": line.exercise, "title": get(line.exercise).title, "points": line.points, "of": line.of, "passed": line.outcome == "pass",
-        "result": "set by hand" if line.by_hand else SAYS[line.outcome] + (", in part" if mark and line.outcome == "wrong" and mark.share else ""),
-        "message": mark.message if mark else "", "printed": mark.printed if mark else "",
-        "figures": {FIGURES.get(name, name): value for name, value in mark.figures.items()} if mark else {},
+        "id": line.exercise,
+        "title": get(line.exercise).title,
+        "points": line.points,
+        "of": line.of,
+        "passed": line.outcome == "pass",
+        "result": "set by hand"
+        if line.by_hand
+        else SAYS[line.outcome] + (", in part" if mark and line.outcome == "wrong" and mark.share else ""),
+        "message": mark.message if mark else "",
+        "printed": mark.printed if mark else "",
+        "figures": {FIGURES.get(name, name): value for name, value in mark.figures.items()}
+        if mark and any(mark.figures.values())
+        else {},
         "by_hand": _by_hand(line.by_hand) if line.by_hand else "",
-    }  # fmt: skip
+    }
 
 
 def _predictions(classroom: Classroom, lab: int, entry: Entry) -> list[dict[str, str]]:
@@ -123,7 +147,10 @@ def _predictions(classroom: Classroom, lab: int, entry: Entry) -> list[dict[str,
 
 @cache
 def measurements(lab: int) -> dict[str, tuple[str, str]]:
-    """By the name of a prediction: what it is about, and what the course's own run measured, as the solved notebook shows. Empty without it."""
+    """By the name of a prediction:
+
+    what it is about, and what the course's own run measured, as the solved notebook shows. Empty without it.
+    """
     blank = workbook.chapter(str(lab))
     solved = blank.parent / "solutions" / blank.name
     found: dict[str, tuple[str, str]] = {}

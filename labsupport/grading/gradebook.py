@@ -1,7 +1,7 @@
 """The book of a class: each learner's mark in each lab, with how it came about. Made from files, at any time, in one go.
 
-`rebuild` writes it as a SQLite file for whoever wants to ask questions of it. Nothing else writes there, and nothing reads it back: roster,
-releases, collected files, results and overrides are the truth.
+`rebuild` writes it as a SQLite file for whoever wants to ask questions of it. Nothing else writes there, and nothing reads it
+back: roster, releases, collected files, results and overrides are the truth.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ State = Literal["marked", "partly marked", "not marked yet", "too late", "none h
 class Line:
     """One exercise of one learner in the book.
 
-    points, of: as the exercise counts in this class, with its weight. by_hand: the override that set the points. mark: what was found in the
-    submission, None without one.
+    points, of: as the exercise counts in this class, with its weight. by_hand: the override that set the points. mark: what was
+    found in the submission, None without one.
     """
 
     exercise: str
@@ -38,9 +38,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Entry:
-    """One learner's row for one lab. points: the mark, after lateness, rounded; before_late: without it. counts: the submission that does.
+    """One learner's row for one lab.
 
-    result: what was found in it. submissions: how many there are. days_late: that cost something. by_hand: all overrides, old ones too.
+    points: the mark, after lateness, rounded; before_late: without it. counts: the submission that does. result: what was found in
+    it. submissions: how many there are. days_late: that cost something. by_hand: all overrides, old ones too.
     """
 
     learner: str
@@ -62,7 +63,10 @@ def rounded(value: float, digits: int = 2) -> float:
 
 
 def days_late(handed_in: datetime, due: datetime | None) -> int:
-    """Days begun after `due`: 0 at the second of `due` itself, 1 from the next one on. Each time in its own zone; without one, UTC."""
+    """Days begun after `due`:
+
+    0 at the second of `due` itself, 1 from the next one on. Each time in its own zone; without one, UTC.
+    """
     if due is None:
         return 0
     return math.ceil(max(0, math.floor((_aware(handed_in) - _aware(due)).total_seconds())) / DAY)
@@ -71,8 +75,8 @@ def days_late(handed_in: datetime, due: datetime | None) -> int:
 def counting(collected: Sequence[Collected], release: Release, policy: Policy) -> list[Collected]:
     """The submissions of one learner that have to be marked: one, or all in time where the best counts.
 
-    What comes after `last_day` is not taken while there is something else. In the order of handing in: a clock that runs backwards does not
-    put an old file last by itself, for equal times the file's hash decides, the same on every run.
+    What comes after `last_day` is not taken while there is something else. In the order of handing in: a clock that runs
+    backwards does not put an old file last by itself, for equal times the file's hash decides, the same on every run.
     """
     ordered = sorted(collected, key=lambda one: (_aware(one.handed_in), one.sha256))
     taken = [one for one in ordered if days_late(one.handed_in, release.due) <= policy.last_day]
@@ -82,7 +86,10 @@ def counting(collected: Sequence[Collected], release: Release, policy: Policy) -
 
 
 def weights(points: Mapping[str, float], policy: Policy) -> dict[str, float]:
-    """By exercise what its points are multiplied by. All points together stay what they are, so that the lab counts the same in the class."""
+    """By exercise what its points are multiplied by.
+
+    All points together stay what they are, so that the lab counts the same in the class.
+    """
     raw = {id: policy.understanding if KIND.get(id, "build") != "build" else 1.0 for id in points}
     heavy = sum(points[id] * raw[id] for id in points)
     scale = sum(points.values()) / heavy if heavy else 1.0
@@ -107,8 +114,14 @@ def entry(
 
 
 def _entry(
-    learner: str, release: Release, policy: Policy, counts: Collected | None, result: Result | None, submissions: int, overrides: Sequence[Override]
-) -> Entry:  # fmt: skip
+    learner: str,
+    release: Release,
+    policy: Policy,
+    counts: Collected | None,
+    result: Result | None,
+    submissions: int,
+    overrides: Sequence[Override],
+) -> Entry:
     latest = {one.exercise: one for one in overrides}
     late = days_late(counts.handed_in, release.due) if counts else 0
     if LATE in latest:
@@ -123,15 +136,23 @@ def _entry(
     before = sum(line.points for line in lines if line.by_hand or not too_late)
     share = 1.0 if too_late else max(0.0, 1 - policy.late * late)
     return Entry(
-        learner=learner, state=_state(counts, lines, too_late), points=rounded(before * share), of=rounded(sum(release.points.values())),
-        before_late=rounded(before), days_late=late, lines=lines, counts=counts, result=result, submissions=submissions,
+        learner=learner,
+        state=_state(counts, lines, too_late),
+        points=rounded(before * share),
+        of=rounded(sum(release.points.values())),
+        before_late=rounded(before),
+        days_late=late,
+        lines=lines,
+        counts=counts,
+        result=result,
+        submissions=submissions,
         by_hand=tuple(overrides),
-    )  # fmt: skip
+    )
 
 
 def _line(
     id: str, of: float, weight: float, mark: Marked | None, by_hand: Override | None, handed_in: bool, policy: Policy
-) -> Line:  # fmt: skip
+) -> Line:
     outcome: Outcome = mark.outcome if mark else "unmarked" if handed_in else "missing"
     if by_hand:
         points = by_hand.points

@@ -2,13 +2,15 @@
 
 What the systems take, as their documentation has it:
 
-- Canvas (Gradebook, Import): the columns Student, ID, SIS User ID, SIS Login ID, Section, then one an assignment; a row "Points Possible" under
-  the header. Canvas finds a learner by ID, SIS User ID or SIS Login ID: the class's learner id goes into SIS User ID, the part of the email before the @ is
-  no one's business, so SIS Login ID holds the email. An assignment that Canvas does not know is made.
-- Moodle (Grades, Import, CSV file; docs.moodle.org/en/Grade_import): any columns, mapped by hand. Map "ID number" or "Email address", which Moodle compares with case.
-  Grade and feedback are mapped together: feedback alone would empty the grades.
-- Gradescope imports no marks from a spreadsheet. Its roster takes a CSV with a name, an email and an ID; and an autograder writes /autograder/results/results.json
-  (gradescope-autograders.readthedocs.io/en/latest/specs). So there is a roster, and one such file for each learner, which a script called `run_autograder` can copy.
+- Canvas (Gradebook, Import): the columns Student, ID, SIS User ID, SIS Login ID, Section, then one an assignment; a row "Points
+  Possible" under the header. Canvas finds a learner by one of ID, SIS User ID and SIS Login ID. The class's learner id goes
+  into SIS User ID and the email into SIS Login ID; a school whose logins are something else replaces that column. An assignment
+  that Canvas does not know is made.
+- Moodle (Grades, Import, CSV file; docs.moodle.org/en/Grade_import): any columns, mapped by hand. Map "ID number" or "Email
+  address", which Moodle compares with case. Grade and feedback are mapped together: feedback alone would empty the grades.
+- Gradescope imports no marks from a spreadsheet. Its roster takes a CSV with a name, an email and an ID; and an autograder
+  writes /autograder/results/results.json (gradescope-autograders.readthedocs.io/en/latest/specs). So there is a roster, and one
+  such file for each learner, which a script called `run_autograder` can copy.
 
 Each cell is made harmless: a name or a message that begins like a formula gets an apostrophe.
 """
@@ -78,7 +80,10 @@ def marks(classroom: Classroom, entries: Sequence[Entry]) -> list[list[object]]:
 
 
 def canvas(classroom: Classroom, lab: int, entries: Sequence[Entry]) -> list[list[object]]:
-    """Canvas's own names of columns; ID, its own number of a learner, stays empty. A learner whose marks are not there yet gets an empty cell."""
+    """Canvas's own names of columns; ID, its own number of a learner, stays empty.
+
+    A learner whose marks are not there yet gets an empty cell.
+    """
     name = _assignment(lab)
     of = entries[0].of if entries else sum(classroom.release(lab).points.values())
     rows: list[list[object]] = [
@@ -101,7 +106,9 @@ def moodle(classroom: Classroom, lab: int, entries: Sequence[Entry]) -> list[lis
 
 
 def gradescope_roster(classroom: Classroom) -> list[list[object]]:
-    return [["Full Name", "Email", "SID"], *([one.name, one.email, one.id] for one in classroom.roster.values())]
+    rows: list[list[object]] = [["Full Name", "Email", "SID"]]
+    rows += ([one.name, one.email, one.id] for one in classroom.roster.values())
+    return rows
 
 
 def gradescope(entry: Entry) -> dict[str, object]:
@@ -181,13 +188,20 @@ def page(classroom: Classroom, lab: int, entries: Sequence[Entry], figures: dict
     ]
     problems = [f"{entry.learner}: {sentence}" for entry in entries if entry.result for sentence in entry.result.problems]
     shown = [
-        {"title": titles[name], "alt": figure.alt, "png": base64.b64encode(pngs[name]).decode()}
-        for name, figure in figures.items()
+        {"title": titles[name], "alt": figure.alt, "png": base64.b64encode(pngs[name]).decode()} for name, figure in figures.items()
     ]
     return texts.page(
-        "report.html", lab=lab, title=title(lab), class_name=classroom.settings.name, facts=facts, pictures=shown,
-        mistakes=commonest(entries), entries=entries, problems=strangers + problems, number=number,
-    )  # fmt: skip
+        "report.html",
+        lab=lab,
+        title=title(lab),
+        class_name=classroom.settings.name,
+        facts=facts,
+        pictures=shown,
+        mistakes=commonest(entries),
+        entries=entries,
+        problems=strangers + problems,
+        number=number,
+    )
 
 
 def title(lab: int) -> str:

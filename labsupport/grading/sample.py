@@ -6,16 +6,21 @@ Each answer is right (the solution's text), wrong in a way that people are, blan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nbformat import NotebookNode
 
 from labsupport.course import workbook
 from labsupport.course.carry import answer_key, is_prediction
 from labsupport.exercises.registry import exercises_of
+from labsupport.grading.classroom import COLUMNS, ROSTER, SETTINGS, Classroom
 from labsupport.grading.records import GradingError
+from labsupport.model import files
 
 LAB = 2
-PREFIX = "answer-2-"
+INBOX = "inbox"
+PREDICTED = "predicted_rise"
+ANSWER_SECONDS = 5.0  # one answer never ends, and nobody wants to wait for it
 
 # By exercise: what stands in the solution, and what a learner wrote in its place.
 WRONG = {
@@ -28,7 +33,7 @@ ENDLESS = "def best_clip(weight, bits, factors):\n    while True:\n        pass\
 
 @dataclass(frozen=True)
 class Person:
-    """learner: the id. wrong, blank, endless: exercises by id; all others are right. prediction: what stands in the cell."""
+    """learner: the id. wrong, blank, endless: exercises by id; all others are right. prediction: what PREDICTED is set to."""
 
     learner: str
     name: str
@@ -47,8 +52,27 @@ class Person:
 PEOPLE = (
     Person("ada", "Ada Right", prediction="15.0"),
     Person("ben", "Ben Partly", wrong=("2.1", "2.3", "2.4"), blank=("2.7",), endless=("2.8",), prediction="3.0"),
-    Person("cleo", "Cleo Blank", blank=tuple(exercise.id for exercise in exercises_of(LAB))),
+    Person("cleo", "Chloé Blank", blank=tuple(exercise.id for exercise in exercises_of(LAB))),
 )
+
+
+def create(folder: Path) -> Classroom:
+    """Make the class, with its roster and an inbox that looks like what Moodle lets one download: a folder for each person.
+
+    Raises GradingError, as Classroom.create does, and where the solutions are not there; nothing is left behind then.
+    """
+    handed_in = {person: notebook(person) for person in PEOPLE}
+    classroom = Classroom.create(folder, "A sample class")
+    limits = classroom.settings.limits.model_copy(update={"answer_seconds": ANSWER_SECONDS})
+    classroom.settings.model_copy(update={"limits": limits}).write(classroom.folder / SETTINGS)
+    rows = [",".join(COLUMNS), *(f"{person.learner},{person.name},{person.learner}@example.org" for person in PEOPLE)]
+    files.write_text(classroom.folder / ROSTER, "\n".join(rows) + "\n")
+    name = workbook.chapter(str(LAB)).name
+    for number, (person, made) in enumerate(handed_in.items(), 1001):
+        theirs = classroom.folder / INBOX / f"{person.name}_{number}_assignsubmission_file"
+        theirs.mkdir(parents=True)
+        workbook.write(made, theirs / name)
+    return Classroom.open(folder)
 
 
 def notebook(person: Person) -> NotebookNode:
@@ -62,8 +86,8 @@ def notebook(person: Person) -> NotebookNode:
     for cell in handed_in.cells:
         key = answer_key(cell) or ""
         if is_prediction(cell):
-            cell.source = cell.source.replace("None", person.prediction, 1)
-        elif key.startswith(PREFIX):
+            cell.source = cell.source.replace(f"{PREDICTED} = None", f"{PREDICTED} = {person.prediction}")
+        elif key:
             cell.source = _answer(person, key.removeprefix("answer-").replace("-", "."), cell.source, solutions[key])
     return handed_in
 

@@ -89,17 +89,29 @@ def rows_of(lab: int, entry: Entry) -> list[Table]:
     """What the book says of one learner in one lab."""
     learner = entry.learner
     total = Total(
-        lab=lab, learner=learner, points=entry.points, of=entry.of, before_late=entry.before_late, days_late=entry.days_late,
-        state=entry.state, sha256=entry.counts.sha256 if entry.counts else "",
-    )  # fmt: skip
+        lab=lab,
+        learner=learner,
+        points=entry.points,
+        of=entry.of,
+        before_late=entry.before_late,
+        days_late=entry.days_late,
+        state=entry.state,
+        sha256=entry.counts.sha256 if entry.counts else "",
+    )
     marks = [
         Mark(
-            lab=lab, learner=learner, exercise=line.exercise, outcome=line.outcome, points=line.points, of=line.of,
-            message=line.mark.message if line.mark else "", seconds=line.mark.seconds if line.mark else 0.0,
+            lab=lab,
+            learner=learner,
+            exercise=line.exercise,
+            outcome=line.outcome,
+            points=line.points,
+            of=line.of,
+            message=line.mark.message if line.mark else "",
+            seconds=line.mark.seconds if line.mark else 0.0,
             by=(line.by_hand.by or "by hand") if line.by_hand else "",
         )
         for line in entry.lines
-    ]  # fmt: skip
+    ]
     changes = [
         Change(
             lab=lab,

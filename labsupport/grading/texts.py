@@ -13,7 +13,10 @@ LONGEST = 4000  # characters of a text on a page
 
 
 def visible(text: str, longest: int = LONGEST) -> str:
-    """Without what a page or terminal obeys or hides: control characters and changes of direction become escapes. Cut at `longest`."""
+    """Without what a page or terminal obeys or hides:
+
+    control characters and changes of direction become escapes. Cut at `longest`.
+    """
     cut = text[:longest]
     shown = "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in cut.replace("\r\n", "\n")
@@ -22,7 +25,7 @@ def visible(text: str, longest: int = LONGEST) -> str:
 
 
 def cell(value: object) -> object:
-    """A spreadsheet's cell. A text that a spreadsheet would take for a formula gets an apostrophe in front; a number stays a number.
+    """A spreadsheet's cell. A text that would be taken for a formula gets an apostrophe in front; a number stays a number.
 
     Spaces in front do not help a formula: they are looked past.
     """
