@@ -42,7 +42,7 @@ ATTACKS = read()
 def spread(attacks: tuple[Attack, ...], ids: Mapping[int, list[str]]) -> list[tuple[int, dict[str, Attack]]]:
     """Notebooks that together hold each attack once: the lab, and its attacks by exercise. ids: of each lab's exercises.
 
-    One that is alone has a notebook of its own.
+    One that is alone has a notebook of its own, and stands first in it: what it spoils is then run again only once.
     """
     notebooks: list[tuple[int, dict[str, Attack]]] = []
     labs = {id: lab for lab, all_of_it in ids.items() for id in all_of_it}
@@ -50,9 +50,9 @@ def spread(attacks: tuple[Attack, ...], ids: Mapping[int, list[str]]) -> list[tu
     for attack in sorted(attacks, key=lambda attack: not attack.ids):  # those that fit few places first
         wanted = [id for id in attack.ids if id in labs] or [id for lab in ids for id in ids[lab]]
         if attack.alone:
-            id = wanted[turn % len(wanted)]
+            lab = list(ids)[turn % len(ids)]
             turn += 1
-            notebooks.append((labs[id], {id: attack}))
+            notebooks.append((lab, {ids[lab][0]: attack}))
             continue
         for lab, taken in notebooks:
             free = [id for id in wanted if labs[id] == lab and id not in taken]

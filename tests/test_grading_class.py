@@ -18,13 +18,13 @@ NOW = datetime(2027, 3, 1, 12, tzinfo=UTC)
 
 def test_a_new_class(tmp_path: Path) -> None:
     made = Classroom.create(tmp_path / "a" / "class", "Spring")
+    assert stat.S_IMODE((made.folder / ".secret").stat().st_mode) == 0o600
     opened = Classroom.open(tmp_path / "a" / "class")
     assert opened == made
     assert opened.settings.name == "Spring"
     assert opened.roster == {}
     names = sorted(path.name for path in opened.folder.iterdir())
     assert names == [".secret", "class.json", "collected", "feedback", "overrides", "release", "reports", "results", "roster.csv"]
-    assert stat.S_IMODE((opened.folder / ".secret").stat().st_mode) == 0o600
     assert stat.S_IMODE(opened.folder.stat().st_mode) == 0o700
     assert len(opened.key) == 32
     assert Classroom.create(tmp_path / "b").key != opened.key

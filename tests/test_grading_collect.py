@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import struct
-import time
 import zipfile
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -508,6 +507,18 @@ def test_a_bomb_that_hides_its_size_is_cut_off(tmp_path: Path, monkeypatch: pyte
         archive.read_notebook(entry)
 
 
+def test_a_file_that_grows_is_cut_off() -> None:
+    asked = []
+
+    def endless(most: int) -> bytes:
+        asked.append(most)
+        return bytes(most)
+
+    with pytest.raises(archive.Unreadable, match="has more than 20 MB"):
+        archive.read_notebook(archive.Entry(PurePosixPath("a.ipynb"), 10, None, endless))
+    assert asked == [20_000_001]
+
+
 def test_too_much_in_all(classroom: Classroom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labsupport.grading.collect.MOST_BYTES", len(FIVE) + 10_000)
     source = laid_out(tmp_path / "in", {"jsmith.ipynb": notebook("a"), "li.ipynb": notebook("b")})
@@ -537,7 +548,7 @@ def test_deep_folders_end(tmp_path: Path) -> None:
     assert "more than 12 folders deep, not looked into" in found.lines[0]
 
 
-def test_hostile_names_are_matched_quickly() -> None:
+def test_hostile_names_come_to_an_end() -> None:
     entries = [
         archive.Entry(PurePosixPath(name), 1, None, lambda most: b"")
         for name in (
@@ -547,9 +558,7 @@ def test_hostile_names_are_matched_quickly() -> None:
             "a_1_assignsubmission" * 5_000 + ".ipynb",
         )
     ]
-    start = time.process_time()
-    naming.recognized(entries)
-    assert time.process_time() - start < 2
+    assert naming.recognized(entries) == "folder"
 
 
 def test_a_zip_in_utf_8_that_does_not_say_so(classroom: Classroom, tmp_path: Path) -> None:

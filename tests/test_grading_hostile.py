@@ -217,7 +217,7 @@ def test_a_helper_that_patches_spoils_only_the_answer_that_uses_it(world):
 
 
 def test_what_is_said_to_hurt_readers_stays_text(world):
-    """In a result it stands as it was written, without half characters: JSON is UTF-8. Pages escape it; no cell begins a formula."""
+    """In a result it stands as it was written, without half characters: JSON is UTF-8. A page escapes it; no cell is a formula."""
     text = "def sqnr_db(*a):\n    print('<script>alert(1)</script>', '\\ud800')\n    raise ValueError('=cmd|A0 <img> \\ud800')\n"
     last = "class E(Exception):\n    def __str__(s): return '\u202e<b>'\nE.__name__ = '=HYPERLINK'\ndef dequantize(*a): raise E\n"
     handed_in = world.notebook(2, {"2.6": text, "2.4": last})
@@ -237,6 +237,7 @@ def test_what_is_said_to_hurt_readers_stays_text(world):
     file = f"collected/02/mallory/{result.sha256}.ipynb"
     one = Collected(lab=2, learner="mallory", sha256=result.sha256, file=file, handed_in=result.handed_in)
     one.write((world.folder / file).with_suffix(".json"))
+    room.result_path(one).parent.mkdir(parents=True)
     result.write(room.result_path(one))
     entry = next(entry for entry in gradebook.entries(room, 2) if entry.learner == "mallory")
     page = feedback.page(room, 2, entry)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat import NotebookNode
 
 from labsupport.course import workbook
@@ -19,7 +20,7 @@ from labsupport.exercises.registry import exercises_of, get
 from labsupport.grading import own, submission
 from labsupport.grading.classroom import Classroom
 from labsupport.grading.items import PREDICTION, QUESTIONS
-from labsupport.grading.records import GradingError, Submission
+from labsupport.grading.records import GradingError, Release, Submission
 from labsupport.grading.release import release
 from labsupport.model import files
 
@@ -234,6 +235,45 @@ def test_a_prediction_of_one_s_own_is_right_within_five_percent_and_a_round_gues
         assert judge(theirs) == ("wrong" if theirs == float(f"{theirs:.3g}") else f"as {name}")
 
 
+def test_a_round_guess_that_somebody_else_has_as_a_number_is_only_wrong(classroom: Classroom) -> None:
+    """Lab 15 asks for a whole number of users."""
+    drawn, _ = own.draw(classroom, 15, [], own.Drawn())
+    own.path_of(classroom, 15).parent.mkdir()
+    drawn.write(own.path_of(classroom, 15))
+    shared = Release(lab=15, points={}, notebook="15_choose_and_ship.ipynb", own_numbers=True)
+    said = [
+        own.judge(classroom, shared, name, Submission(answers={}, own={PREDICTION: theirs[PREDICTION].number}))[PREDICTION]
+        for name, mine in drawn.items.items()
+        for theirs in drawn.items.values()
+        if abs(theirs[PREDICTION].number / mine[PREDICTION].number - 1) > 0.06 and theirs[PREDICTION].number < 1000
+    ]
+    assert len(said) > 10
+    assert set(said) == {"wrong"}
+
+
+def test_a_learner_s_constants_are_nobody_else_s_even_where_the_roster_changes(classroom: Classroom) -> None:
+    alone = []
+    for name in ("u0", "u1"):
+        only = with_roster(classroom.folder, f"learner\n{name}\n")
+        drawn, _ = own.draw(only, 5, ["5.3"], own.Drawn())
+        alone += [drawn.items[name]["5.3"].constants, drawn.items[name][PREDICTION].constants]
+    assert len(set(alone)) == 4
+
+
+@pytest.mark.parametrize("id", ["4.2", "5.7", "6.1", "9.5"])
+def test_an_answer_at_the_end_of_what_is_allowed_is_right(id: str) -> None:
+    from labsupport.exercises.judging import outputs
+
+    exercise, constants = get(id), (12345678,)
+    given = exercise.inputs(constants[0])
+    want = outputs(exercise, exercise.reference, given)
+    limits = exercise.allowed(given, want)
+    edge = {name: value + 0.9 * (limits[name] if isinstance(limits, dict) else limits) for name, value in want.items()}
+    number, within = expected(exercise, constants)
+    flat = torch.zeros(0)  # no entry of these may be anything
+    assert 0 < abs(reduce(exercise, edge, flat) - number) <= within < 1e-3 * max(1, abs(number))
+
+
 def test_constants_come_from_the_secret(classroom: Classroom, tmp_path: Path) -> None:
     release(classroom, 5, own_numbers=True)
     first = own.load(classroom, 5)
@@ -291,7 +331,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable]
     return lambda id, answer: records.__setitem__(id, session.Record(answer, "pass", ""))
 
 
-@pytest.mark.parametrize("id", ["1.1", "2.3", "2.6", "3.2", "4.1", "5.1", "5.3", "5.5", "6.3", "12.2", "14.5"])
+@pytest.mark.parametrize("id", ["1.1", "2.1", "2.3", "2.6", "3.2", "4.1", "5.1", "5.3", "5.5", "6.3", "12.2", "14.5"])
 def test_what_the_learner_sees_is_what_is_expected(
     id: str, passed: Callable[[str, Callable], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,7 +363,7 @@ def test_a_wrong_answer_has_another_number() -> None:
             continue
         number, within = expected(exercise, (12345678,))
         for mistake in exercise.mistakes:
-            theirs = reduce(exercise, outputs(exercise, mistake.answer, exercise.inputs(12345678)))
+            theirs = reduce(exercise, outputs(exercise, mistake.answer, exercise.inputs(12345678)), torch.zeros(0))
             different, same = different + (abs(theirs - number) > within), same + (abs(theirs - number) <= within)
     assert different >= 20
     assert same <= different / 10

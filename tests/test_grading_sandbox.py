@@ -1,10 +1,12 @@
 """The sandbox keeps its promises: what is tried inside, fails, and what is left in /out is plain files of bounded size."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -273,6 +275,7 @@ def test_processes_are_few_and_a_fork_fails_when_there_are_more(box, tmp_path):
     assert int((out / "count").read_text()) == QUICK.processes - itself
 
 
+@pytest.mark.slow  # two processors for a second
 def test_a_fork_bomb_ends_with_the_time(box, tmp_path):
     code = "import os\nwhile True:\n try:\n  os.fork()\n except OSError:\n  pass"
     ended, _ = inside(box, tmp_path, code, QUICK.model_copy(update={"notebook_seconds": 1.0}))
@@ -583,6 +586,45 @@ def test_a_file_that_was_left_is_read_only_if_it_is_plain(tmp_path):
         sandbox.regular(tmp_path, 5)
     with pytest.raises(GradingError, match="more than 4 bytes"):
         sandbox.regular(tmp_path / "plain", 4)
+
+
+def _verdict(program, architecture, number, argument=0):
+    """What a filter returns, by the rules of classic BPF that it uses."""
+    data = struct.pack("=iIQQ", number, architecture, 0, argument)  # struct seccomp_data, as far as it is read
+    steps, place, value = list(struct.iter_unpack("=HBBI", program)), 0, 0
+    while True:
+        code, if_true, if_false, operand = steps[place]
+        place += 1
+        if code == 0x06:
+            return operand
+        if code == 0x20:
+            value = struct.unpack_from("=I", data, operand)[0]
+            continue
+        holds = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[code]
+        place += if_true if holds else if_false
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_the_filter_refuses_what_it_says(machine):
+    architecture, calls, sockets, clone = seccomp.MACHINES[machine]
+    program = seccomp.program(machine)
+    allow, kill = 0x7FFF0000, 0x80000000
+    refuse, nothing_such, no_family = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT))
+    for number in (*calls.values(), *seccomp.EVERYWHERE.values()):
+        assert _verdict(program, architecture, number) == refuse
+    assert _verdict(program, architecture, 435) == nothing_such  # clone3
+    assert _verdict(program, architecture, clone, 0x11) == allow  # a fork
+    assert _verdict(program, architecture, clone, 0x10000011) == refuse  # in a user namespace of its own
+    assert [_verdict(program, architecture, sockets, family) for family in (1, 2, 10)] == [allow] * 3
+    assert [_verdict(program, architecture, sockets, family) for family in (0, 16, 38, 40)] == [no_family] * 4
+    assert _verdict(program, 0x40000003, 1) == kill  # the 32-bit calls of Intel
+    assert all(_verdict(program, architecture, number) == allow for number in (0, 1, 3, 9, 12, 59, 60, 221, 222, 257))
+    if machine == "x86_64":
+        assert _verdict(program, architecture, 0x40000000 | 56) == kill
+
+
+def test_a_processor_that_the_filter_does_not_know_has_none():
+    assert seccomp.program("riscv64") is None
 
 
 def test_dockers_command_line_says_every_limit(tmp_path):

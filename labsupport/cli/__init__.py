@@ -25,7 +25,7 @@ class Commands(TyperGroup):
             code = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "labs"})
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "labs"
-            message = " ".join(error.format_message().split()).removesuffix(".")
+            message = " ".join(error.format_message().split()).removesuffix(".") or "a command is missing"
             messages.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
             sys.exit(error.exit_code)
         sys.exit(code or 0)

@@ -37,17 +37,20 @@ def own_number(id: str, *constants: int) -> None:
         if tried.status != "ran":
             print(f"{id}: your {exercise.name} gave no outputs for them: {tried.error or tried.status}")
             return
-        total += turn * reduce(exercise, tried.outputs)
+        total += turn * reduce(exercise, tried.outputs, _limits(exercise, given, outputs(exercise, exercise.reference, given)))
     print(f"your number for {id}: {total:.{DIGITS}g}")
 
 
-def reduce(exercise: Exercise, values: Outputs) -> float:
+def reduce(exercise: Exercise, values: Outputs, limits: torch.Tensor) -> float:
     """Outputs as one number: all numbers in them, by name and place, times 1, 2, ... 7, 1, 2, ... in turn, added up in float64.
 
-    True counts as 1. Texts, infinities and NaN count as 0, and outputs whose shape is the learner's choice do not count.
+    limits: how far off each entry may be, float64 [count]. True counts as 1. Texts, infinities and NaN count as 0, as do entries
+    that may be anything, and outputs whose shape is the learner's choice.
     """
-    entries = _flat({name: value for name, value in values.items() if name not in exercise.free})
-    return float((entries.nan_to_num(0, 0, 0) * _weights(len(entries))).sum())
+    entries = _flat(_counted(exercise, values)).nan_to_num(0, 0, 0)
+    if len(entries) == len(limits):
+        entries = entries.masked_fill(limits.isinf(), 0)
+    return float((entries * _weights(len(entries))).sum())
 
 
 def expected(exercise: Exercise, constants: tuple[int, ...]) -> tuple[float, float]:
@@ -59,19 +62,26 @@ def expected(exercise: Exercise, constants: tuple[int, ...]) -> tuple[float, flo
     for turn, constant in enumerate(constants, 1):
         given = exercise.inputs(constant)
         want = outputs(exercise, exercise.reference, given)
-        limits = exercise.allowed(given, want)
-        counted = {name: value for name, value in want.items() if name not in exercise.free}
-        off = _flat(
-            {name: _allowed(value, limits[name] if isinstance(limits, Mapping) else limits) for name, value in counted.items()}
-        )
-        number += turn * reduce(exercise, want)
-        within += turn * float((off * _weights(len(off))).sum())
+        limits = _limits(exercise, given, want)
+        number += turn * reduce(exercise, want, limits)
+        within += turn * float((limits.masked_fill(limits.isinf(), 0) * _weights(len(limits))).sum())
     return number, within
 
 
 def can_be_asked(exercise: Exercise) -> bool:
     """Whether only one set of outputs is right, so that there is one number."""
     return exercise.accepts is None and not exercise.needs_model
+
+
+def _counted(exercise: Exercise, values: Outputs) -> Outputs:
+    return {name: value for name, value in values.items() if name not in exercise.free}
+
+
+def _limits(exercise: Exercise, given: Outputs, want: Outputs) -> torch.Tensor:
+    """How far off each entry of the outputs may be, float64 [count]; infinite where anything is right."""
+    limits = exercise.allowed(given, want)
+    counted = _counted(exercise, want).items()
+    return _flat({name: _allowed(value, limits[name] if isinstance(limits, Mapping) else limits) for name, value in counted})
 
 
 def _weights(count: int) -> torch.Tensor:

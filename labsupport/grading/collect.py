@@ -11,6 +11,7 @@ from pathlib import Path
 
 from labsupport.course import workbook
 from labsupport.grading.archive import MOST_BYTES, Archive, Entry, Unreadable, contents, read_notebook, shown
+from labsupport.grading.cells import LARGEST_FILE
 from labsupport.grading.classroom import Classroom
 from labsupport.grading.naming import METADATA, TIMESTAMP, Claim, Namer, Roster
 from labsupport.grading.records import Collected, GradingError, Release
@@ -78,7 +79,7 @@ def collect(
     total = 0
     for place, entry in enumerate(notebooks, 1):
         try:
-            total += min(entry.size, MOST_BYTES)
+            total += entry.size if entry.size <= LARGEST_FILE else 0  # what is larger is not read, and takes nobody's place
             if total > MOST_BYTES:
                 raise Unreadable(f"comes after {MOST_BYTES / 1e9:.0f} GB of others: not taken")
             _take(entry, batch)

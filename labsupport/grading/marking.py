@@ -24,6 +24,7 @@ from labsupport.grading.records import Collected, GradingError, Marked, Outcome,
 from labsupport.grading.sandbox import Limits, Sandbox
 
 OUTCOMES: dict[str, Outcome] = {"blank": "blank", "raised": "raised", "returned": "raised"}  # of attempts that did not run through
+STARTS = 60.0  # seconds that Python and torch may take to start on a busy machine
 WHY = {"time": "more time", "memory": "more memory", "output": "more room for files", "killed": "more processes"}
 
 
@@ -134,7 +135,7 @@ def _once(
             last = (ended.said.strip().splitlines() or ["it said nothing"])[-1]
             raise GradingError(f"Python could not be started in the sandbox: {last[:200]}")
         if culprit and not ready:  # an answer may have removed the file: without any, does it start?
-            _once(lab, group, (), {}, (), limits, sandbox)
+            _once(lab, group, (), {}, (), limits.model_copy(update={"notebook_seconds": STARTS}), sandbox)
         if culprit:
             needs = WHY.get(ended.why, "")
             reason = f"it took {needs} than there is, and was stopped" if needs else "it ended the process that runs all answers"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -35,9 +35,13 @@ LARGEST_METADATA = 10**7  # bytes
 
 @dataclass(frozen=True)
 class Claim:
-    """What a name says about whose a file is. joined: a name without blanks, in small letters. when: it was handed in."""
+    """What a name says about whose a file is. joined: a name without blanks, in small letters. when: it was handed in.
+
+    perhaps: what is an id only where the name is nobody's: the first word of "ada Ada Byron", but not of "Ada Byron".
+    """
 
     ids: tuple[str, ...] = ()
+    perhaps: str = ""
     email: str = ""
     name: str = ""
     joined: str = ""
@@ -90,6 +94,8 @@ class Roster:
             raise Unreadable(f"{str(claim)!r} fits {' and '.join(sorted(named))}: not taken")
         if named:
             return named.pop()
+        if claim.perhaps.casefold() in self.ids:
+            return self.ids[claim.perhaps.casefold()]
         raise Unreadable(f"{str(claim)!r} is not on the roster: not taken")
 
 
@@ -103,12 +109,14 @@ class Namer:
         self.stem = stem
         self.files = {entry.path: entry for entry in archive.entries}
         self.metadata: dict[PurePosixPath, Any] = {}
+        # What lies deeper than others is in a folder that a learner made, and says nothing about whose it is.
+        depths = [len(entry.path.parts) for entry in archive.entries if entry.path.suffix.lower() == ".ipynb"]
+        self.depth = max(3, min(depths, default=3))
         if self.kind == "gradescope":
-            found = [entry for entry in archive.entries if entry.path.name == METADATA]
-            if not found:
+            entry = _export(archive.entries)
+            if entry is None:
                 raise GradingError(f"there is no {METADATA}, which Gradescope's export has")
-            for entry in found:
-                self.metadata[entry.path.parent] = _metadata(entry)
+            self.metadata[entry.path.parent] = _metadata(entry)
 
     def claims(self, entry: Entry) -> list[Claim]:
         """One, or for a group's submission several. Raises Unreadable where a name is not of this kind."""
@@ -124,9 +132,7 @@ class Namer:
         for part in entry.path.parts:
             if found := MOODLE.fullmatch(part):
                 # With the option to put usernames before, the first word is one.
-                first, _, rest = found["name"].partition(" ")
-                ids = (first, found["name"]) if rest else (found["name"],)
-                return [Claim(ids=ids, name=found["name"])]
+                return [Claim(ids=(found["name"],), name=found["name"], perhaps=found["name"].partition(" ")[0])]
         raise Unreadable("has no name of Moodle's (Full Name_1234_assignsubmission_file...): not taken")
 
     def _canvas(self, entry: Entry) -> list[Claim]:
@@ -149,8 +155,8 @@ class Namer:
         for part in parts[:-1]:
             if found := EXCHANGE.fullmatch(part):
                 return [Claim(ids=(found["id"],), when=_moment(found["time"]) or self._timestamp(entry))]
-        if len(parts) >= 3:
-            return [Claim(ids=(parts[-3],), when=self._timestamp(entry))]
+        if len(parts) >= self.depth:
+            return [Claim(ids=(parts[self.depth - 3],), when=self._timestamp(entry))]
         raise Unreadable("is not at LEARNER/ASSIGNMENT/name.ipynb, as in nbgrader's folder submitted: not taken")
 
     def _folder(self, entry: Entry) -> list[Claim]:
@@ -160,28 +166,39 @@ class Namer:
         return [Claim(ids=(word,), name=word) for word in (*reversed(entry.path.parts[:-1]), entry.path.stem, stem, rest) if word]
 
     def _timestamp(self, entry: Entry) -> datetime | None:
-        beside = self.files.get(entry.path.parent / TIMESTAMP)
+        parts = entry.path.parts
+        places = [place for place, part in enumerate(parts[:-1], 1) if EXCHANGE.fullmatch(part)] or [self.depth - 1]
+        beside = self.files.get(PurePosixPath(*parts[: places[0]], TIMESTAMP))
         try:
             return _moment(beside.read(200).decode("ascii", "replace")) if beside else None
         except Unreadable:
             return None
 
 
-def recognized(entries: Iterable[Entry]) -> str:
+def recognized(entries: Sequence[Entry]) -> str:
     """The kind of which most names are."""
     notebooks = [entry.path for entry in entries if entry.path.suffix.lower() == ".ipynb"]
-    names = [path.name for path in (entry.path for entry in entries)]
-    if METADATA in names:
-        return "gradescope"
+    names = [entry.path.name for entry in entries]
+    export = _export(entries)
+    root = export.path.parent if export else None
     counts = {
+        "gradescope": sum(path.is_relative_to(root) and len(path.relative_to(root).parts) > 1 for path in notebooks) if root else 0,
         "moodle": sum(any(map(MOODLE.fullmatch, path.parts)) for path in notebooks),
         "canvas": sum(bool(CANVAS.fullmatch(path.name)) for path in notebooks),
         "nbgrader": sum(any(map(EXCHANGE.fullmatch, path.parts[:-1])) for path in notebooks),
     }
     if TIMESTAMP in names:
         counts["nbgrader"] = max(counts["nbgrader"], sum(len(path.parts) >= 3 for path in notebooks))
+    if root and any(map(MOODLE.fullmatch, root.parts)):
+        counts["gradescope"] = 0  # a file that a learner called so
     best = max(counts, key=lambda kind: counts[kind])
     return best if 2 * counts[best] > len(notebooks) else "folder"
+
+
+def _export(entries: Iterable[Entry]) -> Entry | None:
+    """Gradescope's own table: the one that lies highest. What a learner calls so lies in a folder of theirs."""
+    found = [entry for entry in entries if entry.path.name == METADATA]
+    return min(found, key=lambda entry: len(entry.path.parts), default=None)
 
 
 def _metadata(entry: Entry) -> dict[str, Any]:

@@ -68,8 +68,10 @@ def release(
     wanted = Release(lab=lab, points=counted, due=when, own_numbers=own_numbers, notebook=source.name, released=first)
     kept = before is not None and not again
     if before is not None and kept:
-        if ((only or points) and before.points != counted) or (own_numbers and not before.own_numbers):
-            raise GradingError(f"lab {lab:02d} has been released with other exercises or points: --again replaces its notebooks")
+        differ = "with other exercises or points" if (only or points) and before.points != counted else ""
+        differ = differ or ("without numbers of learners' own" if own_numbers and not before.own_numbers else "")
+        if differ:
+            raise GradingError(f"lab {lab:02d} has been released {differ}: --again replaces its notebooks")
         wanted = before.model_copy(update={"due": when} if due is not None else {})
         lines.append(f"lab {lab:02d} has been released before: its notebooks stay as they are; --again replaces them")
     copy = _with_points(workbook.learner_copy(original), wanted.points)
