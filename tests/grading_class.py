@@ -48,6 +48,14 @@ HOSTILE = (
 )
 
 
+COPIED = """
+def copied(name, text):
+    module = sys.modules["copied_" + name] = types.ModuleType("copied_" + name)
+    exec(text, module.__dict__)
+    return module
+"""
+
+
 # Mistakes as texts ----------------------------------------------------------------------------------------------------
 @cache
 def texts_of(exercise: Exercise) -> tuple[tuple[str, Mistake], ...]:
@@ -138,13 +146,13 @@ def _copied(node: ast.stmt) -> str:
         return ""
     names = [alias.name for alias in node.names]
     _, _, within = str(node.module).removeprefix("labsupport.").partition(".")
-    lines = ["import sys, types"]
+    lines = ["import sys, types", COPIED]
     for name in [within] if within else names:
         text = body = Path(quant.__file__).with_name(f"{name}.py").read_text("utf-8")
         for inner in ast.parse(text).body:
             if copied := _copied(inner):
                 body = body.replace(ast.get_source_segment(text, inner) or "", copied)
-        lines += [f"{name} = sys.modules['copied_{name}'] = types.ModuleType('copied_{name}')", f"exec({body!r}, {name}.__dict__)"]
+        lines.append(f"{name} = copied({name!r}, {body!r})")
     return "\n".join(lines + [f"{name} = {within}.{name}" for name in names if within])
 
 
