@@ -465,7 +465,7 @@ from labsupport.grading import sandbox
 command = ["python", "-c", "import time; time.sleep(1000)", {token!r}]
 sandbox.find("bubblewrap").run(command, folders={{}}, out=Path({str(out)!r}), limits=sandbox.Limits())
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     grader = subprocess.Popen([sys.executable, "-c", code], env=environment)
     try:
         _until(lambda: any("-c" in line and token in line and "launch" not in line for line in _others(grader.pid)))
