@@ -208,7 +208,7 @@ def page(classroom: Classroom, lab: int, entries: Sequence[Entry], figures: dict
 def borrowed(entries: Sequence[Entry]) -> list[str]:
     """Numbers of somebody else's, a sentence each. What they show and what they do not: own.py."""
     return [
-        f"{entry.learner}: the number written down for {id} is not theirs but {found.removeprefix('as ')}'s; a reason to ask, not a proof"
+        f"{entry.learner}: the number written down for {id} is not theirs but {found.removeprefix('as ')}'s. Ask; it is no proof"
         for entry in entries
         if entry.result
         for id, found in entry.result.own.items()
