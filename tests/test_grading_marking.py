@@ -229,16 +229,31 @@ def test_a_notebook_without_ids_in_another_order_with_split_cells_is_marked_as_i
 def test_one_answer_that_never_ends_or_kills_leaves_the_others(room):
     answers = {
         "2.1": "def symmetric_scale(*_):\n  while True:\n    try:\n      while True: pass\n    except BaseException: pass",
+        "2.2": "def scale_and_zero_point(weight, bits):\n    return helper(weight)",
         "2.3": "import os, signal\ndef quantize(*_):\n    os.kill(os.getpid(), signal.SIGKILL)",
         "2.4": "def dequantize(*_):\n    raise SystemExit(3)",
         "2.5": "import os\ndef mended_grid(*_):\n    os._exit(0)",
         "2.6": "def sqnr_db(weight, reconstruction):\n    return (weight",
+        "2.7": "import torch\ndef stubborn_row():\n    return torch.zeros(30_000_000)",
+        "2.8": "import torch\ndef best_clip(*_):\n    return torch.zeros(1).expand(10**12)",
     }
-    result = mark(room, 2, answers)
-    want = {"2.1": "stopped", "2.3": "stopped", "2.4": "raised", "2.5": "raised", "2.6": "raised"}
+    result = mark(room, 2, answers, others=["def helper(x):\n    raise NotImplementedError"])
+    want = {
+        "2.1": "stopped",
+        "2.2": "raised",
+        "2.3": "stopped",
+        "2.4": "raised",
+        "2.5": "raised",
+        "2.6": "raised",
+        "2.7": "raised",
+        "2.8": "raised",
+    }
     assert outcomes(result) == {exercise.id: want.get(exercise.id, "pass") for exercise in exercises_of(2)}
     says = {id: result.marks[id].message for id in want}
     assert says["2.1"] == "it took longer than is allowed for one input, and was stopped"
+    assert says["2.7"] == "its outputs take 120.0 MB, more than the 4.2 MB that are taken"
+    assert "memory" in says["2.8"]
+    assert "a function of yours that is still empty" in says["2.2"]
     assert says["2.6"] == "it raised SyntaxError: '(' was never closed (line 2 of the cell)"
     assert says["2.4"].startswith("it raised SystemExit: 3 (line 2 of the function)")
     assert says["2.5"] == "it left no result"

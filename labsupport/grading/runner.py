@@ -34,9 +34,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-TIMED = re.compile(r"^(\s*)(?:# )?%time(?:it)?\s+(?=[A-Za-z_(])", re.MULTILINE)
-MAGIC = re.compile(r"^(\s*)(?:[%!?].*|[\w.]+\?{1,2}\s*)$", re.MULTILINE)
-ASSIGNED_MAGIC = re.compile(r"^(\s*\w+\s*=\s*)[%!].*$", re.MULTILINE)
+TIMED = re.compile(r"^([ \t]*)(?:# )?%time(?:it)?[ \t]+(?=[A-Za-z_(])", re.MULTILINE)
+MAGIC = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?{1,2}[ \t]*)$", re.MULTILINE)
+ASSIGNED_MAGIC = re.compile(r"^([ \t]*\w+[ \t]*=[ \t]*)[%!].*$", re.MULTILINE)
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
@@ -49,6 +49,10 @@ class Statement:
     binds: set[str]
     touches: set[str]
     uses: set[str]
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.cell.file, self.node.lineno, self.node.col_offset
 
     @property
     def defines(self) -> bool:
@@ -164,7 +168,8 @@ class Sources:
         own = self.answers[id]
         elsewhere = [*self.others, *(cell for key, cell in self.answers.items() if key != id)]
         order = {cell.file: place for place, cell in enumerate([self.setup, *elsewhere, own])}
-        chosen = {s.cell.file + str(s.node.lineno) + str(s.node.col_offset): s for s in own.statements if s.takes_all}
+        chosen = {s.place: s for s in own.statements if s.takes_all}
+        last = max((s.place for s in own.statements if name in s.binds), default=("", 0, 0))
         known: set[str] = set()
         wanted = [name, *(use for s in chosen.values() for use in s.uses)]
         while wanted:
@@ -172,22 +177,25 @@ class Sources:
             if name in known:
                 continue
             known.add(name)
-            for statement in self._setting(name, own, elsewhere):
-                key = statement.cell.file + str(statement.node.lineno) + str(statement.node.col_offset)
-                if key not in chosen:
-                    chosen[key] = statement
+            for statement in self._setting(name, own, elsewhere, last):
+                if statement.place not in chosen:
+                    chosen[statement.place] = statement
                     wanted += statement.uses | statement.touches
-        return sorted(chosen.values(), key=lambda s: (order[s.cell.file], s.node.lineno, s.node.col_offset))
+        return sorted(chosen.values(), key=lambda s: (order[s.cell.file], s.place))
 
-    def _setting(self, name: str, own: Cell, elsewhere: list[Cell]) -> list[Statement]:
-        """Where a name comes from. A learner who calls a number `list` or `torch` somewhere means it there only."""
+    def _setting(self, name: str, own: Cell, elsewhere: list[Cell], last: tuple[str, int, int]) -> list[Statement]:
+        """Where a name comes from. A learner who calls a number `list` or `torch` somewhere means it there only.
+
+        last: where the function is defined; after it, in its own cell, such a name is for what follows.
+        """
         touching = [s for s in own.statements if name in s.touches]
-        if mine := [s for s in own.statements if name in s.binds]:
-            return mine + touching
         setup = [s for s in self.setup.statements if name in s.binds]
+        known = hasattr(builtins, name) or any(not s.ours for s in setup)
+        if mine := [s for s in own.statements if name in s.binds and (s.place <= last or s.defines or not known)]:
+            return mine + touching
         theirs = [s for cell in elsewhere for s in cell.statements if name in s.binds]
         defined = [s for s in theirs if s.defines]
-        if hasattr(builtins, name) or any(not s.ours for s in setup):
+        if known:
             return (defined or [s for s in setup if not s.ours]) + touching
         if theirs := [s for s in theirs if not s.ours]:
             cells = {s.cell.file for s in theirs}
@@ -243,6 +251,8 @@ def answer(sources: Sources, id: str, task: dict[str, Any], inputs: Path, out: P
         torch.manual_seed(number)
         random.seed(number)
         tried = attempts.attempt(exercise, names[about["name"]], given)
+        if tried.status == "blank" and "NotImplementedError" not in sources.answers[id].text:
+            tried = attempts.Attempt("raised", error="NotImplementedError: it calls a function of yours that is still empty")
         if (size := _bytes(tried.outputs)) > about["output_bytes"]:
             error = f"its outputs take {size / 1e6:.1f} MB, more than the {about['output_bytes'] / 1e6:.1f} MB that are taken"
             tried = attempts.Attempt("returned", error=error)
@@ -343,3 +353,4 @@ def main(task_folder: str, inputs: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    os._exit(0)  # torch takes its time to be taken down
