@@ -135,7 +135,7 @@ def test_a_second_release_keeps_what_was_handed_out(classroom: Classroom) -> Non
     assert "its notebooks stay as they are" in second.lines[0]
     assert second.release == first.release
     for options in ({"only": ["5.1"]}, {"points": {"5.1": 9}}, {"own_numbers": True}):
-        with pytest.raises(GradingError, match="has been released with.*: --again"):
+        with pytest.raises(GradingError, match=r"has been released with.*: --again"):
             release(classroom, 5, **options)  # type: ignore[arg-type]
     third = release(classroom, 5, points={"5.1": 9}, again=True)
     assert third.release.points["5.1"] == 9
