@@ -269,9 +269,9 @@ def main() -> int:
     given = parser.parse_args()
     class_of = people(given.learners)
     for lab in LABS:
-        known = [(len(texts_of(e)), len(e.mistakes)) for e in exercises_of(lab)]
-        used = {id(m) for person in class_of if person.lab == lab for m in person.mistakes.values()}
-        print(f"lab {lab:02d}: {len(used)} of {sum(all_of for _, all_of in known)} known mistakes are handed in")
+        known = {id(mistake) for exercise in exercises_of(lab) for mistake in exercise.mistakes}  # two exercises may share one
+        used = {id(mistake) for person in class_of if person.lab == lab for mistake in person.mistakes.values()}
+        print(f"lab {lab:02d}: {len(used)} of {len(known)} known mistakes are handed in")
     with tempfile.TemporaryDirectory() as temporary:
         made = made_class(Path(temporary), class_of)
         wall = inside = 0.0

@@ -113,6 +113,21 @@ def test_no_cluster_is_one_line(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_cluster_that_is_there_already(tmp_path: Path):
+    from distributed import LocalCluster
+
+    made = classroom(tmp_path / "class", {"ada": "", "ben": ""})
+    given = [hand_in(made, "ada", {}), hand_in(made, "ben", {})]
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
+        graded = run(made, dask_address=cluster.scheduler_address)
+        assert (graded.workers, graded.left, graded.lines) == (1, [], [])
+        assert [farm.final_result(made, one) for one in given] == [grading_made.result(one) for one in given]
+        # Its workers outlive a batch, and see what has changed since.
+        more = hand_in(made, "ada", {"again": True}, DUE + timedelta(hours=1))
+        assert [one.sha256 for one in run(made, dask_address=cluster.scheduler_address).results] == [more.sha256]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["grader", "worker"])
 def test_a_killed_process_loses_no_mark(tmp_path: Path, who: str):
     import grading_killed

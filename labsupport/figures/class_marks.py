@@ -32,7 +32,7 @@ def distribution(marks: Sequence[float], of: float) -> CourseFigure:
     axis.bar([10 * place + 5 for place in range(BINS)], counts, width=9, color=base.SKY)
     if of:
         axis.axvline(100 * middle / of, color=base.DARK_GREY, linestyle="--", label=f"median, {middle:.3g} points")
-        base.legend(axis)
+        base.legend(axis, loc="lower right", bbox_to_anchor=(1, 1))
     axis.set_xlim(0, 100)
     axis.yaxis.get_major_locator().set_params(integer=True)
     base.label(axis, "Marks", f"mark, % of {of:g} points", "learners")
