@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from labsupport.course import workbook
-from labsupport.grading import collect, release
+from labsupport.grading import collect, own, policy, release, report
 from labsupport.grading.archive import MOST_BYTES
 from labsupport.grading.classroom import ROSTER, Classroom
+from labsupport.grading.records import Collected, Result
 
 LAB = 2
 NAME = "02_rounding.ipynb"
@@ -92,3 +94,24 @@ def test_a_huge_file_takes_nobodys_place(classroom: Classroom, tmp_path: Path):
     assert owners(classroom, tmp_path / "in", {f"Ben Bell_2_assignsubmission_file/{NAME}": None}) == {
         ("ben", f"Ben Bell_2_assignsubmission_file/{NAME}")
     }
+
+
+def test_what_is_handed_out_holds_nobodys_numbers(classroom: Classroom):
+    """Whoever uploads the folder of a release gives away notebooks, and nothing that says what is right."""
+    done = release.release(classroom, LAB, own_numbers=True, again=True, only=["2.1", "2.3"])
+    drawn = own.load(classroom, LAB)
+    assert set(drawn.items) == set(classroom.roster)
+    handed_out = "".join(path.read_text("utf-8") for path in classroom.folder_of("release", LAB).rglob("*.*"))
+    assert all(path.parent.name in classroom.roster for path in done.notebooks)
+    for items in drawn.items.values():
+        for item in items.values():
+            assert repr(item.number) not in handed_out
+
+
+def test_the_report_says_whose_number_was_written_down(classroom: Classroom):
+    about = {"lab": LAB, "learner": "ben", "sha256": "0", "handed_in": datetime(2027, 3, 1, tzinfo=UTC), "marks": {}}
+    collected = Collected(**{key: about[key] for key in ("lab", "learner", "sha256", "handed_in")}, file="x.ipynb")
+    found = Result(**about, own={"2.1": "as ada", "2.3": "right", "prediction": "blank"})
+    entry = policy.entry("ben", classroom.release(LAB), classroom.settings.policy, [collected], {"0": found}, [])
+    (line,) = report.borrowed([entry])
+    assert line.startswith("ben: the number written down for 2.1 is not theirs but ada's")

@@ -422,7 +422,7 @@ def test_where_the_machine_fails_nothing_is_marked_and_it_is_said_why(box, room)
     assert not result.final
     assert result.points == 0
     assert any(word in result.problems[0] for word in ("No space left", "could not start", "ImportError"))
-    assert box.runs == 1
+    assert box.runs == (1 if box.error else 2)  # once more without any answer: is it the machine?
 
 
 def test_an_answer_that_ends_the_sandbox_is_left_out_and_the_rest_run_again(room):

@@ -135,7 +135,7 @@ def test_a_second_release_keeps_what_was_handed_out(classroom: Classroom) -> Non
     assert "its notebooks stay as they are" in second.lines[0]
     assert second.release == first.release
     for options in ({"only": ["5.1"]}, {"points": {"5.1": 9}}, {"own_numbers": True}):
-        with pytest.raises(GradingError, match="has been released with other exercises or points: --again"):
+        with pytest.raises(GradingError, match=r"has been released with.*: --again"):
             release(classroom, 5, **options)  # type: ignore[arg-type]
     third = release(classroom, 5, points={"5.1": 9}, again=True)
     assert third.release.points["5.1"] == 9
@@ -238,7 +238,7 @@ def test_a_prediction_of_one_s_own_is_right_within_five_percent_and_a_round_gues
 def test_a_round_guess_that_somebody_else_has_as_a_number_is_only_wrong(classroom: Classroom) -> None:
     """Lab 15 asks for a whole number of users."""
     drawn, _ = own.draw(classroom, 15, [], own.Drawn())
-    own.path_of(classroom, 15).parent.mkdir()
+    own.path_of(classroom, 15).parent.mkdir(parents=True)
     drawn.write(own.path_of(classroom, 15))
     shared = Release(lab=15, points={}, notebook="15_choose_and_ship.ipynb", own_numbers=True)
     said = [
@@ -319,7 +319,7 @@ def test_own_numbers_need_a_roster_and_what_was_drawn(classroom: Classroom) -> N
         release(empty, 5, own_numbers=True)
     done = release(classroom, 5, own_numbers=True)
     own.path_of(classroom, 5).unlink()
-    with pytest.raises(GradingError, match=r"own\.json is missing"):
+    with pytest.raises(GradingError, match=r"numbers\.json is missing"):
         own.judge(classroom, done.release, "u1", Submission(answers={}))
 
 

@@ -93,11 +93,9 @@ def release(
         lines += [f"{path.parent.name} is new and has a copy now" for path in written] if wanted.own_numbers else []
     for notebook in written.values():
         nbformat.validate(notebook)
-    for path in written:
+    for path in (*written, *texts):
         with files.explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     files.replace_all(
         {path: partial(nbformat.write, notebook) for path, notebook in written.items()}
         | {path: partial(_write, text) for path, text in texts.items()}

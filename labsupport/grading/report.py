@@ -187,6 +187,7 @@ def page(classroom: Classroom, lab: int, entries: Sequence[Entry], figures: dict
         f"{entry.learner} handed in and is not on the roster" for entry in entries if entry.learner not in classroom.roster
     ]
     problems = [f"{entry.learner}: {sentence}" for entry in entries if entry.result for sentence in entry.result.problems]
+    problems += borrowed(entries)
     shown = [
         {"title": titles[name], "alt": figure.alt, "png": base64.b64encode(pngs[name]).decode()} for name, figure in figures.items()
     ]
@@ -202,6 +203,17 @@ def page(classroom: Classroom, lab: int, entries: Sequence[Entry], figures: dict
         problems=strangers + problems,
         number=number,
     )
+
+
+def borrowed(entries: Sequence[Entry]) -> list[str]:
+    """Numbers of somebody else's, a sentence each. What they show and what they do not: own.py."""
+    return [
+        f"{entry.learner}: the number written down for {id} is not theirs but {found.removeprefix('as ')}'s. Ask; it is no proof"
+        for entry in entries
+        if entry.result
+        for id, found in entry.result.own.items()
+        if found.startswith("as ")
+    ]
 
 
 def title(lab: int) -> str:
