@@ -231,7 +231,18 @@ def test_lab_serves_the_workbook_and_only_what_a_learner_needs(server: str, tmp_
 @pytest.mark.slow
 def test_doctor_finds_the_course_model_and_its_text() -> None:
     found = {f.what: f for f in doctor.findings()}
-    assert {"python", "torch", "transformers", "bitsandbytes", "device", "memory", "disk", "model", "text"} <= found.keys()
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "bitsandbytes",
+        "device",
+        "memory",
+        "disk",
+        "sandbox",
+        "model",
+        "text",
+    } <= found.keys()
     for what in ("torch", "transformers", "bitsandbytes", "model", "text"):
         assert found[what].todo == "", found[what]
 

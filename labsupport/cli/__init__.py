@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, plan, serve
+from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, plan, serve, teach
 from labsupport.model import quick
 
 NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
@@ -25,14 +25,14 @@ class Commands(TyperGroup):
             code = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "labs"})
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "labs"
-            message = " ".join(error.format_message().split()).removesuffix(".")
+            message = " ".join(error.format_message().split()).removesuffix(".") or "a command is missing"
             messages.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
             sys.exit(error.exit_code)
         sys.exit(code or 0)
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
-for group in (lab, env, fetch, plan, model, checkpoint, serve, capstone, claims, build):
+for group in (lab, env, fetch, plan, model, checkpoint, serve, capstone, claims, build, teach):
     app.add_typer(group.app)
 
 

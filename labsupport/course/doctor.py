@@ -42,6 +42,7 @@ def findings() -> Iterator[Finding]:
         yield _library(name)
     yield from _resources()
     yield _device()
+    yield _sandbox()
     yield from _model_and_text()
 
 
@@ -83,6 +84,11 @@ def _device() -> Finding:
     if about.device == "cuda":
         return Finding("device", f"{about.name}, {about.memory / GIB:.1f} GiB")
     return Finding("device", f"{about.name}, {about.cores} cores (no GPU is needed)")
+
+
+def _sandbox() -> Finding:
+    program = shutil.which("bwrap")
+    return Finding("sandbox", f"bubblewrap at {program}" if program else "no bubblewrap (only `labs grade`, for a class, needs it)")
 
 
 def _model_and_text() -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labsupport.exercises.compare import got_and_wanted
 from labsupport.exercises.form import Exercise, Mutant, drive_cases, generator, mistakes_by_option
-from labsupport.model import evaluate
+from labsupport.model.evaluate import paired_interval
 
 ROUNDING = 1e-9  # of a few dozen operations in float64
 
@@ -161,7 +161,7 @@ def _paired(tokens: Tensor, draws: Tensor) -> Callable[[dict, dict], Interval]:
     def interval(first: dict, second: dict) -> Interval:
         loss, other = (torch.tensor(row["loss"], dtype=torch.float64) for row in (first, second))
         change = ((other - loss).sum() / tokens.sum()).expm1().item()
-        return change, *evaluate.paired_interval(loss, other, tokens, draws)
+        return change, *paired_interval(loss, other, tokens, draws)
 
     return interval
 

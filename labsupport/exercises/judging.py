@@ -179,8 +179,10 @@ def _few_digits(tried: Attempt, want: Outputs) -> str:
 
 
 @torch.no_grad()
-def judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]]) -> Verdict:
+def judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None = None) -> Verdict:
     """The first verdict against an answer, of what became of it on several inputs, or the pass with the largest difference.
+
+    wanted: the reference's outputs on each input, where they are known already.
 
     Pure: the answer itself is not needed. A sentence that names a cause is shown only if every output equals that mistake's.
     Never raises over what an answer returned; a judge that fails on it says so in the verdict.
@@ -188,17 +190,17 @@ def judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]]) -
     if not cases:
         raise ValueError("cases is empty, wanted the attempts at one seed at least")
     try:
-        return _judge(exercise, cases)
+        return _judge(exercise, cases, wanted)
     except Exception as error:  # shown to the learner, and an error in the tests, which look for the sentence
         return wrong(f"{INTERNAL} ({type(error).__name__}: {error}). Please report it: the course is at fault")
 
 
-def _judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]]) -> Verdict:
+def _judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]], wanted: Sequence[Outputs] | None) -> Verdict:
     best, unexplained, compared = right(), None, []
-    for given, tried in cases:
+    for number, (given, tried) in enumerate(cases):
         if message := _unusable(tried):
             return wrong(message)
-        want = outputs(exercise, exercise.reference, given)
+        want = outputs(exercise, exercise.reference, given) if wanted is None else wanted[number]
         verdict, got = _found(exercise, given, tried, want)
         if verdict is not None and not verdict.passed:
             return wrong(verdict.message + _few_digits(tried, want))
@@ -214,6 +216,25 @@ def _judge(exercise: Exercise, cases: Sequence[tuple[dict[str, Any], Attempt]]) 
         if all(_is_mistake(exercise, mistake, *case) for case in compared):
             return wrong(mistake.says + _few_digits(tried, want))
     return wrong(exercise.where(given, got, want) + _few_digits(tried, want))
+
+
+@torch.no_grad()
+def outputs_right(exercise: Exercise, given: Outputs, tried: Attempt, want: Outputs) -> set[str]:
+    """Names of the outputs that are the reference's, each looked at by itself. None where others than the reference's are right."""
+    if exercise.accepts is not None or _unusable(tried):
+        return set()
+    limits = exercise.allowed(given, want)
+    found = set()
+    for name, value in want.items():
+        try:
+            have = _as_tensor(tried.outputs[name], value)
+            _check_kind(name, have, value)
+            have = _settled(name, have, value, exercise)
+        except (_Refused, KeyError):
+            continue
+        if difference({name: have}, {name: value}, limits)[2]:
+            found.add(name)
+    return found
 
 
 def assess(exercise: Exercise, given: dict[str, Any], tried: Attempt) -> Verdict:

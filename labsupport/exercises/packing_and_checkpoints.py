@@ -237,7 +237,7 @@ def zeros_inputs(seed: int) -> dict:
 
 
 def _both_versions(answer: Callable, given: dict) -> dict:
-    return {f"version {version}": answer(*given.values(), version) for version in packing.VERSIONS}
+    return {f"version {version}": answer(*given.values(), version) for version in (1, 2)}
 
 
 def pack_zeros(zero_point: torch.Tensor, version: int) -> torch.Tensor:

@@ -46,7 +46,8 @@ class Release(Record):
     """A lab as it was handed out.
 
     lab: the chapter. points: of the exercises that count, by id, as the class has them. due: when, with a time zone; None for no
-    date. own_numbers: whether each learner's copy has numbers of its own. notebook: name of the file that was handed out.
+    date. own_numbers: whether each learner's copy has numbers of its own. notebook: name of the file that was handed out. released:
+    when it was first handed out.
     """
 
     lab: int
@@ -54,6 +55,7 @@ class Release(Record):
     due: datetime | None = None
     own_numbers: bool = False
     notebook: str
+    released: datetime | None = None
 
 
 class Policy(Record):
@@ -77,7 +79,7 @@ class Submission(Record):
     answers: source of each answer by exercise id, as it was written; an exercise that the notebook does not have is not in it.
     others: sources of the cells that the learner added or changed and that belong to no answer, in their order.
     predictions: what was written for each prediction, by the name that the cell sets; a number or a text, None for none.
-    own: numbers of the learner's own that were written down, by exercise id. remarks: oddities, a sentence each.
+    own: numbers of the learner's own that were written down, by exercise id or "prediction". remarks: oddities, a sentence each.
     """
 
     answers: dict[str, str]
