@@ -654,7 +654,7 @@ def test_where_nothing_works_it_is_said_what_to_install(monkeypatch):
 
 def test_only_the_end_of_what_is_said_is_in_memory():
     reads, writes = os.pipe()
-    tail = watch.Tail(open(reads, "rb"))
+    tail = watch.Tail(os.fdopen(reads, "rb"))
     with open(writes, "wb") as stream:
         stream.write(b"x" * 10**6 + b"end")
     assert tail.text().endswith("xend")
