@@ -650,3 +650,12 @@ def test_where_nothing_works_it_is_said_what_to_install(monkeypatch):
     assert sandbox.find(unsafe=True).name == "none"
     with pytest.raises(GradingError, match="'qemu' is not known"):
         sandbox.find("qemu")
+
+
+def test_only_the_end_of_what_is_said_is_in_memory():
+    reads, writes = os.pipe()
+    tail = watch.Tail(os.fdopen(reads, "rb"))
+    with open(writes, "wb") as stream:
+        stream.write(b"x" * 10**6 + b"end")
+    assert tail.text().endswith("xend")
+    assert len(tail.content) == 4 * watch.SAID
