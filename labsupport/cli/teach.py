@@ -187,7 +187,7 @@ def mark(
     lab: Lab,
     learner: Annotated[str, typer.Argument(help="The learner's id, as in roster.csv.")],
     exercise: Annotated[str, typer.Argument(help="Such as 5.2; or `late`: then POINTS is how many days count as late.")],
-    points: Annotated[float, typer.Argument(help="Points of the exercise, from 0 to what it is worth.")],
+    points: Annotated[float, typer.Argument(min=0, help="Points of the exercise, from 0 to what it is worth.")],
     reason: Annotated[str, typer.Option(help="Why. The learner reads it.")],
     by: Annotated[str, typer.Option(help="Who says so; your user name without it.")] = "",
     folder: Folder = HERE,
