@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from labsupport.evidence import sweep
+from labsupport.evidence import cluster, sweep
 from labsupport.evidence.job import Job
 from labsupport.model import files
 
@@ -34,20 +34,12 @@ def run(
     if job.sweep in (*sweep.LEARNING, *sweep.BY_BLOCK):
         raise ValueError(CANNOT.format(job.sweep))
     try:
-        from distributed import Client, as_completed
+        from distributed import as_completed
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ValueError("a cluster needs Dask: pip install 'labsupport[cluster]'") from error
     files.check_writable(path)
-    try:
-        client = Client(address, timeout=WAIT)
-    except (OSError, ValueError) as error:
-        raise OSError(f"no Dask scheduler answers at {address!r}: {error}") from error
-    with client:
-        try:
-            client.wait_for_workers(1, timeout=WAIT)
-        except TimeoutError as error:
-            raise OSError(f"no worker is with the scheduler at {address}: dask worker {address} --nthreads 1") from error
+    with cluster.connected(address, WAIT) as client:
         try:
             about, own = client.submit(_describe, job, pure=False).result()
 

@@ -32,15 +32,13 @@ from pathlib import Path
 
 from labsupport.grading import seccomp, watch
 from labsupport.grading.records import GradingError
-from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why
+from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, Why, check_call
 
 LAUNCH = Path(__file__).with_name("launch.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = 60.0  # seconds until the first program runs, on a cold disk
-USERS = (
-    1_900_000_000,
-    100_000_000,
-)  # first and count of user ids for sandboxes that root starts; not given to people or containers
+# User ids for sandboxes that root starts: the first, and how many. They are not given to people or containers.
+FIRST_USER, USERS = 1_900_000_000, 100_000_000
 ETC = ("ld.so.cache", "alternatives", "localtime")
 
 
@@ -60,16 +58,12 @@ class Bubblewrap:
                 limits=Limits(),
             )
         if ended.code != 0:
-            raise GradingError(f"Python with torch cannot be started in it: {_last(ended.said)}")
+            raise GradingError(f"Python with torch cannot be started in it: {ended.last_line}")
 
     def run(self, command: Sequence[str], *, folders: Mapping[str, Path], out: Path, limits: Limits) -> Ended:
         """See `Sandbox.run`."""
-        if any(out.iterdir()):
-            raise GradingError(f"{out} must be empty")
-        user = USERS[0] + secrets.randbelow(USERS[1]) if os.geteuid() == 0 else None
-        for inside, folder in folders.items():
-            if not folder.is_dir():
-                raise GradingError(f"{folder}, to be seen as {inside}, is not a directory")
+        check_call(folders, out)
+        user = FIRST_USER + secrets.randbelow(USERS) if os.geteuid() == 0 else None
         with ExitStack() as stack:
             if user is not None:
                 folders = stack.enter_context(_readable(folders))
@@ -123,7 +117,7 @@ class Bubblewrap:
                     process.kill()
                     process.wait()
             if first is None:
-                raise GradingError(f"bubblewrap could not start: {_last(tail.text())}")
+                raise GradingError(f"bubblewrap could not start: {Ended(None, '', 0.0, tail.text()).last_line}")
             began = time.monotonic()
             output, temporary, processes = shown
 
@@ -278,8 +272,3 @@ def _kill(first: int) -> None:
     gone.register(first, select.POLLIN)
     if not gone.poll(10_000):
         raise GradingError("a process in the sandbox cannot be ended: the kernel holds it")
-
-
-def _last(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"

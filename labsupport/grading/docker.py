@@ -21,7 +21,7 @@ from pathlib import Path
 
 from labsupport.grading import watch
 from labsupport.grading.records import GradingError
-from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits
+from labsupport.grading.sandbox import ENVIRONMENT, PACKAGES, Ended, Limits, check_call
 
 
 class Docker:
@@ -39,8 +39,7 @@ class Docker:
 
     def run(self, command: Sequence[str], *, folders: Mapping[str, Path], out: Path, limits: Limits) -> Ended:
         """See `Sandbox.run`."""
-        if any(out.iterdir()):
-            raise GradingError(f"{out} must be empty")
+        check_call(folders, out)
         name = f"labs-{secrets.token_hex(8)}"
         with tempfile.TemporaryDirectory() as private:  # others on this machine cannot reach the directory that all may write
             target = Path(private, "out")
@@ -62,7 +61,7 @@ class Docker:
                 lambda: void(_ask([self.program, "rm", "-f", name])),
             )
             if ended.code == 125:  # Docker's own failure, not the command's
-                raise GradingError(f"docker run failed: {(ended.said.strip().splitlines() or ['it said nothing'])[-1]}")
+                raise GradingError(f"docker run failed: {ended.last_line}")
             source = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 unfit = watch.copy_out(source, out, limits)

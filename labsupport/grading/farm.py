@@ -18,6 +18,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
+from labsupport.evidence import cluster
 from labsupport.grading import policy, sandbox
 from labsupport.grading.classroom import SETTINGS, Classroom
 from labsupport.grading.records import Collected, GradingError, Marked, Result
@@ -281,20 +282,17 @@ def _client(address: str, workers: int) -> Iterator[tuple[Any, int]]:
             # A worker's death comes back to us, who count it for one submission alone.
             settings = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
             stack.enter_context(dask.config.set(settings))
-            cluster = stack.enter_context(_own_cluster(workers))
-            yield stack.enter_context(Client(cluster)), workers
+            here = stack.enter_context(_own_cluster(workers))
+            yield stack.enter_context(Client(here)), workers
             return
-        if address.startswith(GATEWAY):
-            client = stack.enter_context(_of_gateway(address.removeprefix(GATEWAY)))
-        else:
-            try:
-                client = stack.enter_context(Client(address, timeout=WAIT))
-            except (OSError, ValueError) as error:
-                raise GradingError(f"no Dask scheduler answers at {address!r}: {error}") from None
         try:
-            client.wait_for_workers(1, timeout=WAIT)
-        except TimeoutError:
-            raise GradingError(f"no worker is with the scheduler at {address}: dask worker {address} --nthreads 1") from None
+            if address.startswith(GATEWAY):
+                client = stack.enter_context(_of_gateway(address.removeprefix(GATEWAY)))
+                cluster.wait_for_worker(client, address, WAIT)
+            else:
+                client = stack.enter_context(cluster.connected(address, WAIT))
+        except OSError as error:
+            raise GradingError(str(error)) from None
         yield client, sum(client.nthreads().values())
 
 

@@ -26,8 +26,6 @@ from labsupport.grading.sandbox import Limits, Sandbox
 OUTCOMES: dict[str, Outcome] = {"blank": "blank", "raised": "raised", "returned": "raised"}  # of attempts that did not run through
 STARTS = 60.0  # seconds that Python and torch may take to start on a busy machine
 WHY = {"time": "more time", "memory": "more memory", "output": "more room for files", "killed": "more processes"}
-
-
 LONGEST_MESSAGE = 1000  # characters: a text that an answer returns may be in it
 
 
@@ -132,8 +130,7 @@ def _once(
         culprit = next((id for id in ids if id not in found), "")
         ready = returned.is_there(out / "ready")
         if not ready and not ids:
-            last = (ended.said.strip().splitlines() or ["it said nothing"])[-1]
-            raise GradingError(f"Python could not be started in the sandbox: {last[:200]}")
+            raise GradingError(f"Python could not be started in the sandbox: {ended.last_line[:200]}")
         if culprit and not ready:  # an answer may have removed the file: without any, does it start?
             _once(lab, group, (), {}, (), limits.model_copy(update={"notebook_seconds": STARTS}), sandbox)
         if culprit:

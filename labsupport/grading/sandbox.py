@@ -86,6 +86,11 @@ class Ended:
     seconds: float
     said: str
 
+    @property
+    def last_line(self) -> str:
+        """Of what was said."""
+        return (self.said.strip().splitlines() or ["it said nothing"])[-1]
+
 
 class Sandbox(Protocol):
     name: str
@@ -128,6 +133,15 @@ def find(kind: str = "auto", unsafe: bool = False) -> Sandbox:
         "dnf install bubblewrap) or start Docker. "
         "--unsafe runs what was handed in with all your rights"
     )
+
+
+def check_call(folders: Mapping[str, Path], out: Path) -> None:
+    """What every sandbox wants of `Sandbox.run`. Raises GradingError."""
+    if any(out.iterdir()):
+        raise GradingError(f"{out} must be empty")
+    for inside, folder in folders.items():
+        if not folder.is_dir():
+            raise GradingError(f"{folder}, to be seen as {inside}, is not a directory")
 
 
 def regular(path: Path, limit: int) -> bytes:
