@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from interop import environment, load
+from interop import environment, load, measure
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,7 +35,7 @@ def lines(threads: int, small: bool = False) -> Iterator[tuple[str, bool]]:
 
     llama.cpp rounds what goes into a linear to 8 bits, in blocks of 32 as q8_0 has them (ggml-cpu.c: vec_dot_type), and keeps keys
     and values in float16. How much that is, our own forward tells with inputs so rounded: log-probabilities may differ from ours in
-    float32 by twice as much. Greedy tokens have to be ours until our two best lie within that of each other. Perplexity may
+    float32 by twice as much, and what it does to perplexity is said as well. Greedy tokens have to be ours until our two best lie within that of each other. Perplexity may
     differ by 0.5 %: a single window of SmolLM2 differs by more, either way, so 16 are taken of it. The tokens of a text
     have to be those of the tokenizer that the file was made from.
     """
@@ -73,7 +73,10 @@ def _of_model(name: str, words: str, cases: dict[str, tuple[str, dict]], threads
             theirs = load_file(out / f"{case}.safetensors")
             cut = theirs.pop("words").tolist() == wanted
             model, _ = checkpoint.load(folder / case)
-            said, good = load.Ours(model, tokens, inputs_rounded, PERPLEXITY).compare(theirs)
+            ours = load.Ours(model, tokens, inputs_rounded, PERPLEXITY)
+            said, good = ours.compare(theirs)
+            rounded = measure.losses(inputs_rounded(model), tokens["text"]).mean() - ours.measured["losses"].mean()
+            said += f" (ours with inputs so rounded: perplexity {100 * rounded.expm1().item():+.3f} %)"
             yield f"{what}: {said}, text cut {'as' if cut else 'OTHERWISE than'} by the tokenizer", good and cut
 
 
