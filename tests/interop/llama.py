@@ -35,9 +35,9 @@ def lines(threads: int, small: bool = False) -> Iterator[tuple[str, bool]]:
 
     llama.cpp rounds what goes into a linear to 8 bits, in blocks of 32 as q8_0 has them (ggml-cpu.c: vec_dot_type), and keeps keys
     and values in float16. How much that is, our own forward tells with inputs so rounded: log-probabilities may differ from ours in
-    float32 by twice as much, and what it does to perplexity is said as well. Greedy tokens have to be ours until our two best lie within that of each other. Perplexity may
-    differ by 0.5 %: a single window of SmolLM2 differs by more, either way, so 16 are taken of it. The tokens of a text
-    have to be those of the tokenizer that the file was made from.
+    float32 by twice as much, and what it does to perplexity is said as well. Greedy tokens have to be ours until our two best lie
+    within that of each other. Perplexity may differ by 0.5 %: a single window of SmolLM2 differs by more, either way, so 16 are
+    taken of it. The tokens of a text have to be those of the tokenizer that the file was made from.
     """
     yield from _of_model(str(models.course_model_dir()), "code", COURSE, threads, 8)
     if small:
