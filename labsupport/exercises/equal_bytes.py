@@ -79,6 +79,7 @@ def _unpaired(a, b, first, second):
 SIGN_TEST = Exercise(
     id="14.5", name="sign_test", title="A test of yes and no", minutes=10, difficulty=3, points=3,
     returns=("test",), inputs=tasks_inputs, reference=sign_test, drive=drive_cases, allowed=lambda given, want: ROUNDING,
+    about=lambda given, want, path, place: f"{('only_first', 'only_second', 'p')[int(path[-2])]} of the case {path[:-3]!r}",
     mistakes=mistakes_by_option(_tested, {
         "only_first and only_second are exchanged": {"swapped": True},
         "the counts are of all right answers: a question that both answer says nothing about which is better": {
@@ -104,8 +105,8 @@ SIGN_TEST = Exercise(
             {"p": lambda a, b, first, second: 2 * NormalDist().cdf(-abs(a - b) / max(a + b, 1) ** 0.5)}, {"p": _corrected}],
     }),
     others=(
-        Mutant(lambda *given: (*_tested(*given)[:2], 0.5), "loses[2]"),
-        Mutant(lambda *given: (_tested(*given)[0] + 1, *_tested(*given)[1:]), "loses[0]"),
+        Mutant(lambda *given: (*_tested(*given)[:2], 0.5), "p of the case 'loses'"),
+        Mutant(lambda *given: (_tested(*given)[0] + 1, *_tested(*given)[1:]), "only_first of the case 'loses'"),
     ),
 )  # fmt: skip
 
