@@ -179,7 +179,8 @@ def grade(
                 f"not fully marked: {', '.join(result.learner for result in unfinished[:5])}, {len(unfinished)} in all; "
                 "the same command tries again",
             )
-        echo(f"wrote {book}. Next: labs report {number:02d}, labs feedback {number:02d}")
+        there = "" if folder == HERE else f" --class {folder}"
+        echo(f"wrote {book}. Next: labs report {number:02d}{there}, labs feedback {number:02d}{there}")
 
 
 @app.command()

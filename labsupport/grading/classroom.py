@@ -132,7 +132,12 @@ class Classroom:
         return self.folder_of("results", collected.lab) / collected.learner / f"{collected.sha256}.json"
 
     def results(self, lab: int) -> Iterator[Result]:
-        return (Result.read(path) for path in _records(self.folder_of("results", lab)))
+        """Raises GradingError for a file that is damaged."""
+        for path in _records(self.folder_of("results", lab)):
+            try:
+                yield Result.read(path)
+            except GradingError as error:
+                raise GradingError(f"{error}. `labs grade {lab:02d}` makes it anew") from None
 
     def overrides(self, lab: int) -> list[Override]:
         return [Override.read(path) for path in sorted(self.folder_of("overrides", lab).glob("[!.]*.json"))]
