@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that requirements.lock can be installed on
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = "lab,dev,fetch,finetune,hub,serve,cluster,teach"  # of pyproject.toml, all of which the lock holds
+EXTRAS = "lab,dev,fetch,finetune,hub,serve,cluster,teach,site"  # of pyproject.toml, all of which the lock holds
 STAMP = "labs-installed"
 LOG = "labs-install.log"
 NO_NETWORK = re.compile(
