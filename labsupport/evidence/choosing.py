@@ -65,8 +65,8 @@ class Choice:
 
     @property
     def evidence(self) -> list[str]:
-        """What supports the rule and the quality of its format: citations, claims with their verdicts, and measured rows."""
-        return [*(_said(each) for each in self.rule.evidence), *(str(each) for each in measured(self.plan.form))]
+        """See `evidence`."""
+        return evidence(self.rule)
 
 
 def recommend(
@@ -169,6 +169,11 @@ def _fitting(
 
 def _formats(shape: Shape, card: Card, quality: str) -> list[Format]:
     return [tables.formats()[rule.format] for rule in _speaking(shape, card, quality, "serve")]
+
+
+def evidence(rule: Rule) -> list[str]:
+    """What supports a rule and the quality of its format: citations, claims with their verdicts, and measured rows."""
+    return [*(_said(each) for each in rule.evidence), *(str(each) for each in measured(tables.formats()[rule.format]))]
 
 
 def _said(evidence: Mapping[str, Any]) -> str:
