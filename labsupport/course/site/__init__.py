@@ -102,14 +102,15 @@ def _write_source(root: Path, written: Path, extra: Path, notebooks: list[Path],
 
 
 def _settings(extra: Path, repository: str) -> Mapping[str, Any]:
+    static = resources.files(__package__) / "static"
     about = {"source_repository": f"{repository}/", "source_branch": pages.BRANCH} if repository else {}
     return {
         "project": TITLE, "author": "the contributors", "language": "en", "html_title": TITLE, "html_theme": "furo",
         "extensions": ["myst_parser", "labsupport.course.site.mathml"], "html_math_renderer": "mathml",
         "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 4, "smartquotes": False,
         "highlight_language": "text", "pygments_style": "a11y-high-contrast-light",
-        "html_static_path": [str(resources.files(__package__) / "static")], "html_extra_path": [str(extra)],
-        "html_css_files": ["site.css"], "html_js_files": [("site.js", {"defer": "defer"})], "html_favicon": None,
+        "html_static_path": [str(static)], "html_extra_path": [str(extra)],
+        "html_css_files": ["site.css"], "html_js_files": [("site.js", {"defer": "defer"})], "html_favicon": str(static / "icon.svg"),
         "html_copy_source": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_show_copyright": False,
         "html_use_index": False, "html_domain_indices": False, "html_theme_options": about,
     }  # fmt: skip
@@ -131,7 +132,6 @@ def _sphinx(folder: Path, out: Path, repository: str, on_page: Callable[[int], N
             folder / "source", None, out, folder / "doctrees", "html", dict(_settings(folder / "extra", repository)),
             status=None, warning=warnings,
         )  # fmt: skip
-        app.config.pygments_dark_style = "a11y-high-contrast-dark"  # furo's, unknown before it is loaded
         app.connect("source-read", one_more)
         app.connect("html-page-context", one_more)
         app.build()

@@ -24,8 +24,8 @@ DOCUMENTS = {"INSTRUCTORS.md": "instructors", "CONTRIBUTING.md": "contributing",
 LINK = re.compile(r"^(`{3,}).*?^\1|(!?)\[((?:`[^`]*`|[^\[\]`])*)\]\(([^)\s]+)\)|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 HERE = (
     "Here you can read all of it: [the notebooks](#the-course) with what they print and draw, each solution behind a click; "
-    "[what became of the claims](claims.md) that people make about quantization; [all methods compared](shootout.md); and "
-    "[a planner](planner.md) that says what your model takes on your card, and which method to use."
+    "[what became of the claims](/claims.md) that people make about quantization; [all methods compared](/shootout.md); and "
+    "[a planner](/planner.md) that says what your model takes on your card, and which method to use."
 )
 
 
@@ -52,7 +52,7 @@ class Links:
 
         def change(found: re.Match[str]) -> str:
             _, image, text, target = found.groups()
-            if target is None or re.match(r"https?:|mailto:", target):
+            if target is None or re.match(r"https?:|mailto:|/", target):  # elsewhere, or a page of the site by its name
                 return found[0]
             path, _, anchor = target.partition("#")
             if not path:
@@ -118,7 +118,8 @@ def claims_page() -> str:
     """data/claims.md, with what its filter by verdict needs."""
     verdicts = [verdict for verdict in claims.VERDICTS.values() if any(c.verdict == verdict for c in claims.claims().values())]
     intro, table = audit.markdown(claims.claims()).split("\n\n| |", 1)
-    return f'{intro}\n\n<div id="verdicts" data-verdicts="{", ".join(verdicts)}"></div>\n\n| |{table}'
+    here = f'<div id="verdicts" data-verdicts="{", ".join(verdicts)}"></div>\n<script src="_static/claims.js" defer></script>'
+    return f"{intro}\n\n{here}\n\n| |{table}"
 
 
 def planner_page() -> tuple[str, str]:
@@ -128,7 +129,7 @@ def planner_page() -> tuple[str, str]:
         "# Planner\n\nWhat a model takes on a card, how fast it could be at best, and which method to use, with the reason and the "
         "evidence. It is `labs plan`, calculated in this page: nothing that you type leaves it.\n\n"
         f"{form}\n\n"
-        "[Notebook 15](notebooks/15_choose_and_ship.md) builds this arithmetic. `labs plan --finetune` plans QLoRA, and "
+        "[Notebook 15](notebooks/15_choose_and_ship.ipynb) builds this arithmetic. `labs plan --finetune` plans QLoRA, and "
         "`labs plan --check` sets published sizes and speeds beside those computed."
     )
     return text, f"const TABLES = {json.dumps(tables.planner_tables(), ensure_ascii=False, indent=1)};\n"
@@ -140,7 +141,7 @@ def shootout_page(root: Path) -> Lesson:
     made = Lesson("")
     blocks = [
         "# All methods compared",
-        f"Every method of the course on one axis: the bytes that are stored. [Notebook 14](notebooks/{SHOOTOUT}.md) makes these "
+        f"Every method of the course on one axis: the bytes that are stored. [Notebook 14](notebooks/{SHOOTOUT}.ipynb) makes these "
         "figures, says what they leave open, and tells real differences from luck.",
     ]
     for heading, markdown, pictures in lesson.figures(notebook, SHOOTOUT):
