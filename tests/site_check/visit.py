@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import http.server
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from playwright.sync_api import Browser, Page, Route
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 760}
 SERIOUS = ("serious", "critical")
+OF_COLORS = ("color-contrast", "link-in-text-block")  # the rules of axe for which it matters whether a page is light or dark
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -23,10 +25,17 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, address: object) -> None:
+        """A browser that leaves a page hangs up on what it asked for."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
+
+
 @contextmanager
 def served(site: Path) -> Iterator[str]:
     """The address of a server for the folder, which ends in a slash."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -69,11 +78,12 @@ def visit(browser: Browser, base: str, size: dict[str, int] = DESKTOP, scheme: s
         context.close()
 
 
-def violations(page: Page) -> list[str]:
-    """What axe calls serious or critical, with the first element of each."""
+def violations(page: Page, rules: Sequence[str] = ()) -> list[str]:
+    """What axe calls serious or critical, with the first element of each. rules: those that are tried; all by default."""
     from axe_playwright_python.sync_playwright import Axe
 
-    answer: dict[str, Any] = Axe().run(page).response
+    options: dict[str, Any] = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+    answer: dict[str, Any] = Axe().run(page, options=options).response
     return [
         f"{each['id']} ({each['impact']}, {len(each['nodes'])} times): {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary']}"
         for each in answer["violations"]
@@ -83,7 +93,8 @@ def violations(page: Page) -> list[str]:
 
 def first_paint(page: Page) -> float:
     """Seconds to the first content, as the browser says."""
-    return page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+    entry = page.wait_for_function("performance.getEntriesByName('first-contentful-paint')[0]")
+    return entry.evaluate("entry => entry.startTime") / 1000
 
 
 def too_wide(page: Page) -> bool:

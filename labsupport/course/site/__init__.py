@@ -52,10 +52,17 @@ def build(
         count = _write_source(root, written, Path(folder) / "extra", forms.sources(root, numbers), repository)
         with files.replaced_directory(out) as new:
             _sphinx(Path(folder), new, repository, lambda done: on_page(done, 2 * count))
+            _finish(new)
             (new / MARK).write_text(f"labs site {__version__}\n", "utf-8")
-            shutil.rmtree(new / "_sources", ignore_errors=True)
-            (new / ".buildinfo").unlink(missing_ok=True)
     return sorted(out.rglob("*.html"))
+
+
+def _finish(site: Path) -> None:
+    """What neither Sphinx nor furo has a setting for: a caption is no heading without a level, and the search has a title."""
+    for path in site.rglob("*.html"):
+        page = path.read_text("utf-8").replace('<p class="caption" role="heading">', '<p class="caption">')
+        path.write_text(page.replace('<div id="search-results">', '<h1>Search</h1>\n<div id="search-results">'), "utf-8")
+    (site / ".buildinfo").unlink(missing_ok=True)
 
 
 def _write_source(root: Path, written: Path, extra: Path, notebooks: list[Path], repository: str) -> int:

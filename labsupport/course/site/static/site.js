@@ -12,3 +12,6 @@ markScrolling();
 addEventListener("load", markScrolling);
 addEventListener("resize", markScrolling);
 document.addEventListener("toggle", markScrolling, true); // what a <details> hid had no size
+
+// In a folder without a server a page may not read another: the search shows what it found without the words around it.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
