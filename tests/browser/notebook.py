@@ -54,7 +54,7 @@ def opened(browser: Browser, server: Server, name: str) -> Opened:
 
 
 def _idle(page: Page) -> Locator:
-    """The kernel's part of the status bar, while the kernel has nothing to do. The indicator above the notebook is idle too early."""
+    """The kernel's part of the status bar, while it has nothing to do. The circle above the notebook is idle before a kernel runs."""
     return page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$"))
 
 
