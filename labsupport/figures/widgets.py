@@ -57,7 +57,7 @@ def levels(values: torch.Tensor, presets: Mapping[str, torch.Tensor]) -> ipywidg
             f"presets hold {[len(book) for book in books.values()]} levels, wanted at least one preset, all of one length"
         )
     start = next(iter(books))
-    style = {"min": -1.1, "max": 1.1, "step": STEP, "layout": {"width": "150px"}, "style": {"description_width": "52px"}}
+    style = {"min": -1.1, "max": 1.1, "step": STEP, "layout": {"width": "165px"}, "style": {"description_width": "52px"}}
     fields = [
         ipywidgets.BoundedFloatText(value=level, description=f"level {code}", **style) for code, level in enumerate(books[start])
     ]
@@ -86,7 +86,7 @@ def levels(values: torch.Tensor, presets: Mapping[str, torch.Tensor]) -> ipywidg
     for button in buttons:
         button.on_click(chosen)
     redraw()
-    rows = ipywidgets.Box(fields, layout={"flex_flow": "row wrap", "max_width": "640px"})  # four in a row where there is room
+    rows = ipywidgets.Box(fields, layout={"flex_flow": "row wrap", "max_width": "700px"})  # four in a row where there is room
     return ipywidgets.VBox([ipywidgets.HBox(buttons), rows, picture])
 
 

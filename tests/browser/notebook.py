@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from browser.server import Server
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, Route
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Response, Route
 
 WINDOW = {"width": 1400, "height": 1000}
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
@@ -41,20 +41,20 @@ class Opened:
             self.complaints.append(line)
 
 
-def opened(browser: Browser, server: Server, name: str) -> Opened:
+def opened(context: BrowserContext, server: Server, name: str) -> Opened:
     """The notebook `name` of the server's folder, on a page of its own, as soon as its kernel is idle."""
-    page = browser.new_context(viewport=WINDOW, reduced_motion="reduce").new_page()
+    page = context.new_page()
     notebook = Opened(page, name)
     _listen(notebook, server)
     page.goto(server.page(name))
     page.get_by_role("tab", name=name).wait_for(timeout=1000 * OPEN_SECONDS)
     notebook.code_cells.first.wait_for(timeout=1000 * OPEN_SECONDS)
-    _idle(page).wait_for(timeout=1000 * OPEN_SECONDS)
+    idle(page).wait_for(timeout=1000 * OPEN_SECONDS)
     return notebook
 
 
-def _idle(page: Page) -> Locator:
-    """The kernel's part of the status bar, while it has nothing to do. The circle above the notebook is idle before a kernel runs."""
+def idle(page: Page) -> Locator:
+    """The kernel's part of the status bar, when it has nothing to do. The circle above the notebook shows that too early."""
     return page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$"))
 
 
@@ -106,7 +106,7 @@ def run_all(notebook: Opened) -> float:
         ran = sum(bool(re.fullmatch(r"\[\d+\]:", prompt.strip())) for prompt in prompts)
         if ran != done:
             done, stood = ran, time.monotonic()
-        if ran and not any("*" in prompt for prompt in prompts) and _idle(notebook.page).count():
+        if ran and not any("*" in prompt for prompt in prompts) and idle(notebook.page).count():
             return time.monotonic() - start
         if time.monotonic() - stood > CELL_SECONDS:
             raise TimeoutError(f"{notebook.name}: no cell ended for {CELL_SECONDS} s; {ran} of {len(prompts)} ran")
