@@ -1,5 +1,7 @@
 """Controls: moving one changes the picture to what the figure function draws. tests/browser moves them in a real browser."""
 
+from xml.etree import ElementTree
+
 import ipywidgets
 import pytest
 import torch
@@ -95,6 +97,21 @@ def test_a_preset_moves_all_levels_and_comes_back(values):
 def test_presets_must_be_of_one_length(values, presets):
     with pytest.raises(ValueError, match="presets hold"):
         widgets.levels(values, presets)
+
+
+def leaves(box):
+    return [leaf for child in box.children for leaf in (leaves(child) if isinstance(child, ipywidgets.Box) else [child])]
+
+
+def test_every_control_can_be_named_by_a_screen_reader(row, values):
+    for box in (widgets.group_size(row), widgets.levels(values, PRESETS), widgets.planner()):
+        *controls, picture = leaves(box)
+        assert {type(control) for control in controls} <= {ipywidgets.Dropdown, ipywidgets.BoundedFloatText, ipywidgets.Button}
+        names = [control.description for control in controls]
+        assert all(names)
+        assert len(set(names)) == len(names)
+        assert isinstance(picture, ipywidgets.HTML)
+        assert len(ElementTree.fromstring(picture.value.removesuffix(">") + "/>").get("alt").split()) >= 6
 
 
 def test_the_planner_starts_with_its_figure_and_redraws():
