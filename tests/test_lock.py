@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from labsupport import install
-from labsupport.course import build, lock
+from labsupport.course import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = lock.lists_of(ROOT / "pyproject.toml")
@@ -172,12 +172,6 @@ def test_binder_lists_nothing_itself() -> None:
     commands = [line for line in (folder / "postBuild").read_text().splitlines() if line and not line.startswith("#")]
     assert commands == ["set -e", "python labsupport/install.py --here"]
     assert os.access(folder / "postBuild", os.X_OK)
-
-
-def test_colab_keeps_its_own_torch_and_lists_nothing_itself() -> None:
-    """The set-up cell asks pip for the package, and that asks for ranges; the lock is for machines that have nothing yet."""
-    setup = build.setup("https://example.org/course")
-    assert re.findall(r'"pip", "([^"]*)"', setup) == ["install -q git+https://example.org/course"]
 
 
 def test_the_installer_names_every_list_of_pyproject() -> None:

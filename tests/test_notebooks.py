@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from labsupport.course import build as forms
+from labsupport.course import setup_cell
 from labsupport.course.badges import repository
 from labsupport.course.execute import WIDGET
 from labsupport.exercises import registry
@@ -28,6 +30,7 @@ SOURCES = forms.sources(ROOT)
 CELLS, WORDS, MEDIAN_LINES, MOST_LINES, SETUP_LINES = (40, 110), 4000, 8, 40, 6
 MACHINE_PATH = re.compile(r"(?<![\w./:-])/(root|home|work|tmp|Users|mnt|var/folders)/|\b[A-Z]:\\+Users|site-packages")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # a comment in it is no heading
 UNFINISHED = re.compile(r"\b(TODO|FIXME|TBD|XXX|lorem ipsum)\b", re.IGNORECASE)
 MARKERS = ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS")
 
@@ -105,6 +108,16 @@ def pictures_have_alternative_text(lab: Lab) -> Iterator[str]:
                 yield f"cell {cell.id}: an <img> without alt text"
 
 
+def headings_are_in_order(lab: Lab) -> Iterator[str]:
+    """One title, at the top; below a heading at most one level down. Whoever hears a page finds the way by them."""
+    found = [(len(marks), cell.id) for cell in lab.prose for marks in re.findall(r"^(#+) ", FENCED.sub("", cell.source), re.M)]
+    if [level for level, _ in found].count(1) != 1 or found[0][0] != 1:
+        yield f"headings of level 1 in the cells {[id for level, id in found if level == 1]}, wanted one, before all others"
+    for (above, _), (level, id) in pairwise(found):
+        if level > above + 1:
+            yield f"cell {id}: a heading of level {level} comes after one of level {above}"
+
+
 def is_of_a_readable_size(lab: Lab) -> Iterator[str]:
     count = len(lab.notebook.cells)
     if not CELLS[0] <= count <= CELLS[1]:
@@ -125,9 +138,15 @@ def opens_with_the_set_up_cell(lab: Lab) -> Iterator[str]:
     if tagged != [lab.code[0].id]:
         yield f"the cells tagged setup are {tagged}, wanted the first code cell alone"
     if lab.code[0].source != lab.setup:
-        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.course.build.setup()"
+        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.course.setup_cell.setup()"
     if len(lab.code[0].source.splitlines()) > SETUP_LINES:
         yield f"the set-up cell has more than {SETUP_LINES} lines"
+
+
+def opens_on_a_gpu_in_colab(lab: Lab) -> Iterator[str]:
+    for key, wanted in setup_cell.METADATA.items():
+        if lab.notebook.metadata.get(key) != wanted:
+            yield f"its metadata has {key} {lab.notebook.metadata.get(key)}, wanted {wanted}"
 
 
 def asks_each_exercise_once(lab: Lab) -> Iterator[str]:
@@ -259,8 +278,10 @@ def is_finished(lab: Lab) -> Iterator[str]:
 RULES = [
     checked_cells_have_outputs,
     pictures_have_alternative_text,
+    headings_are_in_order,
     is_of_a_readable_size,
     opens_with_the_set_up_cell,
+    opens_on_a_gpu_in_colab,
     asks_each_exercise_once,
     comes_back_to_predictions,
     gives_nothing_away,
@@ -294,7 +315,7 @@ read_once = cache(forms.read)  # no rule changes a notebook
 def test_rule(rule, source, student):
     notebook = read_once(forms.student_path(source) if student else source)
     exercises = registry.exercises_of(int(source.name[:2]))
-    lab = Lab(notebook, student, exercises, forms.setup(repository(ROOT)), {path.name for path in SOURCES})
+    lab = Lab(notebook, student, exercises, setup_cell.setup(repository(ROOT)), {path.name for path in SOURCES})
     assert list(rule(lab)) == []
 
 
@@ -316,7 +337,7 @@ def good_lab() -> Lab:
     hidden = '### BEGIN HIDDEN TESTS\nscore("2.1")\n### END HIDDEN TESTS'
     cells = [
         new_markdown_cell("# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).", id="title"),
-        new_code_cell(forms.SETUP, id="setup", metadata={"tags": ["setup"]}),
+        new_code_cell(setup_cell.SETUP, id="setup", metadata={"tags": ["setup"]}),
         new_code_cell("guess = None  # your guess", id="guess", metadata={"tags": ["prediction"]}),
         new_markdown_cell("### 2.1 Double (8 minutes, difficulty 2 of 5)\n![a picture](attachment:a)", id="heading"),
         new_code_cell(solution, id="answer", metadata={"nbgrader": answer}),
@@ -333,7 +354,8 @@ def good_lab() -> Lab:
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
         cell.outputs = cell.outputs or [new_output("stream", text="printed\n")]
-    return Lab(new_notebook(cells=cells), False, (exercise,), forms.SETUP, {"02_good.ipynb", "03_next.ipynb"})
+    notebook = new_notebook(cells=cells, metadata=deepcopy(setup_cell.METADATA))
+    return Lab(notebook, False, (exercise,), setup_cell.SETUP, {"02_good.ipynb", "03_next.ipynb"})
 
 
 def student_lab() -> Lab:
@@ -390,6 +412,9 @@ BROKEN = [
     (pictures_have_alternative_text, edit("figure", outputs=[new_output("display_data", {"image/png": "aGk="})])),
     (pictures_have_alternative_text, edit("title", source="![](https://jupyter.org/a.png)")),
     (pictures_have_alternative_text, edit("title", source='<img src="https://jupyter.org/a.png">')),
+    (headings_are_in_order, edit("title", source="No title")),
+    (headings_are_in_order, edit("title", source="# Title\n\n#### Deep")),
+    (headings_are_in_order, edit("title", source="# Title\n\n# Another")),
     (is_of_a_readable_size, lambda lab: lab.notebook.cells.__delitem__(slice(-5, None))),
     (is_of_a_readable_size, lambda lab: lab.notebook.cells.extend([new_markdown_cell("x")] * 80)),
     (is_of_a_readable_size, edit("title", source="word " * 4001)),
@@ -399,6 +424,8 @@ BROKEN = [
     (opens_with_the_set_up_cell, mark("setup", tags=[])),
     (opens_with_the_set_up_cell, mark("use", tags=["setup"])),
     (opens_with_the_set_up_cell, move("use", 1)),
+    (opens_on_a_gpu_in_colab, lambda lab: lab.notebook.metadata.pop("accelerator")),
+    (opens_on_a_gpu_in_colab, lambda lab: lab.notebook.metadata.colab.update(gpuType="")),
     (asks_each_exercise_once, edit("check", source="pass")),
     (asks_each_exercise_once, edit("use", source='double = check("2.1", double)')),
     (asks_each_exercise_once, edit("use", source='double = check("2.9", double)')),
