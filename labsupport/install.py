@@ -194,7 +194,7 @@ def canonical(name: str) -> str:
 
 def parsed(requirement: str) -> tuple[str, str]:
     """Canonical name and range of a requirement: ("triton", ">=3.4"). The range is None if its marker says: not on this system."""
-    found = re.match(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)\)?\s*(?:;\s*(.*))?$", requirement.strip())
+    found = re.match(r"(\w[\w.-]*)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)\)?\s*(?:;\s*(.*))?$", requirement.strip())
     if not found:
         raise InstallError(f"{requirement!r} is not a requirement that labsupport/install.py can read")
     name, wanted, marker = found.groups()
