@@ -27,8 +27,9 @@ def site(
     from labsupport.course import build as forms
     from labsupport.course import site as pages
 
+    console = Console(stderr=True)
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("pages", total=None)
             made = pages.build(
                 forms.find_root(), out, numbers, lambda done, of: progress.update(task, completed=done, total=of)

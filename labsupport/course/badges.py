@@ -27,20 +27,24 @@ def repository(root: Path) -> str:
     return address
 
 
+def opened(address: str, name: str) -> tuple[str, str]:
+    """Where a notebook is opened in Colab, and where in Binder."""
+    slug = address.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{slug}/blob/{TAG}/notebooks/{name}"
+    return colab, f"https://mybinder.org/v2/gh/{slug}/{TAG}?urlpath=lab/tree/notebooks/{name}"
+
+
 def badge_block(address: str, notebooks: list[Path]) -> str:
     """A table with a row for each notebook; nothing without an address."""
     if not address:
         return ""
-    slug = address.removeprefix("https://github.com/")
-    colab = f"https://colab.research.google.com/github/{slug}/blob/{TAG}/notebooks"
-    binder = f"https://mybinder.org/v2/gh/{slug}/{TAG}?urlpath=lab/tree/notebooks"
     rows = ["| notebook | Colab | Binder |", "|---|---|---|"]
     for path in notebooks:
-        title = path.stem.replace("_", " ")
+        title, (colab, binder) = path.stem.replace("_", " "), opened(address, path.name)
         rows.append(
             f"| {title} "
-            f"| [![Open {title} in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/{path.name}) "
-            f"| [![Open {title} in Binder](https://mybinder.org/badge_logo.svg)]({binder}/{path.name}) |"
+            f"| [![Open {title} in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+            f"| [![Open {title} in Binder](https://mybinder.org/badge_logo.svg)]({binder}) |"
         )
     return "\n".join(rows) + "\n"
 

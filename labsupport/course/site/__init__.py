@@ -19,8 +19,8 @@ from typing import Any
 from labsupport import __version__
 from labsupport.course import badges
 from labsupport.course import build as forms
-from labsupport.course.site import pages
-from labsupport.course.site.lesson import Lesson, SiteError, lesson
+from labsupport.course.site import lesson, pages
+from labsupport.course.site.lesson import Lesson, SiteError
 from labsupport.model import files
 
 __all__ = ["MARK", "SiteError", "build", "check_place"]
@@ -86,7 +86,8 @@ def _write_source(root: Path, written: Path, extra: Path, notebooks: list[Path],
     texts |= {"claims": (pages.claims_page(), "data/claims.md"), "planner": (planner, "README.md")}
     lessons: dict[str, tuple[Lesson, str]] = {"shootout": (pages.shootout_page(root), "README.md")}
     for path in notebooks:
-        made = lesson(forms.read(path), forms.read(forms.student_path(path)), path.stem)
+        made = lesson.lesson(forms.read(path), forms.read(forms.student_path(path)), path.stem)
+        made.markdown = pages.opened(made.markdown, repository, path.stem)
         lessons[f"notebooks/{path.stem}"] = made, f"notebooks/{path.name}"
     texts |= {page: (made.markdown, name) for page, (made, name) in lessons.items()}
 
@@ -110,7 +111,8 @@ def _write_source(root: Path, written: Path, extra: Path, notebooks: list[Path],
 
 def _settings(extra: Path, repository: str) -> Mapping[str, Any]:
     static = resources.files(__package__) / "static"
-    about = {"source_repository": f"{repository}/", "source_branch": pages.BRANCH} if repository else {}
+    link = {"name": "Repository", "url": repository, "html": "Repository", "class": ""}
+    about = {"footer_icons": [link]} if repository else {}
     return {
         "project": TITLE, "author": "the contributors", "language": "en", "html_title": TITLE, "html_theme": "furo",
         "extensions": ["myst_parser", "labsupport.course.site.mathml"], "html_math_renderer": "mathml",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 from docutils import nodes
+
+# How many parts these have: a browser draws nothing sensible where one is missing.
+PARTS = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
 
 
 def convert(formula: str, display: str = "inline") -> str:
@@ -18,6 +22,10 @@ def convert(formula: str, display: str = "inline") -> str:
         raise ValueError(f"the formula {formula!r} cannot be converted: {type(error).__name__} {error}") from error
     if unknown := re.search(r"\\[a-zA-Z]+", found):  # what it does not know it leaves as it is
         raise ValueError(f"the formula {formula!r} cannot be converted: {unknown[0]} is not known")
+    for element in ElementTree.fromstring(found).iter():
+        name = element.tag.rpartition("}")[2]
+        if len(element) != PARTS.get(name, len(element)):
+            raise ValueError(f"the formula {formula!r} cannot be converted: a {name} has {len(element)} parts, wanted {PARTS[name]}")
     return found
 
 

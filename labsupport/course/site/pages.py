@@ -11,14 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from labsupport.course import build
+from labsupport.course import badges, build
 from labsupport.course.site import lesson, tables
 from labsupport.course.site.lesson import Lesson, SiteError
 from labsupport.evidence import claims, sweep
 from labsupport.evidence.audit import page as audit
 
 SHOOTOUT = "14_shootout"
-BRANCH = "main"
 DOCUMENTS = {"INSTRUCTORS.md": "instructors", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
 # A code block, a link or image, a span of code: only the middle one is looked at.
 LINK = re.compile(r"^(`{3,}).*?^\1|(!?)\[((?:`[^`]*`|[^\[\]`])*)\]\(([^)\s]+)\)|`[^`\n]*`", re.MULTILINE | re.DOTALL)
@@ -63,7 +62,7 @@ class Links:
                 return f"![{text}]({linked(path)})"
             if path in self.pages:
                 return f"[{text}]({to(self.pages[path])}{'#' + anchor if anchor else ''})"
-            return f"[{text}]({self.repository}/blob/{BRANCH}/{path})" if self.repository else text
+            return f"[{text}]({self.repository}/blob/{badges.TAG}/{path})" if self.repository else text
 
         return LINK.sub(change, markdown)
 
@@ -112,6 +111,17 @@ def index(markdown: str, notebooks: Iterable[str], documents: Iterable[str]) -> 
     }
     trees = ("\n".join(("```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```")) for title, names in parts.items())
     return "\n\n".join((markdown, *trees)) + "\n"
+
+
+def opened(markdown: str, repository: str, name: str) -> str:
+    """A notebook's page with a line under its title that says where else it can be read and run."""
+    title, rest = markdown.split("\n", 1)
+    here = f"`notebooks/{name}.ipynb`"
+    if not repository:
+        return f"{title}\n\n*The notebook is {here} of the repository; `labs lab` opens your copy of it.*\n{rest}"
+    colab, binder = badges.opened(repository, f"{name}.ipynb")
+    source = f"{repository}/blob/{badges.TAG}/notebooks/{name}.ipynb"
+    return f"{title}\n\n*Open it in [Colab]({colab}) or [Binder]({binder}), or look at [{here}]({source}).*\n{rest}"
 
 
 def claims_page() -> str:
