@@ -106,12 +106,14 @@ def test_a_formula_that_cannot_be_converted_is_an_error():
 def test_a_link_leads_to_a_page_to_the_repository_or_nowhere():
     about = {"INSTRUCTORS.md": "instructors", "notebooks/02_rounding.ipynb": "notebooks/02_rounding"}
     links = pages.Links(about, "", {"serve-a-model": "commands", "the-course": "index"})
-    text = "[a](INSTRUCTORS.md#x) [`b`](data/card.md) [c](#serve-a-model) [d](#the-course) `[e](x)` [f](https://a.b) ![g](data/g.svg)"
+    text = (
+        "[a](INSTRUCTORS.md#x) [`b`](data/card.md) [c](#serve-a-model) [d](#the-course) `[e](x)` [f](https://a.b) ![g](data/g.svg)"
+    )
     seen: list[str] = []
-    changed = links.rewritten(text, "README.md", "index", lambda path: seen.append(path) or "/images/g.svg")
-    wanted = "[a](instructors.md#x) `b` [c](commands.md#serve-a-model) [d](#the-course) `[e](x)` [f](https://a.b) ![g](/images/g.svg)"
+    changed = links.rewritten(text, "README.md", "index", lambda path: seen.append(path) or "/images/g")
+    wanted = "[a](instructors.md#x) `b` [c](commands.md#serve-a-model) [d](#the-course) `[e](x)` [f](https://a.b) ![g](/images/g)"
     assert (changed, seen) == (wanted, ["data/g.svg"])
-    assert links.rewritten("[x](../notebooks/02_rounding.ipynb)", "data/claims.md", "claims", str) == "[x](notebooks/02_rounding.md)"
+    assert links.rewritten("[x](../notebooks/02_rounding.ipynb)", "data/c.md", "claims", str) == "[x](notebooks/02_rounding.md)"
     assert links.rewritten("[x](../INSTRUCTORS.md)", "data/claims.md", "notebooks/a", str) == "[x](../instructors.md)"
     public = pages.Links(about, "https://github.com/a/b", {})
     assert public.rewritten("[b](data/card.md)", "README.md", "index", str) == (

@@ -15,7 +15,7 @@ app = typer.Typer()
 @app.command()
 def site(
     numbers: Annotated[list[str] | None, typer.Argument(metavar="NN", help="Notebooks; all by default.")] = None,
-    out: Annotated[Path, typer.Option(help="A folder for the pages; one that this command made before is replaced.")] = Path("site"),
+    out: Annotated[Path, typer.Option(help="A folder for the pages; one made by this command is replaced.")] = Path("site"),
 ) -> None:
     """Make the course's pages: the notebooks with their outputs, solutions behind a click, claims, the shootout, the planner.
 
@@ -31,9 +31,7 @@ def site(
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("pages", total=None)
-            made = pages.build(
-                forms.find_root(), out, numbers, lambda done, of: progress.update(task, completed=done, total=of)
-            )
+            made = pages.build(forms.find_root(), out, numbers, lambda done, of: progress.update(task, completed=done, total=of))
     except (pages.SiteError, forms.BuildError, OSError) as error:
         fail("site", error)
     except ModuleNotFoundError as error:

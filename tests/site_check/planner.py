@@ -16,6 +16,7 @@ from labsupport.cli import app
 from labsupport.evidence import planner, tables
 
 Case = dict[str, Any]
+LABELS = ("Model", "GPU, or CPU", "Memory in GB, if not that", "Tokens of a sequence", "Users, sequences at once", "Quality")
 OWN = "your model"  # what the page calls a model whose config.json was copied in
 
 
@@ -112,14 +113,19 @@ def by_page(page: Page, case: Case) -> list[str]:
     if page.locator("#answer.problem").count():
         return [page.locator("#answer").inner_text()]
     about, evidence, assumptions = (page.locator("#plan ul").nth(i).locator("li").all_inner_texts() for i in range(3))
-    rows = page.locator("#options tr").evaluate_all("rows => rows.map((row) => [...row.children].map((cell) => cell.innerText.trim()).join('\\t'))")
+    rows = _rows(page, "#options tr", 7)
     recommended = page.locator("#recommended p").all_inner_texts()
     lists = ["Evidence", *(f"- {line}" for line in evidence), "Assumptions", *(f"- {line}" for line in assumptions)]
     return [*about, *rows, *recommended, *lists]
 
 
 def parts_by_page(page: Page) -> list[str]:
-    return page.locator("#parts tbody tr").evaluate_all("rows => rows.map((row) => [...row.children].slice(0, 2).map((cell) => cell.innerText.trim()).join('\\t'))")
+    return _rows(page, "#parts tbody tr", 2)
+
+
+def _rows(page: Page, rows: str, columns: int) -> list[str]:
+    cells = page.locator(rows).evaluate_all("rows => rows.map((row) => [...row.children].map((cell) => cell.innerText.trim()))")
+    return ["\t".join(row[:columns]) for row in cells]
 
 
 def differences(page: Page, cases: list[Case], folder: Path) -> Iterator[str]:
@@ -136,7 +142,7 @@ def differences(page: Page, cases: list[Case], folder: Path) -> Iterator[str]:
 
 def by_keyboard(page: Page) -> Iterator[str]:
     """What somebody without a mouse meets: every field has a name and is reached by Tab; an answer is announced after a moment."""
-    for name in ("Model", "GPU, or CPU", "Memory in GB, if not that", "Tokens of a sequence", "Users, sequences at once", "Quality"):
+    for name in LABELS:
         if page.get_by_label(name, exact=True).count() != 1:
             yield f"no field is called {name}"
     page.reload()

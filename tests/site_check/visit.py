@@ -84,10 +84,10 @@ def violations(page: Page, rules: Sequence[str] = ()) -> list[str]:
 
     options: dict[str, Any] = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
     answer: dict[str, Any] = Axe().run(page, options=options).response
+    found = [each for each in answer["violations"] if each["impact"] in SERIOUS]
     return [
-        f"{each['id']} ({each['impact']}, {len(each['nodes'])} times): {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary']}"
-        for each in answer["violations"]
-        if each["impact"] in SERIOUS
+        f"{each['id']}, {len(each['nodes'])} times: {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary']}"
+        for each in found
     ]
 
 

@@ -1,8 +1,8 @@
 """The course as pages: `labs site`.
 
-Sphinx makes them, with MyST for Markdown and the theme furo: search, dark mode and the phone's layout come with these and work from a
-folder without a server, where nbconvert would leave all three to us; notebooks become Markdown here (lesson.py) rather than in MyST-NB,
-which knows no solution behind a click and no alternative text that differs from output to output.
+Sphinx makes them, with MyST for Markdown and the theme furo: search, dark mode and a phone's layout come with these and work from
+a folder without a server, where nbconvert would leave all three to us. A notebook becomes Markdown here (lesson.py) and not in MyST-NB,
+which knows no solution behind a click, and no alternative text of one output among several.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def _settings(extra: Path, repository: str) -> Mapping[str, Any]:
         "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 4, "smartquotes": False,
         "highlight_language": "text", "pygments_style": "a11y-high-contrast-light",
         "html_static_path": [str(static)], "html_extra_path": [str(extra)],
-        "html_css_files": ["site.css"], "html_js_files": [("site.js", {"defer": "defer"})], "html_favicon": str(static / "icon.svg"),
+        "html_css_files": ["site.css"], "html_js_files": [("site.js", {"defer": "defer"})],
+        "html_favicon": str(static / "icon.svg"),
         "html_copy_source": False, "html_show_sourcelink": False, "html_show_sphinx": False, "html_show_copyright": False,
         "html_use_index": False, "html_domain_indices": False, "html_theme_options": about,
     }  # fmt: skip

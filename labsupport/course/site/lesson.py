@@ -1,4 +1,4 @@
-"""A notebook as a page: its stored outputs, and every solution behind a click. Markdown for MyST goes in, and pictures beside it."""
+"""A notebook as a page: Markdown for MyST with its stored outputs, every solution behind a click, and its pictures as files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lesson(source: NotebookNode, learner: NotebookNode, name: str) -> Lesson:
 
 
 def in_order(markdown: str) -> str:
-    """The same with no level of headings left out: in a notebook "Predict" stands before the first section, and as small as later."""
+    """The same with no level of headings left out: "Predict" may stand before the first section, as small as later."""
     level = 0
 
     def one(found: re.Match[str]) -> str:
@@ -53,7 +53,9 @@ def in_order(markdown: str) -> str:
         level = min(len(found["level"]), level + 1)
         return "#" * level + " "
 
-    return re.sub(r"^(?P<fence>`{3,}).*?^(?P=fence)`*$|^<pre.*?</pre>|^(?P<level>#+) ", one, markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^(?P<fence>`{3,}).*?^(?P=fence)`*$|^<pre.*?</pre>|^(?P<level>#+) ", one, markdown, flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def figures(source: NotebookNode, name: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:

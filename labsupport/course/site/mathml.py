@@ -25,7 +25,9 @@ def convert(formula: str, display: str = "inline") -> str:
     for element in ElementTree.fromstring(found).iter():
         name = element.tag.rpartition("}")[2]
         if len(element) != PARTS.get(name, len(element)):
-            raise ValueError(f"the formula {formula!r} cannot be converted: a {name} has {len(element)} parts, wanted {PARTS[name]}")
+            raise ValueError(
+                f"the formula {formula!r} cannot be converted: a {name} has {len(element)} parts, wanted {PARTS[name]}"
+            )
     return found
 
 

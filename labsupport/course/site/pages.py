@@ -156,18 +156,18 @@ def shootout_page(root: Path) -> Lesson:
     ]
     for heading, markdown, pictures in lesson.figures(notebook, SHOOTOUT):
         title = f"## {re.sub(r'^[0-9.]+ ', '', heading)}"
-        blocks += [markdown.replace("../pictures", "pictures")] if title in blocks else [title, markdown.replace("../pictures", "pictures")]
+        blocks += [markdown] if title in blocks else [title, markdown]
         made.pictures.update(pictures)
     for model, title in ((None, "the course model"), ("smollm2", "SmolLM2-135M")):
         measured = sweep.load("shootout", model)
         about = measured.about
         blocks += [
             f"## Every row: {title}",
-            f"Sorted by bytes of the whole model. {about['windows']} windows of {about['length']} tokens of {about['text']}; perplexity in "
-            f"float {measured.baseline:.2f}; a change has its interval of 95 %, paired over documents.",
+            f"Sorted by bytes of the whole model. {about['windows']} windows of {about['length']} tokens of {about['text']}; "
+            f"perplexity in float {measured.baseline:.2f}; a change has its interval of 95 %, paired over documents.",
             _table(measured.rows),
         ]
-    made.markdown = "\n\n".join(blocks) + "\n"
+    made.markdown = "\n\n".join(blocks).replace("../pictures", "pictures") + "\n"
     return made
 
 
