@@ -76,7 +76,7 @@ def test_the_planner_equals_labs_plan(made, tmp_path):
     from site_check import visit
 
     odd = list(compared.odd_cases())
-    cases = [*compared.random_cases(4), odd[0], odd[9], odd[-1]]
+    cases = [*compared.random_cases(3), odd[9], odd[-1]]
     try:
         with chromium() as browser, visit.visit(browser, made.as_uri() + "/") as tab:
             tab.go("planner.html")

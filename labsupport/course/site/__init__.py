@@ -8,6 +8,7 @@ which knows no solution behind a click, and no alternative text of one output am
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -148,5 +149,5 @@ def _sphinx(folder: Path, out: Path, repository: str, on_page: Callable[[int], N
     except (SphinxError, ValueError) as error:
         raise SiteError(f"Sphinx cannot make the pages: {error}") from error
     if said := warnings.getvalue().strip():
-        line = re.sub(r"\x1b\[[\d;]*m", "", said.split("\n")[0]).replace(f"{folder / 'source'}/", "")
+        line = re.sub(r"\x1b\[[\d;]*m", "", said.split("\n")[0]).replace(f"{folder / 'source'}{os.sep}", "")
         raise SiteError(f"Sphinx warns: {line}")

@@ -70,6 +70,12 @@ function partRow(part, size, memory) {
   return { values: [part, gigabytes(size, 2), element("span", "", { class: "bar", style: `width: ${(100 * size) / memory}%` })] };
 }
 
+// "claim 3 (depends): ...": its number leads to what came of it.
+function linked(line) {
+  const [, number, rest] = line.match(/^claim (\d+)( .*)$/) ?? [];
+  return number ? [element("a", `claim ${number}`, { href: `claims.html#claim-${number}` }), rest] : line;
+}
+
 const list = (lines) => element("ul", lines.map((line) => element("li", line)));
 
 function show({ shape, card, context, users, quality, choice, others }) {
@@ -97,7 +103,7 @@ function show({ shape, card, context, users, quality, choice, others }) {
     table("GB; tokens a second of all users together, at most", ["format", "weights", "cache", "rest", "total GB", "tokens/s <=", "most users"], others.map((each) => optionRow(each, form.name)), { id: "options" }),
     element("h2", "Bytes by part"),
     table(`${form.name}; the whole width is the memory of the card`, ["part", "GB", ""], [...parts, { values: ["total", gigabytes(chosen.total, 2), ""] }], { id: "parts" }),
-    element("h2", "Evidence"), list(rule.evidence),
+    element("h2", "Evidence"), list(rule.evidence.map(linked)),
     element("h2", "Assumptions"), list(TABLES.assumptions),
   ];
 }
