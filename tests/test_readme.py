@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 # Folders that a command makes.
-MADE = {"workbook/", "workbook/backups", ".venv", ".venv/bin", ".venv/bin/labs", ".venv/bin/activate", "source/lab02/", "site/", "site/index.html"}
+MADE = {
+    "workbook/", "workbook/backups", ".venv", ".venv/bin", ".venv/bin/labs", ".venv/bin/activate", "source/lab02/", "site/",
+    "site/index.html",
+}  # fmt: skip
 CHAPTERS = {number: name for row in course.LANES.values() for number, name, _ in row}
 REAL = {int(path.name[:2]): path.stem[3:] for path in build.sources(ROOT)}
 

@@ -1,8 +1,8 @@
 """The course as pages: `labs site`.
 
 Sphinx makes them, with MyST for Markdown and the theme furo: search, dark mode and a phone's layout come with these and work from
-a folder without a server, where nbconvert would leave all three to us. A notebook becomes Markdown here (lesson.py), not in MyST-NB,
-which knows no solution behind a click, and no alternative text of one output among several.
+a folder without a server, where nbconvert would leave all three to us. A notebook becomes Markdown here (lesson.py), not by MyST-NB,
+which knows no solution behind a click, and no text in place of one picture among several.
 """
 
 from __future__ import annotations
