@@ -1,7 +1,7 @@
 """The course as pages: `labs site`.
 
 Sphinx makes them, with MyST for Markdown and the theme furo: search, dark mode and a phone's layout come with these and work from
-a folder without a server, where nbconvert would leave all three to us. A notebook becomes Markdown here (lesson.py), not by MyST-NB,
+a folder without a server, where nbconvert would leave all three to us. Notebooks become Markdown here (lesson.py), not by MyST-NB,
 which knows no solution behind a click, and no text in place of one picture among several.
 """
 
