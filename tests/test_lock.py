@@ -61,7 +61,19 @@ def test_the_lock_names_no_build_of_torch_no_cuda_and_no_place() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][A-Za-z0-9.]*( ; sys_platform == 'linux')?", line) for line in body)
     assert [line.split("==")[0] for line in body] == list(PINS)
     assert [line.split("==")[0] for line in body if ";" in line] == ["triton"]  # it has no wheels for other systems
-    assert list(PINS) == sorted(PINS)
+
+
+def test_what_learners_need_stands_first_and_is_what_pip_is_given_for_them() -> None:
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    for_them, all_of_it = (install.without_hashes(install.part_of(text, everything)) for everything in (False, True))
+    wanted = lock.for_learners(ROOT / "pyproject.toml")
+    learners = [line.split("==")[0] for line in for_them.splitlines()]
+    assert set(learners) == wanted
+    assert learners == sorted(learners)
+    rest = [line.split("==")[0] for line in all_of_it.removeprefix(for_them).splitlines()]
+    assert rest == sorted(PINS.keys() - wanted)
+    assert {"torch", "jupyterlab", "peft", "gguf", "hatchling"} <= wanted
+    assert {"pytest", "nbgrader", "sphinx", "playwright", "dask"} <= set(rest)
 
 
 def test_every_version_has_the_hashes_of_its_files_for_all_systems() -> None:
@@ -181,4 +193,5 @@ def test_colab_keeps_its_own_torch_and_lists_nothing_itself() -> None:
 
 
 def test_the_installer_names_every_list_of_pyproject() -> None:
-    assert set(install.EXTRAS.split(",")) == LISTS.keys() - {"core"}
+    learners, others = (names.split(",") for names in (install.LEARNERS, install.OTHERS))
+    assert sorted([*learners, *others]) == sorted(LISTS.keys() - {"core"})
