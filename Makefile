@@ -3,5 +3,5 @@ PYTHON ?= python3
 ARGS ?=
 .PHONY: lab test interop
 lab:  ; @$(PYTHON) labsupport/install.py && .venv/bin/labs lab $(ARGS)
-test: ; @$(PYTHON) labsupport/install.py && .venv/bin/labs test $(ARGS)
-interop: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
+test: ; @$(PYTHON) labsupport/install.py --all && .venv/bin/labs test $(ARGS)
+interop: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
