@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that requirements.lock can be installed on
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Lists of pyproject.toml: what notebooks and a learner's commands import, and the others. The lock has all of them.
-LEARNERS, OTHERS = "lab,fetch,finetune", "dev,hub,serve,cluster,teach,site"
+LEARNERS, OTHERS = "lab,fetch,finetune,serve", "dev,hub,cluster,teach,site"
 REST = "# Only for those who teach with the course or work on it:"  # the lock's line between the two
 # https://docs.nvidia.com/deploy/cuda-compatibility: the oldest driver, by its first number, for each CUDA, by its own.
 DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}
@@ -293,12 +293,16 @@ def check_writable(prefix: Path) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the environment that the course runs in.")
     parser.add_argument("--here", action="store_true", help="install into the Python that runs this, without .venv")
     parser.add_argument("--all", action="store_true", help="also what tests, graders and the site need")
     parser.add_argument("--torch", choices=("cpu", "cuda"), help="which build of PyTorch; without it, the NVIDIA driver decides")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = options_of(arguments)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a folder's name may have letters that this terminal has not
     start = time.monotonic()

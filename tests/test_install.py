@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 def script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -69,17 +69,17 @@ def test_torch_comes_first_from_the_cpu_index_then_the_lock_then_the_package(clo
     assert torch[torch.index("--extra-index-url") + 1] == "https://download.pytorch.org/whl/cpu"
     assert int(torch[torch.index("--retries") + 1]) <= 1
     assert lock == ("--no-deps", "--require-hashes", "-r", str(clone / "labs-requirements.txt"))
-    assert Path(lock[-1]).read_text() == (clone / "requirements.lock").read_text().partition(install.REST)[0]
+    assert Path(lock[-1]).read_text(encoding="utf-8") == (clone / "requirements.lock").read_text().partition(install.REST)[0]
     constraints = package[package.index("--constraint") + 1]
     assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[{install.LEARNERS}]")
-    assert Path(constraints).read_text() == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\npytest==9.0\n"
+    assert Path(constraints).read_text(encoding="utf-8") == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\npytest==9.0\n"
 
 
 def test_all_of_it_is_the_whole_lock_and_stays_so(clone: Path, calls: list) -> None:
     assert install.install(Path("python"), clone)
     assert install.install(Path("python"), clone, everything=True)
     *_, lock, package = calls
-    assert Path(lock[-1]).read_text() == (clone / "requirements.lock").read_text()
+    assert Path(lock[-1]).read_text(encoding="utf-8") == (clone / "requirements.lock").read_text()
     assert package[-1] == f"{clone}[{install.LEARNERS},{install.OTHERS}]"
     calls.clear()
     assert not install.install(Path("python"), clone)  # `make lab` after `make test`
@@ -110,7 +110,7 @@ def test_the_build_can_be_chosen_where_no_driver_is_seen_and_the_choice_stays(cl
     assert install.install(Path("python"), clone, "cuda")
     torch, lock, _ = calls
     assert torch == ("--no-deps", "--require-hashes", "--force-reinstall", "-r", str(clone / "labs-torch.txt"))
-    assert Path(torch[-1]).read_text() == "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:2\n"
+    assert Path(torch[-1]).read_text(encoding="utf-8") == "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:2\n"
     assert "--require-hashes" in lock
     assert not install.install(Path("python"), clone)
     assert not install.install(Path("python"), clone, "cuda")

@@ -1,15 +1,13 @@
-"""One list of dependencies, in pyproject.toml: the lock, conda's file and Binder's folder follow it."""
+"""One list of dependencies, in pyproject.toml: the lock follows it, and the lists of the installer do."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 from labsupport import install
@@ -165,25 +163,6 @@ def test_writing_the_lock_again_changes_nothing(tmp_path: Path, monkeypatch: pyt
     written, kept = ((folder / "requirements.lock").read_text().splitlines() for folder in (tmp_path, ROOT))
     differing = [line for line in {*written} ^ {*kept} if not line.startswith("# frozen with Python")]
     assert differing == []
-
-
-def test_conda_lists_nothing_itself() -> None:
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    named = [item for item in listed if isinstance(item, str)]
-    assert {re.split(r"[=<>]", item)[0] for item in named} == {"python", "pip"}
-    assert named == listed  # what pip installs, install.py decides
-    assert "python labsupport/install.py --here" in (ROOT / "environment.yml").read_text()
-    (python,) = (item for item in named if item.startswith("python"))
-    assert python.split("=")[-1] in lock.PYTHONS
-
-
-def test_binder_lists_nothing_itself() -> None:
-    folder = ROOT / "binder"
-    assert {p.name for p in folder.iterdir()} == {"runtime.txt", "postBuild"}
-    assert (folder / "runtime.txt").read_text().strip().removeprefix("python-") in lock.PYTHONS
-    commands = [line for line in (folder / "postBuild").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands == ["set -e", "python labsupport/install.py --here"]
-    assert os.access(folder / "postBuild", os.X_OK)
 
 
 def test_colab_keeps_its_own_torch_and_lists_nothing_itself() -> None:

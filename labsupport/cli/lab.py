@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | 
         command.append(f"--port={port}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container; the server listens on this machine only, behind a token
         command.append("--allow-root")
+    if os.environ.get("CODESPACES") == "true":  # the browser comes from the address that GitHub forwards the port to
+        name, domain = (os.environ.get(n, "") for n in ("CODESPACE_NAME", "GITHUB_CODESPACES_PORT_FORWARDING_DOMAIN"))
+        command.append(rf"--ServerApp.allow_origin_pat=https://{re.escape(name)}-\d+\.{re.escape(domain)}")
     return command
 
 
@@ -49,14 +53,18 @@ def lab(
     import importlib.util
 
     from labsupport.course import workbook
+    from labsupport.model import files
 
     if importlib.util.find_spec("jupyterlab") is None:
         fail("lab", "JupyterLab is not installed: pip install 'labsupport[lab]'")
     try:
         folder = (folder or workbook.default_dir()).resolve()
+        files.check_writable(folder / "notebook")
         for line in workbook.lay_out(folder):
             echo(line)
         first = next(iter(workbook.chapters().values())).name
+    except files.WriteError as error:
+        fail("lab", f"{error}; `labs lab --dir FOLDER` keeps your notebooks in another folder")
     except (workbook.WorkbookError, OSError) as error:
         fail("lab", error)
     if short := memory.warning():
