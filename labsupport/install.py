@@ -194,7 +194,8 @@ def last_line(text: str) -> str:
 
 def pip(python: Path, log: Path, *arguments: str) -> None:
     """Run pip with its output in `log`, and on a terminal also on one line that overwrites itself. Raises InstallError."""
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    options = ["--disable-pip-version-check", "--no-input", "--no-compile", "--progress-bar", "off"]
+    command = [str(python), "-m", "pip", "install", *options]
     width = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 0
     kept = []
     with log.open("a", encoding="utf-8") as file:
@@ -235,6 +236,14 @@ def install_torch(python: Path, log: Path, version: str, *options: str) -> None:
         pip(python, log, *asked)
 
 
+def compile_all(python: Path, log: Path) -> None:
+    """Bytecode for all that was installed, on all cores: pip would use one, and the first import would wait for it."""
+    asked = run_quietly([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    done = run_quietly([str(python), "-m", "compileall", "-q", "-j", "0", asked.stdout.strip(), str(ROOT / "labsupport")])
+    with log.open("a", encoding="utf-8") as file:  # packages hold a few files for other Pythons, which do not compile
+        file.write(done.stdout + done.stderr)
+
+
 def part_of(lock: str, everything: bool) -> str:
     """The text of the lock's part that is wanted: all of it, or what learners need."""
     return lock if everything else lock.partition(REST)[0]
@@ -260,7 +269,7 @@ def install(python: Path, prefix: Path, torch: str | None = None, everything: bo
     log.write_text("", encoding="utf-8")
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     version, anew = pinned(lock, "torch"), ["--force-reinstall"] if torch and torch != before[1] else []
-    say(f"1/3 torch {version}, {build.upper()} build ({why})")
+    say(f"1/4 torch {version}, {build.upper()} build ({why})")
     if build == "cpu" and sys.platform.startswith("linux"):
         install_torch(python, log, version, *anew)
     elif anew:
@@ -268,12 +277,14 @@ def install(python: Path, prefix: Path, torch: str | None = None, everything: bo
         pip(python, log, "--no-deps", "--require-hashes", *anew, "-r", kept(prefix / "labs-torch.txt", of_torch.group()))
     asked = part_of(lock, everything)
     pins = without_hashes(asked)
-    say(f"2/3 {len(pins.splitlines())} packages of requirements.lock: a few minutes the first time")
+    say(f"2/4 {len(pins.splitlines())} packages of requirements.lock: a few minutes the first time")
     pip(python, log, "--no-deps", "--require-hashes", "-r", kept(prefix / "labs-requirements.txt", asked))
-    say("3/3 the course's own package, and what it needs on this system alone")
+    say("3/4 the course's own package, and what it needs on this system alone")
     extras = f"{LEARNERS},{OTHERS}" if everything else LEARNERS
     constraints = kept(prefix / "labs-constraints.txt", without_hashes(lock))
     pip(python, log, "--no-build-isolation", "--constraint", constraints, "-e", f"{ROOT}[{extras}]")
+    say("4/4 bytecode, so that the first cell is quick")
+    compile_all(python, log)
     os.replace(kept(stamp.with_suffix(".new"), " ".join(now) + "\n"), stamp)
     return True
 

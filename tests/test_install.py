@@ -45,6 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What pip would have been asked for, in order."""
     made: list[tuple[str, ...]] = []
     monkeypatch.setattr(install, "pip", lambda python, log, *arguments: made.append(arguments))
+    monkeypatch.setattr(install, "compile_all", lambda python, log: None)
     return made
 
 
@@ -154,6 +155,21 @@ def test_the_driver_is_asked_for_its_version(
     assert install.nvidia_driver() == wanted
 
 
+def test_what_was_installed_is_compiled_and_a_file_that_cannot_be_is_no_error(
+    tmp_path: Path, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, log = tmp_path / "site packages", tmp_path / "log"
+    (clone / "labsupport").mkdir()
+    site.mkdir()
+    for path, text in {site / "good.py": "x = 1\n", site / "old.py": "print 1\n", clone / "labsupport" / "ours.py": ""}.items():
+        path.write_text(text, "utf-8")
+    real, asked = install.run_quietly, SimpleNamespace(stdout=f"{site}\n")
+    monkeypatch.setattr(install, "run_quietly", lambda command: asked if "-c" in command else real(command))
+    install.compile_all(Path(sys.executable), log)
+    assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")} == {"good", "ours"}
+    assert "old.py" in log.read_text("utf-8")
+
+
 def test_a_disk_without_room_is_said_before_anything_is_downloaded(
     clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +206,7 @@ def test_a_cpu_index_that_does_not_serve_is_not_the_end(clone: Path, monkeypatch
             raise install.InstallError("no")
 
     monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "compile_all", lambda python, log: None)
     assert install.install(Path("python"), clone)
     assert made[1] == ("--no-deps", "torch==2.13.0")
     assert len(made) == 4
