@@ -28,7 +28,7 @@ from labsupport.cli import app
 from labsupport.cli.lab import jupyter_command
 from labsupport.course import doctor, workbook
 from labsupport.evidence import machine
-from labsupport.model import memory
+from labsupport.model import files, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"
@@ -295,6 +295,27 @@ def test_doctor_tries_the_gpu_that_pytorch_finds(monkeypatch: pytest.MonkeyPatch
     assert device.found == "GeForce GTX 1080, 8.0 GiB"
     assert device.todo.startswith("it does not compute (CUDA error: no kernel image is available for execution on the device): ")
     assert "--torch cpu" in device.todo
+
+
+@pytest.mark.parametrize("command", [["lab", "--no-browser"], ["reset", "00"]], ids=["lab", "reset"])
+def test_where_no_copies_can_be_laid_out_another_folder_is_named(command: list[str], tmp_path: Path) -> None:
+    """A file stands where the folder should be: the one obstacle that also stops root."""
+    (tmp_path / "clone").write_text("", encoding="utf-8")
+    done = labs(*command, "--dir", str(tmp_path / "clone" / "workbook"))
+    assert done.exit_code == 1
+    said = (
+        rf"labs {command[0]}: \S+00_start_here\.ipynb cannot be written: .*; `--dir FOLDER` keeps your notebooks in another folder"
+    )
+    assert re.fullmatch(said, done.stderr.strip())
+
+
+def test_a_file_that_cannot_be_written_is_one_line_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise files.WriteError(Path("README.md"), "No space left on device", disk_full=True)
+
+    monkeypatch.setattr("labsupport.course.badges.write_badges", full)
+    done = labs("badges")
+    assert (done.exit_code, done.stderr) == (1, "labs: the disk is full: README.md could not be written\n")
 
 
 def test_a_package_that_learners_lack_is_one_line_about_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

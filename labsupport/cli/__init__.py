@@ -20,7 +20,8 @@ UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.
 class Commands(TyperGroup):
     """The commands. An option or argument that is refused is one line on standard error, like every other mistake.
 
-    So is a package that is missing: a learner's environment lacks what only teachers and those who work on the course need.
+    So is a file that cannot be written, and a package that is missing: a learner's environment lacks what only teachers and those
+    who work on the course need.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -32,6 +33,13 @@ class Commands(TyperGroup):
             message = " ".join(error.format_message().split()).removesuffix(".") or "a command is missing"
             messages.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            from labsupport.model.files import WriteError
+
+            if not isinstance(error, WriteError):
+                raise
+            messages.echo(f"labs: {error}", err=True)
+            sys.exit(1)
         except ModuleNotFoundError as error:
             if (error.name or "labsupport").partition(".")[0] == "labsupport":
                 raise

@@ -17,6 +17,7 @@ from labsupport.model import memory
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
+ELSEWHERE = "`--dir FOLDER` keeps your notebooks in another folder"
 Folder = Annotated[Path | None, typer.Option("--dir", help="The workbook; by default the one in the repository.")]
 
 
@@ -59,12 +60,12 @@ def lab(
         fail("lab", "JupyterLab is not installed: pip install 'labsupport[lab]'")
     try:
         folder = (folder or workbook.default_dir()).resolve()
-        files.check_writable(folder / "notebook")
+        first = next(iter(workbook.chapters().values())).name
+        files.check_writable(folder / first)
         for line in workbook.lay_out(folder):
             echo(line)
-        first = next(iter(workbook.chapters().values())).name
     except files.WriteError as error:
-        fail("lab", f"{error}; `labs lab --dir FOLDER` keeps your notebooks in another folder")
+        fail("lab", f"{error}; {ELSEWHERE}")
     except (workbook.WorkbookError, OSError) as error:
         fail("lab", error)
     if short := memory.warning():
@@ -85,10 +86,15 @@ def reset(
 ) -> None:
     """A fresh copy of one notebook. The old one is kept in workbook/backups."""
     from labsupport.course import workbook
+    from labsupport.model import files
 
     try:
-        for line in workbook.reset(folder or workbook.default_dir(), number, keep_answers):
+        folder = folder or workbook.default_dir()
+        files.check_writable(folder / workbook.chapter(number).name)
+        for line in workbook.reset(folder, number, keep_answers):
             echo(line)
+    except files.WriteError as error:
+        fail("reset", f"{error}; {ELSEWHERE}")
     except (workbook.WorkbookError, OSError) as error:
         fail("reset", error)
 
