@@ -309,6 +309,18 @@ def test_where_no_copies_can_be_laid_out_another_folder_is_named(command: list[s
     assert re.fullmatch(said, done.stderr.strip())
 
 
+def test_a_terminal_without_the_letters_of_a_folder_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where what is not shown in a window is written in the alphabet of the country."""
+    monkeypatch.setattr("os.execve", lambda *_: None)
+    monkeypatch.setattr("subprocess.call", lambda *_, **__: 0)
+    folder = tmp_path / "Máy tính của tôi" / "khóa học"
+    done = CliRunner(charset="cp1252").invoke(app, ["lab", "--no-browser", "--dir", str(folder)])
+    assert done.exit_code == 0, done.exception
+    assert "Your notebooks are in" in done.output
+    assert r"kh\xf3a h\u1ecdc".replace(r"\xf3", "ó") in done.output
+    assert (folder / "00_start_here.ipynb").is_file()
+
+
 def test_a_file_that_cannot_be_written_is_one_line_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise files.WriteError(Path("README.md"), "No space left on device", disk_full=True)

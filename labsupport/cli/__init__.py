@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -25,6 +26,9 @@ class Commands(TyperGroup):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a folder's name may have letters that this terminal has not
         try:
             # In standalone mode typer answers a wrong option with five lines and a box.
             code = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "labs"})
