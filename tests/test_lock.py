@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from labsupport import install
-from labsupport.course import build, lock
+from labsupport.course import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = lock.lists_of(ROOT / "pyproject.toml")
@@ -163,12 +163,6 @@ def test_writing_the_lock_again_changes_nothing(tmp_path: Path, monkeypatch: pyt
     written, kept = ((folder / "requirements.lock").read_text().splitlines() for folder in (tmp_path, ROOT))
     differing = [line for line in {*written} ^ {*kept} if not line.startswith("# frozen with Python")]
     assert differing == []
-
-
-def test_colab_keeps_its_own_torch_and_lists_nothing_itself() -> None:
-    """The set-up cell asks pip for the package, and that asks for ranges; the lock is for machines that have nothing yet."""
-    setup = build.setup("https://example.org/course")
-    assert re.findall(r'"pip", "([^"]*)"', setup) == ["install -q git+https://example.org/course"]
 
 
 def test_the_installer_names_every_list_of_pyproject() -> None:

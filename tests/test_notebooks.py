@@ -19,6 +19,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from labsupport.course import build as forms
+from labsupport.course import setup_cell
 from labsupport.course.badges import repository
 from labsupport.course.execute import WIDGET
 from labsupport.exercises import registry
@@ -125,9 +126,15 @@ def opens_with_the_set_up_cell(lab: Lab) -> Iterator[str]:
     if tagged != [lab.code[0].id]:
         yield f"the cells tagged setup are {tagged}, wanted the first code cell alone"
     if lab.code[0].source != lab.setup:
-        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.course.build.setup()"
+        yield f"cell {lab.code[0].id}: not the set-up cell of labsupport.course.setup_cell.setup()"
     if len(lab.code[0].source.splitlines()) > SETUP_LINES:
         yield f"the set-up cell has more than {SETUP_LINES} lines"
+
+
+def opens_on_a_gpu_in_colab(lab: Lab) -> Iterator[str]:
+    for key, wanted in setup_cell.METADATA.items():
+        if lab.notebook.metadata.get(key) != wanted:
+            yield f"its metadata has {key} {lab.notebook.metadata.get(key)}, wanted {wanted}"
 
 
 def asks_each_exercise_once(lab: Lab) -> Iterator[str]:
@@ -261,6 +268,7 @@ RULES = [
     pictures_have_alternative_text,
     is_of_a_readable_size,
     opens_with_the_set_up_cell,
+    opens_on_a_gpu_in_colab,
     asks_each_exercise_once,
     comes_back_to_predictions,
     gives_nothing_away,
@@ -294,7 +302,7 @@ read_once = cache(forms.read)  # no rule changes a notebook
 def test_rule(rule, source, student):
     notebook = read_once(forms.student_path(source) if student else source)
     exercises = registry.exercises_of(int(source.name[:2]))
-    lab = Lab(notebook, student, exercises, forms.setup(repository(ROOT)), {path.name for path in SOURCES})
+    lab = Lab(notebook, student, exercises, setup_cell.setup(repository(ROOT)), {path.name for path in SOURCES})
     assert list(rule(lab)) == []
 
 
@@ -316,7 +324,7 @@ def good_lab() -> Lab:
     hidden = '### BEGIN HIDDEN TESTS\nscore("2.1")\n### END HIDDEN TESTS'
     cells = [
         new_markdown_cell("# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).", id="title"),
-        new_code_cell(forms.SETUP, id="setup", metadata={"tags": ["setup"]}),
+        new_code_cell(setup_cell.SETUP, id="setup", metadata={"tags": ["setup"]}),
         new_code_cell("guess = None  # your guess", id="guess", metadata={"tags": ["prediction"]}),
         new_markdown_cell("### 2.1 Double (8 minutes, difficulty 2 of 5)\n![a picture](attachment:a)", id="heading"),
         new_code_cell(solution, id="answer", metadata={"nbgrader": answer}),
@@ -333,7 +341,8 @@ def good_lab() -> Lab:
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
         cell.outputs = cell.outputs or [new_output("stream", text="printed\n")]
-    return Lab(new_notebook(cells=cells), False, (exercise,), forms.SETUP, {"02_good.ipynb", "03_next.ipynb"})
+    notebook = new_notebook(cells=cells, metadata=deepcopy(setup_cell.METADATA))
+    return Lab(notebook, False, (exercise,), setup_cell.SETUP, {"02_good.ipynb", "03_next.ipynb"})
 
 
 def student_lab() -> Lab:
@@ -399,6 +408,8 @@ BROKEN = [
     (opens_with_the_set_up_cell, mark("setup", tags=[])),
     (opens_with_the_set_up_cell, mark("use", tags=["setup"])),
     (opens_with_the_set_up_cell, move("use", 1)),
+    (opens_on_a_gpu_in_colab, lambda lab: lab.notebook.metadata.pop("accelerator")),
+    (opens_on_a_gpu_in_colab, lambda lab: lab.notebook.metadata.colab.update(gpuType="")),
     (asks_each_exercise_once, edit("check", source="pass")),
     (asks_each_exercise_once, edit("use", source='double = check("2.1", double)')),
     (asks_each_exercise_once, edit("use", source='double = check("2.9", double)')),

@@ -6,11 +6,15 @@ import re
 import tomllib
 from pathlib import Path
 
-from labsupport.course.build import BuildError, read, setup, sources, write
+from nbformat import NotebookNode
+
+from labsupport import __version__
+from labsupport.course.build import BuildError, read, renewed, sources, student_path, write
+from labsupport.course.setup_cell import ADDRESS, setup
 from labsupport.model import files
 
 BEGIN, END = "<!-- badges -->", "<!-- /badges -->"
-BRANCH = "main"
+TAG = f"v{__version__}"  # what a badge opens and what the set-up cell of the opened notebook clones are one version
 
 
 def repository(root: Path) -> str:
@@ -18,7 +22,7 @@ def repository(root: Path) -> str:
     with (root / "pyproject.toml").open("rb") as file:
         address = tomllib.load(file).get("tool", {}).get("labs", {}).get("repository", "")
     address = address.strip().rstrip("/").removesuffix(".git")
-    if address and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+    if address and not re.fullmatch(ADDRESS, address):
         raise BuildError(f"repository in [tool.labs] is {address!r}, wanted https://github.com/OWNER/NAME")
     return address
 
@@ -28,8 +32,8 @@ def badge_block(address: str, notebooks: list[Path]) -> str:
     if not address:
         return ""
     slug = address.removeprefix("https://github.com/")
-    colab = f"https://colab.research.google.com/github/{slug}/blob/{BRANCH}/notebooks"
-    binder = f"https://mybinder.org/v2/gh/{slug}/{BRANCH}?urlpath=lab/tree/notebooks"
+    colab = f"https://colab.research.google.com/github/{slug}/blob/{TAG}/notebooks"
+    binder = f"https://mybinder.org/v2/gh/{slug}/{TAG}?urlpath=lab/tree/notebooks"
     rows = ["| notebook | Colab | Binder |", "|---|---|---|"]
     for path in notebooks:
         title = path.stem.replace("_", " ")
@@ -41,9 +45,14 @@ def badge_block(address: str, notebooks: list[Path]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def write_badges(root: Path) -> list[str]:
-    """Bring README.md and the set-up cells in line with the address. Returns what was done, a line each.
+def _set_up_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
 
+
+def write_badges(root: Path) -> list[str]:
+    """Bring README.md and the set-up cells of both forms in line with address and version. Returns what was done, a line each.
+
+    Nothing is executed and no output becomes old: what changes in a set-up cell does nothing where the course is installed.
     Raises BuildError when README.md has no place for the badges, or a notebook no set-up cell.
     """
     address, notebooks = repository(root), sources(root)
@@ -51,23 +60,24 @@ def write_badges(root: Path) -> list[str]:
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise BuildError(f"README.md needs one {BEGIN} and after it one {END}")
-    changed = {}
+    changed: dict[Path, NotebookNode] = {}
     for path in notebooks:
-        notebook = read(path)
-        cells = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+        notebook, student = read(path), student_path(path)
+        cells = _set_up_cells(notebook)
         if len(cells) != 1:
             raise BuildError(f"solutions/{path.name}: {len(cells)} cells have the tag setup, wanted one")
-        if cells[0].source != setup(address):
+        blank = _set_up_cells(read(student)) if student.is_file() else []
+        if {cell.source for cell in (*cells, *blank)} != {setup(address)}:
             cells[0].source = setup(address)
-            changed[path] = notebook
+            changed |= {path: notebook, student: renewed(notebook, student)}
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     files.write_text(readme, f"{before}{BEGIN}\n{badge_block(address, notebooks)}{END}{after}")
     write(changed)
 
-    lines = [f"badges of {len(notebooks)} notebooks point to {address}"]
+    lines = [f"badges of {len(notebooks)} notebooks point to {address}, version {TAG}: they work once a commit has that tag"]
     if not address:
         lines = ["the address is not set ([tool.labs] repository in pyproject.toml): no badges"]
     if changed:
-        lines.append(f"set-up cell changed in {', '.join(p.name for p in changed)}: run labs build")
+        lines.append(f"set-up cell changed, in both forms, in {', '.join(p.name for p in notebooks if p in changed)}")
     return lines

@@ -16,26 +16,11 @@ import nbformat
 from nbformat import NotebookNode
 
 from labsupport import PACKAGE
+from labsupport.course import setup_cell
 from labsupport.course.execute import VOLATILE, BuildError, essence, execute, output_faults, source_sha256
 from labsupport.model import files
 
-# The set-up cell of every notebook. `labs badges` puts COLAB before it once the repository has a public address.
-SETUP = """\
-import torch
-
-from labsupport import claims, evaluate, figures, models, quantize_model, sweep, text
-from labsupport.exercises import check, revisit, score, tally"""
-COLAB = """\
-try: import labsupport
-except ImportError: get_ipython().run_line_magic("pip", "install -q git+{repository}")
-"""
-
 STUB = "raise NotImplementedError  # your answer here"
-
-
-def setup(repository: str = "") -> str:
-    """The source of the set-up cell. `repository`: public address, "" when there is none yet."""
-    return (COLAB.format(repository=repository) if repository else "") + SETUP
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -163,15 +148,21 @@ def build(source: Path, on_cell: Callable[[int], None] | None = None) -> None:
     write({source: solved, student_path(source): ran})
 
 
-def generate(source: Path) -> None:
-    """Write the student form without executing it. Outputs of cells that have not changed are kept; `check` calls them old."""
-    made, path = student_form(read(source), source.name), student_path(source)
+def renewed(source: NotebookNode, path: Path) -> NotebookNode:
+    """The student form of `source`, not executed. Outputs of cells that have not changed are kept from the one at `path`."""
+    made = student_form(source, path.name)
     if path.is_file():
         before = read(path)
         old = {cell.id: cell for cell in before.cells if cell.cell_type == "code"}
         for cell in made.cells:
-            if cell.cell_type == "code" and cell.id in old and old[cell.id].source == cell.source:
+            if cell.cell_type == "code" and cell.id in old and setup_cell.executed(old[cell.id]) == setup_cell.executed(cell):
                 cell.outputs, cell.execution_count = old[cell.id].outputs, old[cell.id].execution_count
         if "labs" in before.metadata:
             made.metadata["labs"] = before.metadata.labs
-    write({path: made})
+    return made
+
+
+def generate(source: Path) -> None:
+    """Write the student form without executing it; `check` calls outputs old that may be."""
+    path = student_path(source)
+    write({path: renewed(read(source), path)})

@@ -15,6 +15,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 from labsupport import PACKAGE
+from labsupport.course import setup_cell
 from labsupport.course.kernels import ThisInterpreter
 from labsupport.model import files
 
@@ -37,8 +38,12 @@ def essence(cell: NotebookNode) -> dict[str, Any]:
 
 
 def source_sha256(notebook: NotebookNode) -> str:
-    """sha256 over ids, types, sources and metadata of all cells, in order; not over outputs, counts and timings."""
-    text = json.dumps([essence(cell) for cell in notebook.cells], sort_keys=True, ensure_ascii=False)
+    """sha256 over ids, types, sources and metadata of all cells, in order; not over outputs, counts and timings.
+
+    Of the set-up cell without what only runs where the course is not installed.
+    """
+    cells = [essence(cell) | {"source": setup_cell.executed(cell)} for cell in notebook.cells]
+    text = json.dumps(cells, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -113,6 +118,7 @@ def _tidy(notebook: NotebookNode) -> None:
     """Take out what differs between runs, and stand a sentence in for live widgets, which nothing can draw without their kernel."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = dict(KERNELSPEC)
+    notebook.metadata.update(deepcopy(setup_cell.METADATA))
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
         for key in VOLATILE:

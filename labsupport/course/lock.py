@@ -108,7 +108,7 @@ def _only_linux(requirement: Requirement) -> bool:
     return requirement.marker is not None and not requirement.marker.evaluate({"sys_platform": "other"})
 
 
-def _index() -> list[str]:
+def index_options() -> list[str]:
     """What tells uv of the package index that pip is configured for; nothing where that is pip's own."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
     lines = (line.partition("=") for line in done.stdout.splitlines())
@@ -124,7 +124,7 @@ def hashes_of(pins: Mapping[str, str]) -> dict[str, list[str]]:
     """
     asked = "".join(f"{name}=={version}\n" for name, version in pins.items())
     options = ["--no-config", "--no-deps", "--universal", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
-    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--python-version", PYTHONS[-1], *_index(), "-"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--python-version", PYTHONS[-1], *index_options(), "-"]
     done = subprocess.run(command, input=asked, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise LockError(f"the package index does not give the hashes: {' '.join(done.stderr.split())[:300]}")

@@ -1,0 +1,121 @@
+"""`make colab`: every notebook as a learner has it, in an environment like Colab's, its repository reached without a network.
+
+For each notebook: seconds, the most memory its kernel held, cells that fail. Before them the set-up cell: what it adds and
+replaces, whether it may run twice and after a restart. The exit code is 1 where a cell fails, a notebook takes more than 1.5 GB,
+or something is replaced that must stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+from colab.environment import Environment, make, origin, versions
+from colab.place import ADDRESS, ROOT, Place, publish
+from nbformat.v4 import new_code_cell, new_notebook
+from rich.console import Console
+
+from labsupport.course.build import read, sources, student_path
+from labsupport.course.setup_cell import setup
+from labsupport.evidence import machine, measurements
+from labsupport.install import KEPT, InstallError
+
+MOST = 1.5e9  # bytes, the course's bound for a notebook
+NAMED = ("torch", "triton", "numpy", "ipywidgets", "ipython", "transformers", "bitsandbytes")
+WHERE = "import google.colab, os, labsupport; assert labsupport.__file__.startswith(os.getcwd()), labsupport.__file__"
+DEVICE = "import torch; assert torch.cuda.is_available()"
+OUT = Console(highlight=False, soft_wrap=True)
+
+
+def set_up(place: Place, before: dict[str, str]) -> Iterator[str]:
+    """What is wrong with the set-up cell: run in a new environment, run a second time, and in a new kernel."""
+    cells = [setup(ADDRESS), setup(ADDRESS), WHERE, *([DEVICE] if place.gpu else [])]
+    for again in (False, True):
+        run = place.run(new_notebook(cells=[new_code_cell(source) for source in cells]))
+        said = "".join(output.get("text", "") for output in run.notebook.cells[0].outputs)
+        OUT.print(f"set-up cell{', after a restart' * again}: {run.seconds:.0f} s", *said.splitlines(), sep="\n  ", markup=False)
+        yield from (f"set-up cell: {fault}" for fault in run.faults)
+    after = versions(place.python)
+    yield from (f"{name} {before[name]} was replaced by {after[name]}" for name in KEPT if before.get(name) != after.get(name))
+
+
+def simulate(made: Environment, numbers: list[str], gpu: bool) -> tuple[list[dict], list[str]]:
+    """A row for each notebook, and what is wrong, a line each."""
+    rows, wrong = [], []
+    about = {"date": str(date.today()), "device": "pretend GPU" if gpu else "cpu"}
+    with made.copy() as used, tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        (home / "content").mkdir()
+        (home / "published").mkdir()
+        place = Place(used.python, home / "content", publish(home / "published"), gpu)
+        before = versions(used.python)
+        wrong += set_up(place, before)
+        now = versions(used.python)
+        here = machine.describe("cpu")
+        about |= {"versions": {"Python": made.version} | {name: now.get(name, "none") for name in NAMED}}
+        about |= {"machine": here.name, "cores": here.cores}
+        for source in sources(place.repository, numbers):
+            run = place.run(read(student_path(source)))
+            faults = list(run.faults)
+            if run.peak > MOST:
+                faults.append(f"takes {run.peak / 1e9:.2f} GB, at most {MOST / 1e9} GB are allowed")
+            OUT.print(f"{source.name}: {run.seconds:.0f} s, {run.peak / 1e9:.2f} GB", *faults, sep="\n  ", markup=False)
+            wrong += [f"{source.name}: {fault}" for fault in faults]
+            rows.append({"notebook": source.stem, "seconds": run.seconds, "peak": run.peak, "faults": faults, **about})
+            rows[-1]["load"] = os.getloadavg()[0]
+    return rows, wrong
+
+
+def write(rows: list[dict], command: str) -> Path:
+    """The rows, in place of those of the same notebook, Python and device, into data/measurements/colab.json."""
+    path = ROOT / "data" / "measurements" / "colab.json"
+
+    def key(row: dict) -> tuple:
+        return row["versions"]["Python"], row["device"], row["notebook"]
+
+    kept = {key(row): row for row in (measurements.read(path)[1] if path.is_file() else [])} | {key(row): row for row in rows}
+    note = (
+        "Each notebook in the learner's form, in an environment with the versions that Colab publishes (packages says where and "
+        "when), but for `replaced`: Colab's version, and the one taken because that cannot be had for this Python here. seconds: "
+        "wall clock, the kernel's start in it. peak: bytes, the most memory that the kernel held. load: of the machine in the last "
+        "minute; above the cores it was shared."
+    )
+    measurements.write(path, {"note": note, "command": command, "packages": origin()}, [kept[k] for k in sorted(kept)])
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make colab", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("numbers", nargs="*", metavar="NN", help="notebooks; all by default")
+    parser.add_argument("--python", action="append", help="an interpreter to make the environment of; again for another one")
+    parser.add_argument("--torch", metavar="VERSION", help="in place of Colab's; 2.13.0 has a CPU build for Python 3.11 to 3.13")
+    parser.add_argument("--gpu", action="store_true", help="on the pretended GPU of tests/pretend_cuda; needs PyTorch's CPU build")
+    parser.add_argument("--write", action="store_true", help="put the rows into data/measurements/colab.json")
+    options = parser.parse_args()
+    wrong = []
+    try:
+        for python in options.python or [sys.executable]:
+            made = make(python, options.torch)
+            OUT.print(f"Python {made.version}, Colab's versions of {origin()['date']}", markup=False)
+            for name, (theirs, taken) in made.replaced.items():
+                OUT.print(f"  {name} {theirs} cannot be had here: {taken}", markup=False)
+            rows, faults = simulate(made, options.numbers, options.gpu)
+            for row in rows:
+                row["replaced"] = made.replaced
+            wrong += faults
+            if options.write:
+                OUT.print(f"wrote {write(rows, 'make colab ARGS=--write').relative_to(ROOT)}", markup=False)
+    except (InstallError, ValueError) as error:
+        print(f"make colab: {error}", file=sys.stderr)
+        return 1
+    OUT.print(f"{len(wrong)} things are wrong", *wrong, sep="\n  ", markup=False)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
