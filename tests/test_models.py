@@ -152,3 +152,18 @@ def test_unknown_name(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(models.ModelError, match="no model 'nobody/no-such-model'"):
         models.load_model("nobody/no-such-model")
+
+
+def test_first_blocks_is_the_model_without_the_later_ones(course):
+    model, ids = course[0], torch.arange(12)[None]
+    short = models.first_blocks(model, 2)
+    wanted = models.duplicate(model)
+    del models.blocks(wanted)[2:]
+    wanted.config.num_hidden_layers = 2
+    assert torch.equal(short(ids).logits, wanted(ids).logits)
+    assert not torch.equal(short(ids).logits, model(ids).logits)
+    assert len(models.blocks(short)) == 2
+    next(short.parameters()).data.zero_()  # nothing is shared
+    assert next(model.parameters()).count_nonzero() > 0
+    with pytest.raises(ValueError, match="count is 0, wanted a whole number from 1 to 6"):
+        models.first_blocks(model, 0)

@@ -98,7 +98,7 @@ def test_github_runs_what_ci_runs_on_every_python():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8"))
     job = workflow["jobs"]["test"]
     assert job["strategy"]["matrix"]["python-version"] == list(lock.PYTHONS)
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["pipx install jupyter-repo2docker", ".ci/run"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
@@ -127,7 +127,7 @@ def test_minutes_are_those_of_the_notebook(number):
 
 
 def test_the_map_is_of_this_course():
-    assert set(course.READY) == REAL.keys() == registry.CHAPTERS.keys()
+    assert REAL.keys() == registry.CHAPTERS.keys()
     assert {n: name for n, name in CHAPTERS.items() if n in REAL} == REAL
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from labsupport import PACKAGE
 from labsupport.model import fetched, memory
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 LARGE = 2**26  # parameters
@@ -203,6 +203,16 @@ def role(name: str) -> str:
 def duplicate(model: nn.Module) -> nn.Module:
     """A copy of the model whose weights can be changed without touching the original."""
     return copy.deepcopy(model)
+
+
+def first_blocks(model: nn.Module, count: int) -> nn.Module:
+    """A copy that ends after the first `count` blocks: embedding, those blocks, last norm and head. Raises ValueError."""
+    every = list(blocks(model))
+    count = checks.whole(count, "count", 1, len(every), f"a whole number from 1 to {len(every)}, the model's blocks")
+    copied = copy.deepcopy(model, {id(block): block for block in every[count:]})  # those are named, not copied, and go at once
+    del blocks(copied)[count:]
+    copied.config.get_text_config().num_hidden_layers = count
+    return copied
 
 
 def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor: float = 8.0, seed: int = 0) -> nn.Module:

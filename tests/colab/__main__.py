@@ -22,9 +22,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
 from labsupport.course.build import read, sources, student_path
+from labsupport.course.missing import KEPT
 from labsupport.course.setup_cell import setup
 from labsupport.evidence import machine, measurements
-from labsupport.install import KEPT, InstallError
+from labsupport.install import InstallError
 
 MOST = 1.5e9  # bytes, the course's bound for a notebook
 NAMED = ("torch", "triton", "numpy", "ipywidgets", "ipython", "transformers", "bitsandbytes")

@@ -122,5 +122,5 @@ class Place:
 
 def _peak(pid: int) -> int:
     """The most memory that a process has held, in bytes, as Linux counts it."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
