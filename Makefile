@@ -3,8 +3,8 @@ PYTHON ?= python3
 ARGS ?=
 .PHONY: lab test interop colab browser site
 lab:  ; @$(PYTHON) labsupport/install.py && .venv/bin/labs lab $(ARGS)
-test: ; @$(PYTHON) labsupport/install.py && .venv/bin/labs test $(ARGS)
-interop: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
-colab: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m colab $(ARGS)
+test: ; @$(PYTHON) labsupport/install.py --all && .venv/bin/labs test $(ARGS)
+interop: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
+colab: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m colab $(ARGS)
 browser: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m browser $(ARGS)
 site: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m site_check $(ARGS)

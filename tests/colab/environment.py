@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labsupport import install
-from labsupport.course import lock
+from labsupport.course import lock, missing
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = HERE / "packages.txt"
@@ -35,7 +35,7 @@ def published() -> dict[str, str]:
     """Colab's packages, by canonical name: the version where the course or what it needs uses the package, elsewhere ""."""
     lines = [line for line in PACKAGES.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     pairs = (line.partition("==") for line in lines)
-    return {install.canonical(name): version for name, _, version in pairs}
+    return {missing.canonical(name): version for name, _, version in pairs}
 
 
 def origin() -> dict[str, str]:
@@ -107,7 +107,7 @@ def _fill(made: Environment, python: str, pins: dict[str, str], torch: str) -> N
     _uv(made, "--no-deps", "--only-binary", ":all:", "--resolution", "lowest", "--upgrade", *asked)
     log = made.folder / install.LOG
     log.write_text("", encoding="utf-8")
-    install.install_torch(made.python, log, torch)
+    install.install_torch(made.python, log, torch, "--compile")
     if "+cpu" not in versions(made.python)["torch"]:  # PyTorch's index is out of reach: this build is loaded with CUDA's libraries
         _uv(made, f"torch=={torch}")
 
