@@ -336,7 +336,9 @@ def good_lab() -> Lab:
     solution = "def double(x):\n    ### BEGIN SOLUTION\n    return x + x\n    ### END SOLUTION"
     hidden = '### BEGIN HIDDEN TESTS\nscore("2.1")\n### END HIDDEN TESTS'
     cells = [
-        new_markdown_cell("# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).", id="title"),
+        new_markdown_cell(
+            "# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).\n\n## First", id="title"
+        ),
         new_code_cell(setup_cell.SETUP, id="setup", metadata={"tags": ["setup"]}),
         new_code_cell("guess = None  # your guess", id="guess", metadata={"tags": ["prediction"]}),
         new_markdown_cell("### 2.1 Double (8 minutes, difficulty 2 of 5)\n![a picture](attachment:a)", id="heading"),

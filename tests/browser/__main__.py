@@ -18,7 +18,7 @@ from typing import Any
 
 from browser import look
 from browser.chromium import NoChromium, chromium
-from browser.server import jupyterlab
+from browser.server import NoAnswer, jupyterlab
 from rich.console import Console
 
 from labsupport.course import workbook
@@ -58,7 +58,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         names = [workbook.chapter(chapter).name for chapter in options.chapters]
-    except workbook.WorkbookError as error:
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+    except (workbook.WorkbookError, OSError) as error:
         parser.error(str(error))
     names = names or [path.name for path in workbook.chapters().values()]
     start, count, wrong = time.monotonic(), 0, 0
@@ -71,7 +73,7 @@ def main() -> int:
                 print(line(seen), flush=True)
                 if options.write and not seen.faults:
                     write(about(browser.version), seen.row)
-    except NoChromium as error:
+    except (NoChromium, NoAnswer) as error:
         print(f"make browser: {error}", file=sys.stderr)
         return 1
     print(f"{count} notebooks, {wrong} faults, {time.monotonic() - start:.0f} s")

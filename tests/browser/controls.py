@@ -79,7 +79,8 @@ def faults(notebook: Opened, widget: Locator) -> Iterator[str]:
 def _order_faults(notebook: Opened, widget: Locator) -> Iterator[str]:
     """Tab leads from each control to the next, in the order in which they stand."""
     places = widget.locator(CONTROLS).all()
-    places[0].focus()
+    for place in places[:1]:
+        place.focus()
     for number, place in enumerate(places[1:], 1):
         notebook.page.keyboard.press("Tab")
         if not place.evaluate("element => element === document.activeElement"):
@@ -103,7 +104,8 @@ def by_keyboard(notebook: Opened, control: Control) -> None:
         keyboard.press("ArrowUp" if _is_last(control.place) else "ArrowDown")
         keyboard.press("Enter")
     else:
-        _step(control.place, lambda: keyboard.press("ArrowUp"))
+        key = "ArrowDown" if _is_at(control.place, "max") else "ArrowUp"
+        _step(control.place, lambda: keyboard.press(key))
 
 
 def by_mouse(notebook: Opened, control: Control) -> None:
@@ -111,9 +113,9 @@ def by_mouse(notebook: Opened, control: Control) -> None:
     control.place.scroll_into_view_if_needed()
     if control.kind == FIELD:
         box = control.place.bounding_box()
-        lower_arrow = {"x": box["width"] - 9, "y": box["height"] * 0.7}
-        control.place.hover()  # the arrows of a field show under the mouse
-        _step(control.place, lambda: control.place.click(position=lower_arrow))
+        arrow = {"x": box["width"] - 9, "y": box["height"] * (0.3 if _is_at(control.place, "min") else 0.7)}
+        control.place.hover()  # the arrows of a field show under the mouse, one above the other
+        _step(control.place, lambda: control.place.click(position=arrow))
     elif control.kind == MENU:
         index = control.place.evaluate("menu => menu.selectedIndex")
         control.place.click()
@@ -130,6 +132,10 @@ def _step(field: Locator, press: Callable[[], None]) -> None:
         press()
         if abs(float(field.input_value()) - start) > step / 2:
             return
+
+
+def _is_at(field: Locator, end: str) -> bool:
+    return field.evaluate("(field, end) => field.value === field[end]", end)
 
 
 def _is_last(menu: Locator) -> bool:

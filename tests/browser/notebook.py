@@ -16,9 +16,6 @@ WINDOW = {"width": 1400, "height": 1000}
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
 OPEN_SECONDS, CELL_SECONDS, LOOK_AGAIN = 90, 600, 0.5
 
-# What JupyterLab itself reports in every notebook and what is no fault of the course. Each pattern must match the whole line.
-HARMLESS: dict[str, str] = {}
-
 
 @dataclass
 class Opened:
@@ -35,10 +32,6 @@ class Opened:
     @property
     def code_cells(self) -> Locator:
         return self.panel.locator(".jp-CodeCell")
-
-    def complain(self, line: str) -> None:
-        if not any(re.fullmatch(pattern, line, re.DOTALL) for pattern in HARMLESS):
-            self.complaints.append(line)
 
 
 def opened(context: BrowserContext, server: Server, name: str) -> Opened:
@@ -63,22 +56,24 @@ def _listen(notebook: Opened, server: Server) -> None:
 
     def said(message: ConsoleMessage) -> None:
         if message.type == "error":
-            notebook.complain(f"console: {message.text}")
+            notebook.complaints.append(f"console: {message.text}")
 
     def answered(response: Response) -> None:
         if response.status >= 400:
-            notebook.complain(f"{response.status} for {response.request.method} {urlsplit(response.url).path}")
+            notebook.complaints.append(f"{response.status} for {response.request.method} {urlsplit(response.url).path}")
 
     def asked(route: Route) -> None:
         if urlsplit(route.request.url).netloc in (here, ""):
             route.continue_()
         else:
-            notebook.complain(f"asks another server: {route.request.url}")
+            notebook.complaints.append(f"asks another server: {route.request.url}")
             route.abort()
 
     notebook.page.on("console", said)
-    notebook.page.on("pageerror", lambda error: notebook.complain(f"error in the page: {error}"))
-    notebook.page.on("requestfailed", lambda request: notebook.complain(f"failed: {request.method} {urlsplit(request.url).path}"))
+    notebook.page.on("pageerror", lambda error: notebook.complaints.append(f"error in the page: {error}"))
+    notebook.page.on(
+        "requestfailed", lambda request: notebook.complaints.append(f"failed: {request.method} {urlsplit(request.url).path}")
+    )
     notebook.page.on("response", answered)
     notebook.page.route("**/*", asked)
 

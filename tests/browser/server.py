@@ -24,6 +24,10 @@ START_SECONDS = 120
 SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"}}
 
 
+class NoAnswer(Exception):
+    """JupyterLab did not start; one line with the last that it wrote."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running JupyterLab. address: ends in a slash. log: what it has written so far."""
@@ -50,7 +54,7 @@ class Server:
 
 @contextmanager
 def jupyterlab(notebooks: Path | None = None) -> Iterator[Server]:
-    """notebooks: the folder whose notebooks are laid out; by default the course's. Raises RuntimeError if it does not answer."""
+    """notebooks: the folder whose notebooks are laid out; by default the course's. Raises NoAnswer."""
     with tempfile.TemporaryDirectory(prefix="labs-browser-", ignore_cleanup_errors=True) as made:
         home = Path(made)
         folder, log = home / "workbook", home / "log.txt"
@@ -99,7 +103,8 @@ def _when_it_answers(process: subprocess.Popen, home: Path, folder: Path, log: P
             except (ValueError, OSError):
                 pass  # half written, or not listening yet
         time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab does not answer after {START_SECONDS} s: {log.read_text()[-2000:]}")
+    last = (log.read_text("utf-8", "replace").strip().splitlines() or ["it wrote nothing"])[-1]
+    raise NoAnswer(f"JupyterLab does not answer; the last that it wrote: {last}")
 
 
 def _stop(process: subprocess.Popen) -> None:
