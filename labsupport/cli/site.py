@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from labsupport.cli.messages import echo, fail, stopped
+from labsupport.install import get_extra
 
 app = typer.Typer()
 
@@ -35,7 +36,7 @@ def site(
     except (pages.SiteError, forms.BuildError, OSError) as error:
         fail("site", error)
     except ModuleNotFoundError as error:
-        fail("site", f"{error.name} is missing: pip install 'labsupport[site]'")
+        fail("site", f"{error.name} is missing: {get_extra('site')}")
     except KeyboardInterrupt:
         stopped("site", f"{out} is as it was")
     echo(f"{len(made)} pages: open {out / 'index.html'}")
