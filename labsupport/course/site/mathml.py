@@ -6,8 +6,6 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-from docutils import nodes
-
 # How many parts these have: a browser draws nothing sensible where one is missing.
 PARTS = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
 
@@ -31,14 +29,18 @@ def convert(formula: str, display: str = "inline") -> str:
     return found
 
 
-def _inline(self: Any, node: nodes.math) -> None:
+def _inline(self: Any, node: Any) -> None:
+    from docutils.nodes import SkipNode
+
     self.body.append(convert(node.astext()))
-    raise nodes.SkipNode
+    raise SkipNode
 
 
-def _block(self: Any, node: nodes.math_block) -> None:
+def _block(self: Any, node: Any) -> None:
+    from docutils.nodes import SkipNode
+
     self.body.append(f'<div class="formula">{convert(node.astext(), "block")}</div>\n')
-    raise nodes.SkipNode
+    raise SkipNode
 
 
 def setup(app: Any) -> dict[str, Any]:
