@@ -81,6 +81,7 @@ def test_the_planner_equals_labs_plan(made, tmp_path):
         with chromium() as browser, visit.visit(browser, made.as_uri() + "/") as tab:
             tab.go("planner.html")
             assert list(compared.differences(tab.page, cases, tmp_path)) == []
+            assert list(compared.shape_differences(tab.page)) == []
             tab.page.evaluate("TABLES.chunk = 1024")  # the comparison can fail
             assert len(list(compared.differences(tab.page, cases[:1], tmp_path))) == 1
             assert tab.faults == []

@@ -98,7 +98,8 @@ def the_planner(browser: Browser, base: str, inputs: int) -> Line:
     cases = [*planner.random_cases(inputs), *planner.odd_cases()]
     with visit.visit(browser, base) as tab, tempfile.TemporaryDirectory() as folder:
         tab.go("planner.html")
-        wrong = list(planner.differences(tab.page, cases, Path(folder))) + list(planner.by_keyboard(tab.page))
+        wrong = [*planner.differences(tab.page, cases, Path(folder)), *planner.shape_differences(tab.page)]
+        wrong += planner.by_keyboard(tab.page)
         wrong += visit.violations(tab.page)  # with a refused config.json, as the keyboard has left it
         return f"the planner says what `labs plan` says on {inputs} random and {len(cases) - inputs} odd inputs", wrong + tab.faults
 

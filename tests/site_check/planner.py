@@ -13,7 +13,7 @@ from playwright.sync_api import Page
 from typer.testing import CliRunner
 
 from labsupport.cli import app
-from labsupport.evidence import planner, tables
+from labsupport.evidence import configs, planner, tables
 
 Case = dict[str, Any]
 LABELS = ("Model", "GPU, or CPU", "Memory in GB, if not that", "Tokens of a sequence", "Users, sequences at once", "Quality")
@@ -138,6 +138,19 @@ def differences(page: Page, cases: list[Case], folder: Path) -> Iterator[str]:
         if theirs != ours:
             wanted, got = next(((a, b) for a, b in zip(theirs, ours, strict=False) if a != b), (theirs[-1], ours[-1]))
             yield f"{case}: labs plan says {wanted!r}, the page {got!r}"
+
+
+def shape_differences(page: Page) -> Iterator[str]:
+    """Every model of the table, by its config.json: weights, those that a token meets, what it leaves in the cache of a layer."""
+    sizes = "(each) => [each.parameters, each.active, each.cachedNumbers]"
+    sizes = f"TABLES.models.map(({{ name, config }}) => shapeOf(config, name)).map({sizes})"
+    for model, found in zip(tables.architectures().values(), page.evaluate(sizes), strict=True):
+        shape = model.shape
+        if found != (wanted := [shape.parameters, shape.active_parameters, shape.cached_numbers]):
+            yield f"{model.name}: {found}, wanted {wanted}"
+    known = page.evaluate("Object.keys(FAMILIES)")
+    if set(known) != set(configs.FAMILIES):
+        yield f"the page knows {known}, labsupport {list(configs.FAMILIES)}"
 
 
 def by_keyboard(page: Page) -> Iterator[str]:
