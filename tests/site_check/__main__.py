@@ -21,7 +21,7 @@ from labsupport.course import site as made_by_labs
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS, PAINT_SECONDS, INPUTS = 180, 1.0, 50
 PARTS = ("pages", "planner", "behavior", "paint", "axe", "pictures")
-PAINTS = 3  # of which the fastest counts: the machine does other things too
+PAINTS = 5  # of which the fastest counts: the machine does other things too
 # A line to print, and what is wrong: nothing where the bar is met.
 Line = tuple[str, list[str]]
 
@@ -72,18 +72,19 @@ def every_page(browser: Browser, site: Path, base: str) -> Iterator[Line]:
 
 
 def paints(browser: Browser, site: Path, base: str) -> Line:
-    """Each time in a browser that has nothing of the site yet."""
-    slowest, of = 0.0, ""
-    for path in pages.read(site):
-        name, found = path.relative_to(site.resolve()).as_posix(), []
-        for _ in range(PAINTS):
-            with visit.visit(browser, base) as tab:
-                tab.go(name)
-                found.append(visit.first_paint(tab.page))
-        if min(found) > slowest:
-            slowest, of = min(found), name
-    wrong = [of] if slowest > PAINT_SECONDS else []
-    return f"first content within {slowest:.2f} s on the slowest page, {of}, at most {PAINT_SECONDS}", wrong
+    """Each time in a context that has nothing of the site yet, and that asks the server itself rather than through this process."""
+    best: dict[str, float] = {}
+    for _ in range(PAINTS):
+        for path in pages.read(site):
+            name = path.relative_to(site.resolve()).as_posix()
+            context = browser.new_context(viewport=visit.DESKTOP)
+            page = context.new_page()
+            page.goto(base + name)
+            best[name] = min(visit.first_paint(page), best.get(name, float("inf")))
+            context.close()
+    name, slowest = max(best.items(), key=lambda each: each[1])
+    wrong = [f"{name}: {seconds:.2f} s" for name, seconds in best.items() if seconds > PAINT_SECONDS]
+    return f"first content within {slowest:.2f} s on the slowest page, {name}, at most {PAINT_SECONDS}", wrong
 
 
 def behavior(browser: Browser, site: Path, base: str) -> Iterator[Line]:
