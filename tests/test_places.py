@@ -259,6 +259,27 @@ def top_level(tree: ast.Module, late: bool = False) -> set[str]:
 IMPORTED = {path: top_level(ast.parse(path.read_text("utf-8"))) for path in (ROOT / "labsupport").rglob("*.py")}
 
 
+def test_lines_end_alike_in_every_clone() -> None:
+    """Git on Windows would write CR LF: Binder's script would not run, and files would have other hashes."""
+    repository_files()
+    asked = [
+        "git",
+        "check-attr",
+        "-z",
+        "text",
+        "eol",
+        "--",
+        "binder/postBuild",
+        "data/claims.yaml",
+        "data/course-model/model.safetensors",
+    ]
+    said = subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")[:-1]
+    found = {(path, attribute): value for path, attribute, value in zip(*[iter(said)] * 3, strict=True)}
+    for path in ("binder/postBuild", "data/claims.yaml"):
+        assert (found[path, "text"], found[path, "eol"]) == ("auto", "lf")
+    assert found["data/course-model/model.safetensors", "text"] == "unset"
+
+
 def test_modules_that_windows_lacks_are_imported_by_the_grader_alone() -> None:
     """Its sandbox is Linux's own."""
     for path, names in IMPORTED.items():
