@@ -181,7 +181,7 @@ def test_a_workflow_runs_commands_that_are_there_on_pythons_of_the_course(path: 
         versions += [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
         assert {v for v in versions if not v.startswith("$")} <= set(lock.PYTHONS)
         for words in commands("\n".join(step.get("run", "") for step in job["steps"])):
-            if words[0] == "labs":
+            if words[0].rpartition("/")[2] == "labs":
                 options = {option for parameter in known[words[1]].params for option in parameter.opts}
                 assert {word for word in words[2:] if word.startswith("--")} <= options, words
             elif words[0] == "make":
