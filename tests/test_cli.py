@@ -258,7 +258,8 @@ def test_doctor_finds_the_course_model_and_its_text() -> None:
         ("12.8", 470, "NVIDIA 470, too old: CUDA 12.8, which this PyTorch is built with, needs 525; the course runs on the CPU"),
         ("13.0", 580, "NVIDIA 580, and PyTorch finds no GPU that it can use; the course runs on the CPU"),
         ("13.0", 0, "NVIDIA of unknown version, and PyTorch finds no GPU that it can use; the course runs on the CPU"),
-        (None, 580, "NVIDIA 580, not used: this PyTorch is the build for CPUs."),
+        (None, 580, "NVIDIA 580, not used: this PyTorch is the build for CPUs. For the GPU: "),
+        (None, 470, "NVIDIA 470, not used: this PyTorch is the build for CPUs. With a driver of 580 or newer, "),
         ("13.0", None, ""),
     ],
 )

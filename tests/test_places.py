@@ -181,7 +181,7 @@ def test_a_workflow_runs_commands_that_are_there_on_pythons_of_the_course(path: 
         versions += [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
         assert {v for v in versions if not v.startswith("$")} <= set(lock.PYTHONS)
         for words in commands("\n".join(step.get("run", "") for step in job["steps"])):
-            if words[0] == "labs":
+            if words[0].rpartition("/")[2] == "labs":
                 options = {option for parameter in known[words[1]].params for option in parameter.opts}
                 assert {word for word in words[2:] if word.startswith("--")} <= options, words
             elif words[0] == "make":
@@ -257,6 +257,27 @@ def top_level(tree: ast.Module, late: bool = False) -> set[str]:
 
 
 IMPORTED = {path: top_level(ast.parse(path.read_text("utf-8"))) for path in (ROOT / "labsupport").rglob("*.py")}
+
+
+def test_lines_end_alike_in_every_clone() -> None:
+    """Git on Windows would write CR LF: Binder's script would not run, and files would have other hashes."""
+    repository_files()
+    asked = [
+        "git",
+        "check-attr",
+        "-z",
+        "text",
+        "eol",
+        "--",
+        "binder/postBuild",
+        "data/claims.yaml",
+        "data/course-model/model.safetensors",
+    ]
+    said = subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")[:-1]
+    found = {(path, attribute): value for path, attribute, value in zip(*[iter(said)] * 3, strict=True)}
+    for path in ("binder/postBuild", "data/claims.yaml"):
+        assert (found[path, "text"], found[path, "eol"]) == ("auto", "lf")
+    assert found["data/course-model/model.safetensors", "text"] == "unset"
 
 
 def test_modules_that_windows_lacks_are_imported_by_the_grader_alone() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from labsupport.install import DRIVER_FOR_CUDA, NEWEST, OLDEST, nvidia_driver
+from labsupport.install import DRIVER_FOR_CUDA, NEWEST, OLDEST, TORCH_CUDA, nvidia_driver
 from labsupport.model import memory
 
 GIB = 2**30
@@ -110,9 +110,10 @@ def _unused(driver: int) -> Finding:
 
     name, cuda = f"NVIDIA {driver or 'of unknown version'}", torch.version.cuda
     if cuda is None:
-        linux = sys.platform.startswith("linux")
+        linux, needed = sys.platform.startswith("linux"), DRIVER_FOR_CUDA[TORCH_CUDA]
         how = f"{TAKE_CUDA} uses the GPU" if linux else "https://pytorch.org/get-started/locally has the build for the GPU"
-        return Finding("driver", f"{name}, not used: this PyTorch is the build for CPUs. If it is new enough, {how}")
+        when = f"With a driver of {needed} or newer, " if driver < needed else "For the GPU: "
+        return Finding("driver", f"{name}, not used: this PyTorch is the build for CPUs. {when}{how}")
     wanted = DRIVER_FOR_CUDA.get(int(cuda.split(".")[0]), 0)
     if 0 < driver < wanted:
         why, todo = f"too old: CUDA {cuda}, which this PyTorch is built with, needs {wanted}", "update the driver to use the GPU"

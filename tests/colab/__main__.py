@@ -57,6 +57,8 @@ def simulate(made: Environment, numbers: list[str], gpu: bool, keep: Callable[[d
         place = Place(used.python, home / "content", publish(home / "published"), gpu)
         before = versions(used.python)
         wrong += set_up(place, before)
+        if wrong:
+            return wrong  # no notebook could do anything
         now = versions(used.python)
         here = machine.describe("cpu")
         about |= {"versions": {"Python": made.version} | {name: now.get(name, "none") for name in NAMED}}

@@ -108,8 +108,7 @@ def _fill(made: Environment, python: str, pins: dict[str, str], torch: str) -> N
     log = made.folder / install.LOG
     log.write_text("", encoding="utf-8")
     install.install_torch(made.python, log, torch, "--compile")
-    if "+cpu" not in versions(made.python)["torch"]:  # PyTorch's index is out of reach: this build is loaded with CUDA's libraries
-        _uv(made, f"torch=={torch}")
+    _uv(made, f"torch=={torch}")  # what this build needs: CUDA's libraries where PyTorch's own index is out of reach
 
 
 def _uv(made: Environment, *arguments: str) -> None:
