@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from datetime import date
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--headed", action="store_true", help="in a window that can be watched")
     parser.add_argument("--write", action="store_true", help=f"keep rows without a fault in {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped from outside, JupyterLab ends as well
     try:
         names = [workbook.chapter(chapter).name for chapter in options.chapters]
         if options.out:
