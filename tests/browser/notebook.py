@@ -115,7 +115,7 @@ def faults(notebook: Opened) -> Iterator[str]:
         if not re.fullmatch(r"\[\d+\]:", prompt):
             yield f"code cell {place} did not run: {prompt}"
         for kind in ("error", "stderr"):
-            for output in cell.locator(f".jp-OutputArea-output [data-mime-type='application/vnd.jupyter.{kind}']").all():
+            for output in cell.locator(f".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.{kind}']").all():
                 yield f"code cell {place}: {kind}: {output.inner_text().strip()[-200:]}"
 
 
