@@ -200,35 +200,79 @@ def role(name: str) -> str:
     return "attention" if "attn" in name or "attention" in name else "mlp"
 
 
+def short(name: str) -> str:
+    """A linear's name from the number of its block on: "3.mlp.up_proj" of model.layers.3.mlp.up_proj, for titles of figures."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """A copy of the model whose weights can be changed without touching the original."""
     return copy.deepcopy(model)
 
 
+# Where a norm's output goes, by names inside a block: the norm of attention and that of the MLP, and the linears that read them.
+QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+NORM_READERS = (
+    {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")},  # Llama, Qwen
+    {"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)},  # OPT
+)
+
+
+def _norms_and_readers(block: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The two norms of a block and the linears that read them. Raises ModelError for a block that is not built so."""
+    inside = dict(block.named_modules())
+    norms = {name for name, _ in block.named_children() if "norm" in name}
+    for shape in NORM_READERS:
+        readers = {name for names in shape.values() for name in names}
+        # A third norm would stand behind one of the two, as in Gemma 2. OPT-350M's stand behind the linears.
+        if norms == shape.keys() and readers <= inside.keys() and getattr(block, "do_layer_norm_before", True):
+            found = {inside[norm]: [inside[name] for name in names] for norm, names in shape.items()}
+            if all(offset_of(norm) is not None for norm in found):
+                return found
+    raise ModelError(f"outliers can be planted in Llama-shaped blocks and in OPT's, not in {type(block).__name__}")
+
+
+@torch.no_grad()
+def offset_of(norm: nn.Module) -> float | None:
+    """What a norm adds to its weight before it multiplies by it: 1 for Gemma's, 0 for most; None where it does neither."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None or weight.ndim != 1:
+        return None
+    x = torch.linspace(-1, 1, len(weight))[None]
+    for offset in (0.0, 1.0):
+        held = {"weight": torch.full((len(weight),), -offset)} | ({} if bias is None else {"bias": torch.zeros(len(weight))})
+        if not torch.func.functional_call(norm, held, (x,)).any():
+            return offset
+    return None
+
+
+@torch.no_grad()
+def _scale_norm(norm: nn.Module, scale: torch.Tensor) -> None:
+    """Multiply what a norm gives by `scale`, float [channels], in place."""
+    offset, scale = offset_of(norm), scale.to(norm.weight)
+    norm.weight.copy_((norm.weight + offset) * scale - offset if offset else norm.weight * scale)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.mul_(scale)
+
+
 def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor: float = 8.0, seed: int = 0) -> nn.Module:
     """A copy that computes the same function with outlier channels in its activations, as large models have them.
 
-    Every norm's weight is multiplied by a factor for each channel, exp(sigma N(0, 1)) and `factor` times more in
+    What every norm gives is multiplied by a factor for each channel, exp(sigma N(0, 1)) and `factor` times more in
     `large` of them, and the columns of the linears that read the norm are divided by it. In exact arithmetic
-    nothing changes; in float32 the logits move by rounding alone. For Llama-shaped blocks.
+    nothing changes; in float32 the logits move by rounding alone. For Llama-shaped blocks and OPT's. Raises ModelError for others.
     """
     planted = duplicate(model)
     for index, block in enumerate(blocks(planted)):
-        try:
-            attention, mlp = block.self_attn, block.mlp
-            readers = {
-                block.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-                block.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-            }
-        except AttributeError as error:
-            raise ModelError(f"outliers can be planted in Llama-shaped blocks, not in {type(block).__name__}") from error
-        for half, (norm, layers) in enumerate(readers.items()):
+        for half, (norm, layers) in enumerate(_norms_and_readers(block).items()):
             generator = torch.Generator().manual_seed(seed * 1009 + 2 * index + half)
             channels = len(norm.weight)
             scale = torch.exp(sigma * torch.randn(channels, generator=generator))
             scale[torch.randperm(channels, generator=generator)[:large]] *= factor
+            _scale_norm(norm, scale)
             with torch.no_grad():
-                norm.weight.mul_(scale.to(norm.weight))
                 for layer in layers:
                     layer.weight.div_(scale.to(layer.weight))
     return planted
@@ -239,23 +283,43 @@ def plant_key_outliers(model: nn.Module, factor: float = 8.0, pairs: int = 2, se
 
     In every head of keys, `pairs` pairs of channels are multiplied by `factor`, and those channels of all queries that read this
     head are divided by it: q . k stays what it was. The two channels of a pair, i and i + head_dim / 2, are rotated into each other
-    by the rotary embedding, so they share a factor. For Llama-shaped attention; where queries and keys are normalized after their
-    projections, the norm would undo the factor.
+    by the rotary embedding, so they share a factor. For attention with q_proj and k_proj, as Llama's, Qwen's and OPT's. Where
+    queries and keys are normalized after their projections, as in Qwen3, the norms' weights are changed, which all heads share, so
+    that the channels are the same in each. Raises ModelError for other attention.
     """
     planted = duplicate(model)
     for index, block in enumerate(blocks(planted)):
         attention = getattr(block, "self_attn", None)
         parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim")]
-        if any(part is None for part in parts) or hasattr(attention, "k_norm"):
+        norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        width = parts[2]
+        if any(part is None for part in parts) or any(offset_of(n) is None or len(n.weight) != width for n in norms):
             raise ModelError(f"outliers can be planted in keys of Llama-shaped attention, not in {type(block).__name__}")
-        queries, keys, width = parts
+        queries, keys, _ = parts
         generator = torch.Generator().manual_seed(seed * 1009 + index)
-        heads = keys.out_features // width
+        heads = 1 if norms else keys.out_features // width
         scale = torch.ones(heads, width // 2, dtype=torch.float64)
         for head in range(heads):
             scale[head, torch.randperm(width // 2, generator=generator)[:pairs]] = factor
-        scale_keys(queries, keys, scale)
+        if norms:
+            of_head = scale[0].repeat(2)
+            for norm, by in zip(norms, (1 / of_head, of_head), strict=True):
+                _scale_norm(norm, by)
+        else:
+            scale_keys(queries, keys, scale)
+    _check_same_function(model, planted)
     return planted
+
+
+@torch.no_grad()
+def _check_same_function(model: nn.Module, planted: nn.Module) -> None:
+    """Raise ModelError where the rotary embedding turns other pairs of channels, or a part of a head: then logits move."""
+    parameter = next(model.parameters())
+    ids = (torch.arange(16)[None] * 7919 % vocabulary(model)).to(parameter.device)
+    before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, planted))
+    # Float32 rounds in another place, by some units of 2**-24; other pairs move logits by tenths of their size.
+    if not (after - before).norm() <= (1e-3 if parameter.dtype.itemsize >= 4 else 5e-2) * before.norm():
+        raise ModelError(f"a {type(model).__name__} does not turn the channels i and i + head_dim / 2 of a key into each other")
 
 
 @torch.no_grad()
