@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from labsupport.cli import app
 from labsupport.cli.lab import jupyter_command
 from labsupport.course import doctor, workbook
+from labsupport.model import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"
@@ -249,9 +250,9 @@ def test_doctor_finds_the_course_model_and_its_text() -> None:
 
 def test_doctor_says_what_to_do_about_each_problem_and_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_MODEL", str(tmp_path))
-    monkeypatch.setattr(doctor, "MEMORY_WANTED", 2**60)
+    monkeypatch.setattr(memory, "A_NOTEBOOK", 2**60)
     done = labs("doctor")
     assert done.exit_code == 1
     assert "to do: LABS_MODEL names it: correct or unset it" in done.output
-    assert "to do: close other programs" in done.output
+    assert re.search(r"memory +\S+ GiB free of the \S+ [^\n]*\n +to do: a notebook takes up to", done.output)
     assert done.output.rstrip().endswith("2 problems")

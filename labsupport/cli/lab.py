@@ -12,6 +12,7 @@ import typer
 
 from labsupport import PACKAGE
 from labsupport.cli.messages import echo, echo_lines, fail, stopped
+from labsupport.model import memory
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
@@ -58,6 +59,8 @@ def lab(
         first = next(iter(workbook.chapters().values())).name
     except (workbook.WorkbookError, OSError) as error:
         fail("lab", error)
+    if short := memory.warning():
+        echo(short)
     echo(f"Your notebooks are in {folder}; Ctrl-C here stops JupyterLab.")
     sys.stdout.flush()
     command, env = jupyter_command(folder, first, browser, port), jupyter_environment()
@@ -104,6 +107,8 @@ def check(
         notebook = workbook.read(copy)
     except (workbook.WorkbookError, OSError) as error:
         fail("check", error)
+    if short := memory.warning():
+        echo(short, err=True)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"running {copy.name}", total=len(notebook.cells))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labsupport.install import NEWEST, OLDEST
+from labsupport.model import memory
 
 GIB = 2**30
-MEMORY_WANTED = 1.5 * GIB  # what the largest notebook takes
 DISK_WANTED = 0.5 * GIB
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "jupyterlab")
 
@@ -62,13 +62,10 @@ def _library(name: str) -> Finding:
 
 def _resources() -> Iterator[Finding]:
     try:
-        import psutil
+        free = memory.here()
+        yield Finding("memory", str(free), free.todo)
     except ImportError:
         yield Finding("memory", "unknown: psutil is not installed", "pip install psutil")
-    else:
-        memory = psutil.virtual_memory()
-        todo = "" if memory.available >= MEMORY_WANTED else "close other programs: a notebook takes up to 1.5 GiB"
-        yield Finding("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}", todo)
     disk = shutil.disk_usage(Path.cwd())
     todo = "" if disk.free >= DISK_WANTED else "free some space: at least 0.5 GiB"
     yield Finding("disk", f"{disk.free / GIB:.1f} GiB free in {Path.cwd()}", todo)
