@@ -5,24 +5,21 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from labsupport import PACKAGE
-from labsupport.model import fetched, memory
+from labsupport.model import fetched, hub, memory, source
+from labsupport.model.source import SMALL
+from labsupport.model.source import ModelError as ModelError  # by this name it is known elsewhere
 from labsupport.quant import grid
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 LARGE = 2**26  # parameters
-SMALL = 2**29  # parameters: in float32 they take 2 GiB, which every GPU has
 
 # Linears that decide which experts see a token, or how much of one counts: small, and never quantized.
 ROUTERS = ("gate", "router", "shared_expert_gate")
-
-
-class ModelError(ValueError):
-    """A model does not exist, has no weights, cannot be read, or is not built as it has to be for what is done with it."""
 
 
 def data_dir() -> Path:
@@ -65,11 +62,28 @@ def located(name: str) -> str:
         raise ModelError(str(error)) from error
 
 
-def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"the directory {str(path)!r} holds no model: config.json is missing")
-    if not any((path / file).is_file() for file in WEIGHT_FILES):
-        raise ModelError(f"the directory {str(path)!r} holds no weights: wanted {' or '.join(WEIGHT_FILES)}")
+def directory(name: str, look: hub.Look = lambda config, nbytes: None) -> Path:
+    """The directory of a model: `name` itself, or what the hub has under this id.
+
+    Only for an id is the network used, and not for one that was downloaded before where there is no network. look: see hub.Look;
+    for a directory it is called, too. Raises ModelError for one without a model or weights, for one that is no causal language
+    model, and what `look` raises.
+    """
+    path = Path(located(name))
+
+    def look_first(config: dict[str, Any], nbytes: int) -> None:
+        source.check_causal(name, config)
+        look(config, nbytes)
+
+    if os.path.isfile(path):
+        raise ModelError(f"{name!r} is a file, wanted a model's directory or a hub id")
+    if not os.path.isdir(path):
+        try:
+            path = hub.snapshot(str(path), look=look_first)
+        except hub.HubError as error:
+            raise ModelError(str(error)) from error
+    look_first(source.read_config(path), source.nbytes(path))
+    return path
 
 
 def load_model(name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
@@ -79,7 +93,8 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     that it is the course model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and
     less exact, and on every device for a model of at most SMALL parameters, as the course model is: what a lesson shows is then
     the same everywhere. A larger model on a GPU keeps the dtype that is stored, and so does one that is stored quantized.
-    Weights are read from safetensors only. Raises ModelError with what is wrong.
+    Weights are read from safetensors only. Raises ModelError with what is wrong, before anything large is downloaded or read:
+    another kind of model, and one that the free memory does not hold.
     """
     import transformers
     from safetensors import SafetensorError
@@ -87,23 +102,28 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    name = located(model_name(name))
+    name = model_name(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = dtype or (torch.float32 if device.type == "cpu" else "auto")
     # The argument was renamed in transformers 4.56; the old name still works there, with a warning.
     dtype_argument = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": asked}
-    local = Path(name).is_dir()
-    if local:
-        _check_directory(Path(name))
+    path = directory(name, lambda config, nbytes: source.check_memory(name, config, nbytes, asked, device))
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, local_files_only=local, trust_remote_code=False, **dtype_argument
+            path, use_safetensors=True, local_files_only=True, trust_remote_code=False, **dtype_argument
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except SafetensorError as error:
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:
-        raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
+        raise ModelError(f"the model in {str(path)!r} cannot be read: {source.first_line(error)}") from error
+    tokenizer = None
+    if any((path / file).is_file() for file in source.TOKENIZER_FILES):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the tokenizer in {str(path)!r} cannot be read: {source.first_line(error)}") from error
+    if tokenizer is None:
+        raise ModelError(f"the directory {str(path)!r} holds no tokenizer: wanted {' or '.join(source.TOKENIZER_FILES)}")
     if model.num_parameters() > LARGE:
         memory.return_freed(2**18)  # copies of such a model come and go in a notebook
     if dtype is None and model.num_parameters() <= SMALL and not hasattr(model.config, "quantization_config"):
