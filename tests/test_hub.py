@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             number = hub.converted.get(found[1])
             one = {
                 "num": number, "title": hub_module.CONVERTED, "isPullRequest": True, "status": "open",
-                "author": {"name": "SFconvertbot"}, "createdAt": "2023-01-01T00:00:00.000Z", "repo": {"name": found[1], "type": "model"},
+                "author": {"name": "SFconvertbot"}, "createdAt": "2023-01-01T00:00:00.000Z",
+                "repo": {"name": found[1], "type": "model"},
             }  # fmt: skip
             some = [] if number is None else [one]
             body = json.dumps({"discussions": some, "count": len(some), "start": 0}).encode()
