@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, plan, serve, teach
+from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, paper, plan, serve, teach
 from labsupport.model import quick
 
 NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
@@ -32,7 +32,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
-for group in (lab, env, fetch, plan, model, checkpoint, serve, capstone, claims, build, teach):
+for group in (lab, env, fetch, plan, model, paper, checkpoint, serve, capstone, claims, build, teach):
     app.add_typer(group.app)
 
 

@@ -56,7 +56,7 @@ def snapshot(name: str, others: Iterable[str] = TOKENIZERS, look: Look = lambda 
     api = HfApi(endpoint=endpoint)
     try:
         with quiet():
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            if _is_offline():
                 raise OfflineModeIsEnabled("HF_HUB_OFFLINE=1 is set")
             info = api.model_info(name, files_metadata=True, timeout=SECONDS)
             info, revision = _with_safetensors(api, info)
@@ -82,6 +82,23 @@ def snapshot(name: str, others: Iterable[str] = TOKENIZERS, look: Look = lambda 
         if _is_of_this_package(error):
             raise
         return _downloaded_before(name, patterns, error)
+
+
+def check_reached(dataset: str) -> None:
+    """Raise HubError where the hub does not answer for a dataset: what reads one tries for long. Not with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import HfApi
+
+    if _is_offline():
+        return
+    try:
+        with quiet():
+            HfApi(endpoint=os.environ.get("HF_ENDPOINT")).dataset_info(dataset, timeout=SECONDS)
+    except Exception as error:  # of a network, a proxy, a server: each has its own
+        raise HubError(f"the hub does not answer for {dataset} ({type(error).__name__}: {error})".splitlines()[0][:240]) from error
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _is_of_this_package(error: Exception) -> bool:

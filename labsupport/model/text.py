@@ -146,7 +146,8 @@ def _numpy_documentation() -> list[Document]:
     return documents
 
 
-def _directory(path: Path) -> list[Document]:
+def directory(path: Path) -> list[Document]:
+    """The texts of a directory, by name. Raises TextError for one without."""
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
     if not files:
         raise TextError(f"the directory {str(path)!r} holds no text: wanted files ending in {', '.join(TEXT_SUFFIXES)}")
@@ -185,7 +186,7 @@ def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
     folder = _split_folder(domain, split)
     if folder is None:
         raise TextError(f"domain is {domain!r}, wanted one of {', '.join(NAMES)}, or a directory with {' and '.join(SPLITS)}")
-    return _directory(folder)
+    return directory(folder)
 
 
 def _split_folder(name: str, split: str) -> Path | None:
@@ -280,7 +281,7 @@ def load_text(tokenizer, source: str | None = None, split: str = "heldout") -> T
         return tokenize(tokenizer, documents(source, split), f"{source}/{split}")
     path, is_there = Path(source), os.path.exists(source)  # False for a name that no file can have, where Path.exists raises
     if os.path.isdir(source):
-        return tokenize(tokenizer, _directory(path), source)
+        return tokenize(tokenizer, directory(path), source)
     if is_there or path.is_absolute() or len(path.parts) > 2:  # an id on the hub is a name, or an owner and a name
         raise TextError(f"source is {source!r}, {'a file' if is_there else 'which is not there'}: wanted a directory of text")
     return tokenize(tokenizer, _hub(source), source)
