@@ -152,7 +152,7 @@ def test_what_comes_from_the_hub(place, tables, monkeypatch):
         assert not [said for said in papers.Job(table).differs if "compared" in said]
         assert opened.about["command"] == f"labs paper --table {name}"
     short = replace(tables["gptq-opt-125m"], calibration=replace(table.calibration, cut="segments", text="c4", samples=21))
-    with pytest.raises(ValueError, match=r"'c4' has 20 documents of more than 48 tokens, wanted 21"):
+    with pytest.raises(ValueError, match=r"'c4' has 20 documents of more than 48 tokens, fewer than the 21"):
         _ = papers.Job(short).open().ids
 
 
