@@ -185,3 +185,18 @@ def test_a_short_name_begins_with_the_block():
     assert models.short("model.layers.3.mlp.up_proj") == "3.mlp.up_proj"
     assert models.short("model.decoder.layers.11.fc1") == "11.fc1"
     assert models.short("lm_head") == "lm_head"
+
+
+def test_first_blocks_is_the_model_without_the_later_ones(course):
+    model, ids = course[0], torch.arange(12)[None]
+    short = models.first_blocks(model, 2)
+    wanted = models.duplicate(model)
+    del models.blocks(wanted)[2:]
+    wanted.config.num_hidden_layers = 2
+    assert torch.equal(short(ids).logits, wanted(ids).logits)
+    assert not torch.equal(short(ids).logits, model(ids).logits)
+    assert len(models.blocks(short)) == 2
+    next(short.parameters()).data.zero_()  # nothing is shared
+    assert next(model.parameters()).count_nonzero() > 0
+    with pytest.raises(ValueError, match="count is 0, wanted a whole number from 1 to 6"):
+        models.first_blocks(model, 0)

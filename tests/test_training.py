@@ -117,3 +117,12 @@ def test_what_cannot_learn_is_named():
         fit(start(), IDS[:16], SCHEDULE)
     with pytest.raises(ValueError, match="ids"):
         fit(start(), IDS + 1000, SCHEDULE)
+
+
+def test_only_the_last_blocks_learn(course):
+    model = models.duplicate(course[0]).requires_grad_(True)
+    everything = set(training.trainable(model))
+    training.only_last_blocks(model, 6)  # it has six
+    assert set(training.trainable(model)) == everything
+    training.only_last_blocks(model, 2)
+    assert set(training.trainable(model)) == {name for name in everything if ".layers.4." in name or ".layers.5." in name}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.patches import FancyBboxPatch
 
@@ -38,7 +38,6 @@ LANES: dict[str, tuple[tuple[int, str, str], ...]] = {
         (15, "choose_and_ship", "which one on Monday"),
     ),
 }
-READY = tuple(range(16))
 PER_ROW = 4  # a longer lane goes on in a row below
 WIDTH, HEIGHT = 1.0, 0.72  # of a box; boxes stand 1.12 apart, rows 0.86, and lanes 0.14 further
 
@@ -53,16 +52,14 @@ def _wrapped(words: Sequence[str], length: int) -> str:
     return "\n".join(lines)
 
 
-def map(ready: Collection[int] = READY) -> CourseFigure:
-    """The chapters of the course in lanes. Those in `ready` can be opened now, the others are drawn as planned."""
+def map() -> CourseFigure:
+    """The chapters of the course in lanes."""
     summary = "; ".join(f"{lane}: " + ", ".join(f"{n:02} {name}" for n, name, _ in row) for lane, row in LANES.items())
-    open_now = ", ".join(f"{n:02}" for n in sorted(ready))
-    alt = f"Map of the course, four lanes of chapters. {summary}. Ready: {open_now}; the others are planned."
     rows = sum(-(-len(row) // PER_ROW) for row in LANES.values())
     bottom = 0.86 * rows + 0.14 * (len(LANES) - 1)
-    figure, axis = base.new(alt, size=(base.WIDTH, 0.98 * bottom + 0.4))
+    figure, axis = base.new(f"Map of the course, four lanes of chapters. {summary}.", size=(base.WIDTH, 0.98 * bottom + 0.2))
     axis.axis("off")
-    axis.set(xlim=(-0.65, 1.12 * PER_ROW), ylim=(bottom + 0.22, -0.06))
+    axis.set(xlim=(-0.65, 1.12 * PER_ROW), ylim=(bottom + 0.02, -0.06))
     y = 0.0
     for lane, row in LANES.items():
         axis.text(-0.63, y + HEIGHT / 2, lane, fontsize=base.FONT + 1, weight="bold", va="center")
@@ -70,28 +67,20 @@ def map(ready: Collection[int] = READY) -> CourseFigure:
             x = place % PER_ROW
             if place and not x:
                 y += 0.86
-            left, open_now = 1.12 * x, number in ready
-            color, style = (base.BLUE, "-") if open_now else (base.GREY, "--")
-            face = base.PALE_BLUE if open_now else "white"
+            left = 1.12 * x
             axis.add_patch(
                 FancyBboxPatch(
                     (left + 0.04, y + 0.04), WIDTH - 0.08, HEIGHT - 0.08, "round,pad=0.04,rounding_size=0.07",
-                    facecolor=face, edgecolor=color, linestyle=style, linewidth=1.2,
+                    facecolor=base.PALE_BLUE, edgecolor=base.BLUE, linewidth=1.2,
                 )
             )  # fmt: skip
-            title, about = _wrapped([f"{number:02}", *name.split("_")], 21), _wrapped(about.split(), 21)
+            title, about = _wrapped([f"{number:02}", *name.split("_")], 19), _wrapped(about.split(), 21)
             axis.text(left + 0.5, y + 0.06, title, ha="center", va="top", fontsize=base.FONT, weight="bold", linespacing=1.05)
             axis.text(left + 0.5, y + HEIGHT - 0.06, about, ha="center", va="bottom", fontsize=base.SMALL, linespacing=1.1)
             if x:
                 arrow = {"arrowstyle": "->", "color": base.BLACK, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
                 axis.annotate("", (left, y + HEIGHT / 2), (left - 0.12, y + HEIGHT / 2), arrowprops=arrow)
         y += 1.0
-    key = (("ready", base.PALE_BLUE, base.BLUE, "-"), ("planned", "white", base.GREY, "--"))
-    for place, (text, face, color, style) in enumerate(key):
-        left = 0.05 + 0.8 * place
-        box = FancyBboxPatch((left, bottom + 0.02), 0.16, 0.1, "round,pad=0.02", facecolor=face, edgecolor=color, linestyle=style)
-        axis.add_patch(box)
-        axis.text(left + 0.24, bottom + 0.07, text, fontsize=base.SMALL, va="center")
     return figure
 
 

@@ -14,7 +14,7 @@ from labsupport import PACKAGE
 from labsupport.model import fetched, hub, memory, source
 from labsupport.model.source import SMALL
 from labsupport.model.source import ModelError as ModelError  # by this name it is known elsewhere
-from labsupport.quant import grid
+from labsupport.quant import checks, grid
 
 LARGE = 2**26  # parameters
 
@@ -275,6 +275,16 @@ def _scale_norm(norm: nn.Module, scale: torch.Tensor) -> None:
     norm.weight.copy_((norm.weight + offset) * scale - offset if offset else norm.weight * scale)
     if getattr(norm, "bias", None) is not None:
         norm.bias.mul_(scale)
+
+
+def first_blocks(model: nn.Module, count: int) -> nn.Module:
+    """A copy that ends after the first `count` blocks: embedding, those blocks, last norm and head. Raises ValueError."""
+    every = list(blocks(model))
+    count = checks.whole(count, "count", 1, len(every), f"a whole number from 1 to {len(every)}, the model's blocks")
+    copied = copy.deepcopy(model, {id(block): block for block in every[count:]})  # those are named, not copied, and go at once
+    del blocks(copied)[count:]
+    copied.config.get_text_config().num_hidden_layers = count
+    return copied
 
 
 def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor: float = 8.0, seed: int = 0) -> nn.Module:

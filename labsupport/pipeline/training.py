@@ -106,6 +106,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def only_last_blocks(model: nn.Module, count: int) -> None:
+    """Where a model has more than `count` blocks, let nothing learn but what learns in the last of them, in place.
+
+    The backward pass then ends at the first of these, and gradients and what an optimizer remembers are theirs alone.
+    """
+    every = models.blocks(model)
+    if len(every) > count:
+        last = {id(parameter) for block in every[-count:] for parameter in block.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in last)
+
+
 def fit(
     model: nn.Module,
     ids: Tensor,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from interop import environment, load, measure
+from interop import environment, load
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,7 +15,7 @@ from labsupport import checkpoint
 from labsupport.model import fetched, models, text
 from labsupport.quant import gguf_blocks
 
-PERPLEXITY = 5e-3  # the share by which llama.cpp's may differ
+PERPLEXITY = 5e-3  # the share by which llama.cpp's may differ from that of our forward with inputs so rounded
 # (method, settings): ggml's own rounding, and a method whose grid q4_0 has. SmolLM2 is 576 wide, which q4_k's 256 does not divide.
 COURSE: dict[str, tuple[str, dict]] = {
     **{kind: (kind, {}) for kind in gguf_blocks.WEIGHTS},
@@ -35,9 +35,10 @@ def lines(threads: int, small: bool = False) -> Iterator[tuple[str, bool]]:
 
     llama.cpp rounds what goes into a linear to 8 bits, in blocks of 32 as q8_0 has them (ggml-cpu.c: vec_dot_type), and keeps keys
     and values in float16. How much that is, our own forward tells with inputs so rounded: log-probabilities may differ from ours in
-    float32 by twice as much, and what it does to perplexity is said as well. Greedy tokens have to be ours until our two best lie
-    within that of each other. Perplexity may differ by 0.5 %: a single window of SmolLM2 differs by more, either way, so 16 are
-    taken of it. The tokens of a text have to be those of the tokenizer that the file was made from.
+    float32 by twice as much, and greedy tokens have to be ours until our two best lie within that of each other. Perplexity may
+    differ by 0.5 % from that of our forward with inputs so rounded, and what it and llama.cpp's are beside ours in float32 is said
+    as well: on SmolLM2 rounding inputs alone costs more than 0.5 %. A single window of it differs
+    by more, either way, so 16 are taken. The tokens of a text have to be those of the tokenizer that the file was made from.
     """
     yield from _of_model(str(models.course_model_dir()), "code", COURSE, threads, 8)
     if small:
@@ -73,10 +74,11 @@ def _of_model(name: str, words: str, cases: dict[str, tuple[str, dict]], threads
             theirs = load_file(out / f"{case}.safetensors")
             cut = theirs.pop("words").tolist() == wanted
             model, _ = checkpoint.load(folder / case)
-            ours = load.Ours(model, tokens, inputs_rounded, PERPLEXITY)
+            ours = load.Ours(model, tokens, inputs_rounded, PERPLEXITY, coarse_text=True)
             said, good = ours.compare(theirs)
-            rounded = measure.losses(inputs_rounded(model), tokens["text"]).mean() - ours.measured["losses"].mean()
-            said += f" (ours with inputs so rounded: perplexity {100 * rounded.expm1().item():+.3f} %)"
+            exact = ours.measured["losses"]
+            both = [f"{100 * load.more(losses, exact):+.3f}" for losses in (theirs["losses"], ours.losses)]
+            said += f" (beside float32 inputs: llama.cpp's perplexity {both[0]} %, ours with inputs so rounded {both[1]} %)"
             yield f"{what}: {said}, text cut {'as' if cut else 'OTHERWISE than'} by the tokenizer", good and cut
 
 

@@ -107,6 +107,11 @@ def verdict(what: str, found: Path, ours: Callable[[str], Ours], case: str, take
     return f"{what} ({kind}): {said}", good and taken
 
 
+def more(losses: torch.Tensor, than: torch.Tensor) -> float:
+    """By which share the perplexity of one set of losses is above another's."""
+    return (losses.mean() - than.mean()).expm1().item()
+
+
 class Ours:
     """A checkpoint in our own forward."""
 
@@ -117,18 +122,23 @@ class Ours:
         tokens: measure.Measured,
         as_a_loader: Callable[[nn.Module], nn.Module] = lambda model: models.duplicate(model).half(),
         perplexity: float = 1e-3,
+        coarse_text: bool = False,
     ):
-        """as_a_loader: a model that computes as coarsely as the loader does. perplexity: the share by which it may differ."""
+        """as_a_loader: a model that computes as coarsely as the loader does. perplexity: the share by which it may differ from
+        ours in float32, or, where coarse_text, from that of the coarse model.
+        """
         self.model, self.prompt, self.measured = model, tokens["prompt"], measure.measure(model, tokens)
-        coarse = as_a_loader(model)(input_ids=self.prompt, use_cache=False).logits[0].float().log_softmax(1)
-        self.bound = 2 * (coarse - self.measured["log_probabilities"]).abs().max().item()
+        coarse = as_a_loader(model)
+        after = coarse(input_ids=self.prompt, use_cache=False).logits[0].float().log_softmax(1)
+        self.bound = 2 * (after - self.measured["log_probabilities"]).abs().max().item()
         self.perplexity = perplexity
+        self.losses = measure.losses(coarse, tokens["text"]) if coarse_text else self.measured["losses"]
 
     def compare(self, theirs: measure.Measured) -> tuple[str, bool]:
         """What a loader's measurements are beside ours, in words, and whether they agree."""
         ours = self.measured
         off = (theirs["log_probabilities"] - ours["log_probabilities"]).abs().max().item()
-        perplexity = (theirs["losses"].mean() - ours["losses"].mean()).expm1().item()
+        perplexity = more(theirs["losses"], self.losses)
         same = ours["greedy"] == theirs["greedy"]
         agree = int(same.long().cumprod(0).sum())
         margin = None if agree == len(same) else self.margin(self.prompt, ours["greedy"][:agree])
@@ -138,7 +148,7 @@ class Ours:
         return said, off <= self.bound and abs(perplexity) < self.perplexity and close
 
     @torch.no_grad()
-    def margin(self, prompt: torch.Tensor, more: torch.Tensor) -> float:
-        """How far apart the two best next tokens are after a prompt [1, n] and more."""
-        best = self.model(input_ids=torch.cat([prompt, more[None]], 1), use_cache=False).logits[0, -1].topk(2).values
+    def margin(self, prompt: torch.Tensor, then: torch.Tensor) -> float:
+        """How far apart the two best next tokens are after a prompt [1, n] and what then follows."""
+        best = self.model(input_ids=torch.cat([prompt, then[None]], 1), use_cache=False).logits[0, -1].topk(2).values
         return (best[0] - best[1]).item()
