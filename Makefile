@@ -1,7 +1,8 @@
 # The logic is in `labs`; these lines make its environment first. Without make: README.md.
 PYTHON ?= python3
 ARGS ?=
-.PHONY: lab test interop
+.PHONY: lab test interop models
 lab:  ; @$(PYTHON) labsupport/install.py && .venv/bin/labs lab $(ARGS)
 test: ; @$(PYTHON) labsupport/install.py && .venv/bin/labs test $(ARGS)
 interop: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
+models: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m models_matrix $(ARGS)
