@@ -3,6 +3,6 @@ PYTHON ?= python3
 ARGS ?=
 .PHONY: lab test interop models
 lab:  ; @$(PYTHON) labsupport/install.py && .venv/bin/labs lab $(ARGS)
-test: ; @$(PYTHON) labsupport/install.py && .venv/bin/labs test $(ARGS)
-interop: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
-models: ; @$(PYTHON) labsupport/install.py && PYTHONPATH=tests .venv/bin/python -m models_matrix $(ARGS)
+test: ; @$(PYTHON) labsupport/install.py --all && .venv/bin/labs test $(ARGS)
+interop: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m interop $(ARGS)
+models: ; @$(PYTHON) labsupport/install.py --all && PYTHONPATH=tests .venv/bin/python -m models_matrix $(ARGS)

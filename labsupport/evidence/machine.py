@@ -65,7 +65,7 @@ def _version(package: str) -> str:
 def _processor() -> str:
     about = Path("/proc/cpuinfo")
     if about.is_file():
-        for line in about.read_text(errors="replace").splitlines():
+        for line in about.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
