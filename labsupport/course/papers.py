@@ -24,6 +24,7 @@ from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.tokenizers import COPIED, read_tokenizer
 from labsupport.checkpoint.weights import find
 from labsupport.evidence import machine, sweep
+from labsupport.install import get_extra
 from labsupport.model import files, hub, models, text
 from labsupport.model.text import Document, TextError, TokenStream
 from labsupport.pipeline.block import Block
@@ -275,7 +276,7 @@ def _of_hub(name: str) -> Iterator[Document]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise PaperError(f"the text {name!r} comes from the Hugging Face hub: pip install 'labsupport[hub]'") from error
+        raise PaperError(f"the text {name!r} comes from the Hugging Face hub: {get_extra('hub')}") from error
     path, which, split = DATASETS[name]
     try:
         hub.check_reached(path)
