@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from labsupport.install import get_extra
-from labsupport.model import fetched, files
+from labsupport.model import fetched, files, hub
 from labsupport.quant import checks
 
 # Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty; so with NumPy.
@@ -163,7 +163,8 @@ def _hub(name: str) -> list[Document]:
         raise TextError(f"the text {name!r} comes from the Hugging Face hub: {get_extra('hub')}") from error
     path, config, split = HUB_DATASETS.get(name, (name, None, "test"))
     try:
-        rows = load_dataset(path, config, split=split)
+        with hub.quiet():
+            rows = load_dataset(path, config, split=split)
     except Exception as error:  # of a network, a missing name, a script: each has its own
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise TextError(f"no text {name!r}: neither a directory nor a dataset that can be read ({reason})") from error
