@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": "make models", "date": datetime.date.today().isoformat(),
         "python": ".".join(map(str, sys.version_info[:3])), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         **{library: version(library) for library in LIBRARIES},
+        "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1),  # where it is far above the cores, seconds are long
     }  # fmt: skip
     kept = {}
     if asked.out.exists():
