@@ -89,3 +89,13 @@ def test_shape_of_a_config_that_holds_another():
 
     text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     assert kv.Shape.of(AutoConfig.for_model("gemma3", text_config=text)) == kv.Shape(3, 2, 16, 16)
+
+
+def test_a_model_without_a_rotary_embedding_says_so_and_goes_on(capsys):
+    """OPT learns its positions: notebook 09 shows its keys as they are."""
+    llama = make("llama")
+    assert torch.equal(cache.rotation_of(llama), cache.frequencies_of(llama))
+    assert not capsys.readouterr().out
+    assert cache.rotation_of(make("opt")) is None
+    wanted = "There are no keys before RoPE to look at: found no rotary embedding in a OPTForCausalLM, wanted one.\n"
+    assert capsys.readouterr().out == wanted

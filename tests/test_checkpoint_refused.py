@@ -592,7 +592,8 @@ def hub_ids(source, tmp_path_factory):
 def test_an_id_that_was_never_downloaded(hub_ids):
     code, error, out = hub_ids["unknown"]
     assert code == 1
-    message = "no model 'some/unknown': neither a directory, nor downloaded before, nor an id that the hub answers for"
+    message = "no model 'some/unknown': neither a directory, nor downloaded before, nor an id that the hub answers for "
+    message += "(OfflineModeIsEnabled: HF_HUB_OFFLINE=1 is set)"
     assert error == f"labs quantize: {message}\n"
     assert not list(out.parent.glob("unknown*"))
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import architectures
 import pytest
 import torch
 from safetensors import safe_open
@@ -108,7 +109,7 @@ def test_planted_outliers_want_llama_blocks():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=64))
-    with pytest.raises(models.ModelError, match="Llama-shaped blocks, not in GPT2Block"):
+    with pytest.raises(models.ModelError, match="Llama-shaped blocks and in OPT's, not in GPT2Block"):
         models.plant_outliers(model)
 
 
@@ -152,6 +153,38 @@ def test_unknown_name(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(models.ModelError, match="no model 'nobody/no-such-model'"):
         models.load_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_outliers_are_planted_in_other_shapes_too(name):
+    """Qwen3 normalizes its keys after the projection; OPT's norms have biases, and its positions are learned."""
+    model = architectures.make(name)
+    ids = torch.arange(2 * 24).view(2, 24) * 37 % architectures.VOCABULARY
+    for plant in (models.plant_outliers, models.plant_key_outliers):
+        planted = plant(model)
+        with torch.no_grad():
+            before, after = model(ids).logits, planted(ids).logits
+        # As in the test above: rounding of float32 alone, over two blocks.
+        assert (after - before).abs().max() <= 1e-4 * before.std()
+        changed = [n for (n, p), q in zip(model.named_parameters(), planted.parameters(), strict=True) if not torch.equal(p, q)]
+        assert len({n.split(".layers.")[1][0] for n in changed}) == 2, f"{plant.__name__} changed {changed}"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "opt-350m"])
+def test_outliers_are_not_planted_where_no_norm_stands_before_the_linears(name):
+    with pytest.raises(models.ModelError, match="Llama-shaped blocks and in OPT's"):
+        models.plant_outliers(architectures.make(name))
+
+
+def test_keys_whose_other_pairs_are_turned_are_refused():
+    with pytest.raises(models.ModelError, match=r"does not turn the channels i and i \+ head_dim / 2"):
+        models.plant_key_outliers(architectures.make("phi"))
+
+
+def test_a_short_name_begins_with_the_block():
+    assert models.short("model.layers.3.mlp.up_proj") == "3.mlp.up_proj"
+    assert models.short("model.decoder.layers.11.fc1") == "11.fc1"
+    assert models.short("lm_head") == "lm_head"
 
 
 def test_first_blocks_is_the_model_without_the_later_ones(course):

@@ -7,16 +7,15 @@ does not divide, a layer of a certain name, or a text that is taken for granted 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import other_models
 import pytest
-import torch
 from nbformat import NotebookNode
 
 from labsupport.course import build, execute
-from labsupport.model import files, models, quick, text
+from labsupport.model import files, quick
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_SMOLLM2 = ("02", "03")  # of the shorter ones
@@ -32,44 +31,31 @@ def printed(number: str, settings: Mapping[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory):
-    """A Llama as wide as a third of SmolLM2-135M, 192, with three heads of queries to each of keys; its weights are random.
-
-    64 divides the inputs of all its linears, and 128 does not. It reads the course model's tokens.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder, course = tmp_path_factory.mktemp("models") / "narrow", models.course_model_dir()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for file in course.glob("tokenizer*.json"):
-        shutil.copy(file, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def articles(tmp_path_factory):
-    """A directory with a text of its own: some topics of the language reference, in the two splits."""
-    folder = tmp_path_factory.mktemp("texts") / "articles"
-    for split in text.SPLITS:
-        (folder / split).mkdir(parents=True)
-        for document in text.documents("prose", split):
-            (folder / split / f"{document.name.partition(':')[2]}.txt").write_text(document.text, "utf-8")
-    return folder
+    return other_models.write_articles(tmp_path_factory.mktemp("texts") / "articles")
 
 
-@pytest.mark.parametrize("number", ["08", "10"])
-def test_a_model_that_128_does_not_divide(number, narrow, articles):
-    said = printed(number, {"LABS_MODEL": str(narrow), "LABS_TEXT": str(articles)})
-    assert "21 linear layers" in said
+# The notebooks that look into a block, each on another architecture. `make models` runs all ten on all four.
+LOOKS_INSIDE = [
+    ("opt-576", "09", ["3 layers,", "There are no keys before RoPE to look at: found no rotary embedding in a OPTForCausalLM"]),
+    (
+        "qwen3-960",
+        "08",
+        ["21 linear layers", "v_proj gives 128 channels, o_proj reads 384", "groups of narrow that lie to one side"],
+    ),
+    ("llama-960", "10", ["21 linear layers", "bitsandbytes max difference of logits"]),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "wanted"), LOOKS_INSIDE, ids=[row[0] for row in LOOKS_INSIDE])
+def test_a_model_as_the_hub_has_them(name, number, wanted, articles, tmp_path):
+    """Narrow ones, random weights: every cell comes to its end. 64 divides the inputs of their linears, and 128 does not."""
+    model = other_models.write(name, tmp_path / "narrow", narrow=True)
+    said = printed(number, {"LABS_MODEL": str(model), "LABS_TEXT": str(articles)})
+    for words in wanted:
+        assert words in said
     if number == "08":
         assert "The stored rows of 'awq' are of the course-model on code/heldout; what is measured live is of narrow." in said
-        assert "groups of narrow that lie to one side of 0" in said
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from labsupport.model import models
+from labsupport.model import hub, models, source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -244,19 +244,12 @@ def find(name: str, others: Iterable[str] = ()) -> Path:
     """
     try:
         path = Path(models.located(name))
-    except models.ModelError as error:
-        raise CheckpointError(str(error)) from error
-    try:
         if path.is_dir():
             return path
         if path.exists():
             raise CheckpointError(f"{name} is a file, wanted a model directory or a hub id")
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *others]))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"no model {name!r}: neither a directory, nor downloaded before, nor an id that the hub answers for"
-        ) from error
+        return hub.snapshot(name, others, lambda config, nbytes: source.check_causal(name, config))
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"no model {name!r}: {source.first_line(error)}") from error
+    except (models.ModelError, hub.HubError) as error:
+        raise CheckpointError(str(error)) from error

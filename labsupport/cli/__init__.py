@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, plan, serve, site, teach
+from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, paper, plan, serve, site, teach
 from labsupport.install import get_extra
 from labsupport.model import quick
 
@@ -53,7 +53,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
-for group in (lab, env, fetch, plan, model, checkpoint, serve, capstone, claims, build, site, teach):
+for group in (lab, env, fetch, plan, model, paper, checkpoint, serve, capstone, claims, build, site, teach):
     app.add_typer(group.app)
 
 

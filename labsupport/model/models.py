@@ -5,24 +5,21 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from labsupport import PACKAGE
-from labsupport.model import fetched, memory
+from labsupport.model import fetched, hub, memory, source
+from labsupport.model.source import SMALL
+from labsupport.model.source import ModelError as ModelError  # by this name it is known elsewhere
 from labsupport.quant import checks, grid
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 LARGE = 2**26  # parameters
-SMALL = 2**29  # parameters: in float32 they take 2 GiB, which every GPU has
 
 # Linears that decide which experts see a token, or how much of one counts: small, and never quantized.
 ROUTERS = ("gate", "router", "shared_expert_gate")
-
-
-class ModelError(ValueError):
-    """A model does not exist, has no weights, cannot be read, or is not built as it has to be for what is done with it."""
 
 
 def data_dir() -> Path:
@@ -65,11 +62,28 @@ def located(name: str) -> str:
         raise ModelError(str(error)) from error
 
 
-def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"the directory {str(path)!r} holds no model: config.json is missing")
-    if not any((path / file).is_file() for file in WEIGHT_FILES):
-        raise ModelError(f"the directory {str(path)!r} holds no weights: wanted {' or '.join(WEIGHT_FILES)}")
+def directory(name: str, look: hub.Look = lambda config, nbytes: None) -> Path:
+    """The directory of a model: `name` itself, or what the hub has under this id.
+
+    Only for an id is the network used, and not for one that was downloaded before where there is no network. look: see hub.Look;
+    for a directory it is called, too. Raises ModelError for one without a model or weights, for one that is no causal language
+    model, and what `look` raises.
+    """
+    path = Path(located(name))
+
+    def look_first(config: dict[str, Any], nbytes: int) -> None:
+        source.check_causal(name, config)
+        look(config, nbytes)
+
+    if os.path.isfile(path):
+        raise ModelError(f"{name!r} is a file, wanted a model's directory or a hub id")
+    if not os.path.isdir(path):
+        try:
+            path = hub.snapshot(str(path), look=look_first)
+        except hub.HubError as error:
+            raise ModelError(str(error)) from error
+    look_first(source.read_config(path), source.nbytes(path))
+    return path
 
 
 def load_model(name: str | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
@@ -79,7 +93,8 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     that it is the course model. Only a hub id may download. dtype: by default float32 on a CPU, where half precision is slow and
     less exact, and on every device for a model of at most SMALL parameters, as the course model is: what a lesson shows is then
     the same everywhere. A larger model on a GPU keeps the dtype that is stored, and so does one that is stored quantized.
-    Weights are read from safetensors only. Raises ModelError with what is wrong.
+    Weights are read from safetensors only. Raises ModelError with what is wrong, before anything large is downloaded or read:
+    another kind of model, and one that the free memory does not hold.
     """
     import transformers
     from safetensors import SafetensorError
@@ -87,23 +102,28 @@ def load_model(name: str | None = None, device: str | torch.device | None = None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    name = located(model_name(name))
+    name = model_name(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = dtype or (torch.float32 if device.type == "cpu" else "auto")
     # The argument was renamed in transformers 4.56; the old name still works there, with a warning.
     dtype_argument = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": asked}
-    local = Path(name).is_dir()
-    if local:
-        _check_directory(Path(name))
+    path = directory(name, lambda config, nbytes: source.check_memory(name, config, nbytes, asked, device))
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, local_files_only=local, trust_remote_code=False, **dtype_argument
+            path, use_safetensors=True, local_files_only=True, trust_remote_code=False, **dtype_argument
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except SafetensorError as error:
         raise ModelError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:
-        raise ModelError(f"no model {name!r}: neither a directory with a model nor an id that the hub answers for") from error
+        raise ModelError(f"the model in {str(path)!r} cannot be read: {source.first_line(error)}") from error
+    tokenizer = None
+    if any((path / file).is_file() for file in source.TOKENIZER_FILES):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the tokenizer in {str(path)!r} cannot be read: {source.first_line(error)}") from error
+    if tokenizer is None:
+        raise ModelError(f"the directory {str(path)!r} holds no tokenizer: wanted {' or '.join(source.TOKENIZER_FILES)}")
     if model.num_parameters() > LARGE:
         memory.return_freed(2**18)  # copies of such a model come and go in a notebook
     if dtype is None and model.num_parameters() <= SMALL and not hasattr(model.config, "quantization_config"):
@@ -200,9 +220,61 @@ def role(name: str) -> str:
     return "attention" if "attn" in name or "attention" in name else "mlp"
 
 
+def short(name: str) -> str:
+    """A linear's name from the number of its block on: "3.mlp.up_proj" of model.layers.3.mlp.up_proj, for titles of figures."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """A copy of the model whose weights can be changed without touching the original."""
     return copy.deepcopy(model)
+
+
+# Where a norm's output goes, by names inside a block: the norm of attention and that of the MLP, and the linears that read them.
+QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+NORM_READERS = (
+    {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")},  # Llama, Qwen
+    {"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)},  # OPT
+)
+
+
+def _norms_and_readers(block: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The two norms of a block and the linears that read them. Raises ModelError for a block that is not built so."""
+    inside = dict(block.named_modules())
+    norms = {name for name, _ in block.named_children() if "norm" in name}
+    for shape in NORM_READERS:
+        readers = {name for names in shape.values() for name in names}
+        # A third norm would stand behind one of the two, as in Gemma 2. OPT-350M's stand behind the linears.
+        if norms == shape.keys() and readers <= inside.keys() and getattr(block, "do_layer_norm_before", True):
+            found = {inside[norm]: [inside[name] for name in names] for norm, names in shape.items()}
+            if all(offset_of(norm) is not None for norm in found):
+                return found
+    raise ModelError(f"outliers can be planted in Llama-shaped blocks and in OPT's, not in {type(block).__name__}")
+
+
+@torch.no_grad()
+def offset_of(norm: nn.Module) -> float | None:
+    """What a norm adds to its weight before it multiplies by it: 1 for Gemma's, 0 for most; None where it does neither."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None or weight.ndim != 1:
+        return None
+    x = torch.linspace(-1, 1, len(weight))[None]
+    for offset in (0.0, 1.0):
+        held = {"weight": torch.full((len(weight),), -offset)} | ({} if bias is None else {"bias": torch.zeros(len(weight))})
+        if not torch.func.functional_call(norm, held, (x,)).any():
+            return offset
+    return None
+
+
+@torch.no_grad()
+def _scale_norm(norm: nn.Module, scale: torch.Tensor) -> None:
+    """Multiply what a norm gives by `scale`, float [channels], in place."""
+    offset, scale = offset_of(norm), scale.to(norm.weight)
+    norm.weight.copy_((norm.weight + offset) * scale - offset if offset else norm.weight * scale)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.mul_(scale)
 
 
 def first_blocks(model: nn.Module, count: int) -> nn.Module:
@@ -218,27 +290,19 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
 def plant_outliers(model: nn.Module, sigma: float = 0.7, large: int = 4, factor: float = 8.0, seed: int = 0) -> nn.Module:
     """A copy that computes the same function with outlier channels in its activations, as large models have them.
 
-    Every norm's weight is multiplied by a factor for each channel, exp(sigma N(0, 1)) and `factor` times more in
+    What every norm gives is multiplied by a factor for each channel, exp(sigma N(0, 1)) and `factor` times more in
     `large` of them, and the columns of the linears that read the norm are divided by it. In exact arithmetic
-    nothing changes; in float32 the logits move by rounding alone. For Llama-shaped blocks.
+    nothing changes; in float32 the logits move by rounding alone. For Llama-shaped blocks and OPT's. Raises ModelError for others.
     """
     planted = duplicate(model)
     for index, block in enumerate(blocks(planted)):
-        try:
-            attention, mlp = block.self_attn, block.mlp
-            readers = {
-                block.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-                block.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-            }
-        except AttributeError as error:
-            raise ModelError(f"outliers can be planted in Llama-shaped blocks, not in {type(block).__name__}") from error
-        for half, (norm, layers) in enumerate(readers.items()):
+        for half, (norm, layers) in enumerate(_norms_and_readers(block).items()):
             generator = torch.Generator().manual_seed(seed * 1009 + 2 * index + half)
             channels = len(norm.weight)
             scale = torch.exp(sigma * torch.randn(channels, generator=generator))
             scale[torch.randperm(channels, generator=generator)[:large]] *= factor
+            _scale_norm(norm, scale)
             with torch.no_grad():
-                norm.weight.mul_(scale.to(norm.weight))
                 for layer in layers:
                     layer.weight.div_(scale.to(layer.weight))
     return planted
@@ -249,23 +313,43 @@ def plant_key_outliers(model: nn.Module, factor: float = 8.0, pairs: int = 2, se
 
     In every head of keys, `pairs` pairs of channels are multiplied by `factor`, and those channels of all queries that read this
     head are divided by it: q . k stays what it was. The two channels of a pair, i and i + head_dim / 2, are rotated into each other
-    by the rotary embedding, so they share a factor. For Llama-shaped attention; where queries and keys are normalized after their
-    projections, the norm would undo the factor.
+    by the rotary embedding, so they share a factor. For attention with q_proj and k_proj, as Llama's, Qwen's and OPT's. Where
+    queries and keys are normalized after their projections, as in Qwen3, the norms' weights are changed, which all heads share, so
+    that the channels are the same in each. Raises ModelError for other attention.
     """
     planted = duplicate(model)
     for index, block in enumerate(blocks(planted)):
         attention = getattr(block, "self_attn", None)
         parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim")]
-        if any(part is None for part in parts) or hasattr(attention, "k_norm"):
+        norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        width = parts[2]
+        if any(part is None for part in parts) or any(offset_of(n) is None or len(n.weight) != width for n in norms):
             raise ModelError(f"outliers can be planted in keys of Llama-shaped attention, not in {type(block).__name__}")
-        queries, keys, width = parts
+        queries, keys, _ = parts
         generator = torch.Generator().manual_seed(seed * 1009 + index)
-        heads = keys.out_features // width
+        heads = 1 if norms else keys.out_features // width
         scale = torch.ones(heads, width // 2, dtype=torch.float64)
         for head in range(heads):
             scale[head, torch.randperm(width // 2, generator=generator)[:pairs]] = factor
-        scale_keys(queries, keys, scale)
+        if norms:
+            of_head = scale[0].repeat(2)
+            for norm, by in zip(norms, (1 / of_head, of_head), strict=True):
+                _scale_norm(norm, by)
+        else:
+            scale_keys(queries, keys, scale)
+    _check_same_function(model, planted)
     return planted
+
+
+@torch.no_grad()
+def _check_same_function(model: nn.Module, planted: nn.Module) -> None:
+    """Raise ModelError where the rotary embedding turns other pairs of channels, or a part of a head: then logits move."""
+    parameter = next(model.parameters())
+    ids = (torch.arange(16)[None] * 7919 % vocabulary(model)).to(parameter.device)
+    before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, planted))
+    # Float32 rounds in another place, by some units of 2**-24; other pairs move logits by tenths of their size.
+    if not (after - before).norm() <= (1e-3 if parameter.dtype.itemsize >= 4 else 5e-2) * before.norm():
+        raise ModelError(f"a {type(model).__name__} does not turn the channels i and i + head_dim / 2 of a key into each other")
 
 
 @torch.no_grad()

@@ -50,12 +50,12 @@ def load_with_bitsandbytes(
         settings = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype
         )
-    name = models.located(models.model_name(name))
+    path = models.directory(models.model_name(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=settings, dtype=dtype, device_map=device, trust_remote_code=False
+        path, quantization_config=settings, dtype=dtype, device_map=device, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model.eval()
     if method != "int8" and exact:
         # Its layers take the plain path in training mode. The model has no dropout, so nothing else changes.

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from labsupport.install import get_extra
-from labsupport.model import fetched, files
+from labsupport.model import fetched, files, hub
 from labsupport.quant import checks
 
 # Of 256 names this many are held out: one module in ten; one topic in four, since there are only some eighty; so with NumPy.
@@ -147,7 +147,8 @@ def _numpy_documentation() -> list[Document]:
     return documents
 
 
-def _directory(path: Path) -> list[Document]:
+def directory(path: Path) -> list[Document]:
+    """The texts of a directory, by name. Raises TextError for one without."""
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
     if not files:
         raise TextError(f"the directory {str(path)!r} holds no text: wanted files ending in {', '.join(TEXT_SUFFIXES)}")
@@ -162,7 +163,8 @@ def _hub(name: str) -> list[Document]:
         raise TextError(f"the text {name!r} comes from the Hugging Face hub: {get_extra('hub')}") from error
     path, config, split = HUB_DATASETS.get(name, (name, None, "test"))
     try:
-        rows = load_dataset(path, config, split=split)
+        with hub.quiet():
+            rows = load_dataset(path, config, split=split)
     except Exception as error:  # of a network, a missing name, a script: each has its own
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise TextError(f"no text {name!r}: neither a directory nor a dataset that can be read ({reason})") from error
@@ -186,7 +188,7 @@ def documents(domain: str = "code", split: str = "heldout") -> list[Document]:
     folder = _split_folder(domain, split)
     if folder is None:
         raise TextError(f"domain is {domain!r}, wanted one of {', '.join(NAMES)}, or a directory with {' and '.join(SPLITS)}")
-    return _directory(folder)
+    return directory(folder)
 
 
 def _split_folder(name: str, split: str) -> Path | None:
@@ -281,7 +283,7 @@ def load_text(tokenizer, source: str | None = None, split: str = "heldout") -> T
         return tokenize(tokenizer, documents(source, split), f"{source}/{split}")
     path, is_there = Path(source), os.path.exists(source)  # False for a name that no file can have, where Path.exists raises
     if os.path.isdir(source):
-        return tokenize(tokenizer, _directory(path), source)
+        return tokenize(tokenizer, directory(path), source)
     if is_there or path.is_absolute() or len(path.parts) > 2:  # an id on the hub is a name, or an owner and a name
         raise TextError(f"source is {source!r}, {'a file' if is_there else 'which is not there'}: wanted a directory of text")
     return tokenize(tokenizer, _hub(source), source)

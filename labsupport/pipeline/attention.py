@@ -23,8 +23,21 @@ def frequencies_of(model: nn.Module) -> torch.Tensor:
     """`inv_freq` of the model's rotary embedding. Raises ModelError where there is none, or more than one."""
     embeddings = {id(m): m.inv_freq for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)}
     if len(embeddings) != 1:
-        raise models.ModelError(f"found {len(embeddings)} rotary embeddings in a {type(model).__name__}, wanted one")
+        found = len(embeddings) or "no"
+        raise models.ModelError(f"found {found} rotary embedding{'s' * (found != 'no')} in a {type(model).__name__}, wanted one")
     return next(iter(embeddings.values()))
+
+
+def rotation_of(model: nn.Module) -> torch.Tensor | None:
+    """What keys are turned back by, float [width / 2]. None, with a line that says why, where they cannot be: a model of one's own
+    may learn its positions, as OPT does, or turn other channels.
+    """
+    try:
+        check_rotation(model)
+    except models.ModelError as error:
+        print(f"There are no keys before RoPE to look at: {error}.")
+        return None
+    return frequencies_of(model)
 
 
 @contextmanager

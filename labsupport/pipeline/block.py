@@ -166,8 +166,15 @@ class Block:
         return statistics
 
     def in_windows(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x, what the linear `name` is fed: [windows, tokens, in], or CalibrationError where tokens are out of their windows."""
-        if x.ndim < 3 or x.shape[1] != self.inputs[0].shape[1]:
+        """x, what the linear `name` is fed: [windows, tokens, in], or CalibrationError where tokens are out of their windows.
+
+        OPT's MLP and an expert that all tokens share are fed the tokens of all windows in one row; experts among which tokens are
+        divided get some of them, in another order.
+        """
+        tokens = self.inputs[0].shape[1]
+        if x.ndim == 2 and name not in self.steps and any(len(x) == len(batch) * tokens for batch in self.inputs):
+            x = x.unflatten(0, (-1, tokens))
+        if x.ndim < 3 or x.shape[1] != tokens:
             raise CalibrationError(f"{name} is fed tokens out of their windows: which of them are first cannot be told")
         return x
 

@@ -16,6 +16,7 @@ from labsupport.model import models
 from labsupport.model.evaluate import LENGTH, Evaluation, Interval, batch_size, evaluate
 from labsupport.model.text import TokenStream
 from labsupport.pipeline.attention import check_rotation, frequencies_of, reading_back
+from labsupport.pipeline.attention import rotation_of as rotation_of  # a notebook asks for it here
 from labsupport.quant import checks, kv
 from labsupport.quant.kv import Scheme
 

@@ -122,7 +122,9 @@ def _groups_of(block: nn.Module) -> list[Group]:
         raise ModelError(
             f"a scale can be folded into linear layers, and {other[0]} of {kind} is a {type(modules[other[0]]).__name__}"
         )
-    if other := [group.before for group in found if group.before not in linears and _offset(modules[group.before]) is None]:
+    if other := [
+        group.before for group in found if group.before not in linears and models.offset_of(modules[group.before]) is None
+    ]:
         raise ModelError(f"{other[0]} of {kind} does not multiply by its weight, so it cannot be divided by a scale")
     if shape == "OPT" and not block.do_layer_norm_before:
         raise ModelError(f"{kind} normalizes what its attention and its MLP give, not what they read: no norm takes a scale")
@@ -166,7 +168,7 @@ def fold(model: nn.Module, group: Group, scale: torch.Tensor) -> None:
     _check_not_shared(model, [group])
     scale = scale.to(before.weight.device)
     changed = {linear.weight: linear.weight.float() * scale for linear in linears}  # W s
-    offset = 0.0 if isinstance(before, nn.Linear) else _offset(before) or 0.0
+    offset = 0.0 if isinstance(before, nn.Linear) else models.offset_of(before) or 0.0
     divided = [(before.weight, offset)] + ([(before.bias, 0.0)] if getattr(before, "bias", None) is not None else [])
     for parameter, plus in divided:
         value = parameter.float().clone()
@@ -209,20 +211,6 @@ def module_loss(
         return sum((a - output(held, call)).float().pow(2).sum().item() for a, call in zip(wanted, calls, strict=True)) / count
 
     return loss
-
-
-@torch.no_grad()
-def _offset(norm: nn.Module) -> float | None:
-    """What a norm adds to its weight before it multiplies by it: 1 for Gemma's, 0 for most; None where it does neither."""
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if weight is None or weight.ndim != 1:
-        return None
-    x = torch.linspace(-1, 1, len(weight))[None]
-    for offset in (0.0, 1.0):
-        held = {"weight": torch.full((len(weight),), -offset)} | ({} if bias is None else {"bias": torch.zeros(len(weight))})
-        if not torch.func.functional_call(norm, held, (x,)).any():
-            return offset
-    return None
 
 
 def _check_not_shared(model: nn.Module, checked: Sequence[Group]) -> None:
