@@ -65,7 +65,7 @@ def make(directory: Path, blocks: int) -> None:
 
 def anonymous(pid: int) -> int:
     """Bytes of a process that no file backs."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
     return 0

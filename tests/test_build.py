@@ -17,8 +17,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
+from labsupport import __version__
 from labsupport.cli import build as cli
 from labsupport.course import build as forms
+from labsupport.course import setup_cell
 from labsupport.course.badges import write_badges
 from labsupport.course.execute import WIDGET_TEXT
 from labsupport.course.kernels import LooksAgain
@@ -320,28 +322,43 @@ def test_command_line(source, monkeypatch):
 
 
 def test_badges(source):
-    root = source.parents[2]
+    root, student = source.parents[2], forms.student_path(source)
     readme = root / "README.md"
-    edit(source, lambda nb: cell(nb, "tools").update(source=forms.setup()))
+
+    def as_built(notebook: NotebookNode) -> None:
+        cell(notebook, "tools").source = setup_cell.setup()
+        notebook.metadata.labs.executed_source_sha256 = forms.source_sha256(notebook)
+
+    for path in (source, student):
+        edit(path, as_built)
+    assert forms.check(source) == []
+    built = [path.read_bytes() for path in (source, student)]
     readme.write_text("# Course\n<!-- badges -->\nold\n<!-- /badges -->\nThe end.\n")
     assert "the address is not set" in write_badges(root)[0]
     assert readme.read_text() == "# Course\n<!-- badges -->\n<!-- /badges -->\nThe end.\n"
 
     (root / "pyproject.toml").write_text('[tool.labs]\nrepository = "https://github.com/some/course.git"\n')
-    assert "02_small.ipynb: run labs build" in write_badges(root)[1]
+    assert write_badges(root)[1:] == ["set-up cell changed, in both forms, in 02_small.ipynb"]
     text = readme.read_text()
-    assert "https://colab.research.google.com/github/some/course/blob/main/notebooks/02_small.ipynb" in text
-    assert "https://mybinder.org/v2/gh/some/course/main?urlpath=lab/tree/notebooks/02_small.ipynb" in text
+    assert f"https://colab.research.google.com/github/some/course/blob/v{__version__}/notebooks/02_small.ipynb" in text
+    assert f"https://mybinder.org/v2/gh/some/course/v{__version__}?urlpath=lab/tree/notebooks/02_small.ipynb" in text
     assert text.startswith("# Course\n")
     assert text.endswith("<!-- /badges -->\nThe end.\n")
-    prepared = cell(nbformat.read(source, as_version=4), "tools").source
-    assert "git+https://github.com/some/course" in prepared
-    assert len(prepared.splitlines()) == 6
-    compile(prepared, "setup", "exec")
+    for path in (source, student):
+        prepared = cell(nbformat.read(path, as_version=4), "tools")
+        assert f"-b v{__version__} https://github.com/some/course course" in prepared.source
+        assert prepared.execution_count == 1
+    assert forms.check(source) == []  # nothing is older than its source
+    assert len(write_badges(root)) == 1  # a second time there is nothing to do
+    edit(student, lambda nb: cell(nb, "tools").update(source=setup_cell.setup()))
+    assert write_badges(root)[1:] == ["set-up cell changed, in both forms, in 02_small.ipynb"]
+    assert forms.check(source) == []
 
+    edit(source, lambda nb: cell(nb, "tools").update(source=setup_cell.setup("https://github.com/some/course") + "\nx = 1"))
+    assert "solutions/02_small.ipynb: its outputs are older than its source" in forms.check(source)
     (root / "pyproject.toml").write_text('[tool.labs]\nrepository = ""\n')
     write_badges(root)
-    assert cell(nbformat.read(source, as_version=4), "tools").source == forms.SETUP
+    assert [path.read_bytes() for path in (source, student)] == built
 
 
 def test_badges_refuse_what_they_cannot_do(source):

@@ -12,12 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import nbformat
 import pytest
+import torch
 import typer
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
@@ -25,6 +27,8 @@ from typer.testing import CliRunner
 from labsupport.cli import app
 from labsupport.cli.lab import jupyter_command
 from labsupport.course import doctor, workbook
+from labsupport.evidence import machine
+from labsupport.model import files, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "only-for-this-test"
@@ -247,11 +251,99 @@ def test_doctor_finds_the_course_model_and_its_text() -> None:
         assert found[what].todo == "", found[what]
 
 
+@pytest.mark.parametrize(
+    ("cuda", "driver", "wanted"),
+    [
+        ("13.0", 470, "NVIDIA 470, too old: CUDA 13.0, which this PyTorch is built with, needs 580; the course runs on the CPU"),
+        ("12.8", 470, "NVIDIA 470, too old: CUDA 12.8, which this PyTorch is built with, needs 525; the course runs on the CPU"),
+        ("13.0", 580, "NVIDIA 580, and PyTorch finds no GPU that it can use; the course runs on the CPU"),
+        ("13.0", 0, "NVIDIA of unknown version, and PyTorch finds no GPU that it can use; the course runs on the CPU"),
+        (None, 580, "NVIDIA 580, not used: this PyTorch is the build for CPUs."),
+        ("13.0", None, ""),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_doctor_names_a_driver_that_pytorch_does_not_use(
+    cuda: str | None, driver: int | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: driver)
+    device, *more = doctor._device()
+    assert device.found.endswith("(no GPU is needed)")
+    assert bool(more) == bool(wanted)
+    for finding in more:
+        assert finding.found.startswith(wanted)
+        # What is wrong with the GPU is a problem only where the build for GPUs was installed.
+        assert ("--torch cpu" in finding.todo) == (cuda is not None)
+        assert ("update the driver" in finding.todo) == ("too old" in wanted)
+
+
+def test_doctor_tries_the_gpu_that_pytorch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = machine.Machine("cuda", "GeForce GTX 1080", 8, 8 * 2**30, None, {})
+    monkeypatch.setattr(machine, "describe", lambda: about)
+
+    def ones(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might ...")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    (device,) = doctor._device()
+    assert device.found == "GeForce GTX 1080, 8.0 GiB"
+    assert device.todo.startswith("it does not compute (CUDA error: no kernel image is available for execution on the device): ")
+    assert "--torch cpu" in device.todo
+
+
+@pytest.mark.parametrize("command", [["lab", "--no-browser"], ["reset", "00"]], ids=["lab", "reset"])
+def test_where_no_copies_can_be_laid_out_another_folder_is_named(command: list[str], tmp_path: Path) -> None:
+    """A file stands where the folder should be: the one obstacle that also stops root."""
+    (tmp_path / "clone").write_text("", encoding="utf-8")
+    done = labs(*command, "--dir", str(tmp_path / "clone" / "workbook"))
+    assert done.exit_code == 1
+    said = (
+        rf"labs {command[0]}: \S+00_start_here\.ipynb cannot be written: .*; `--dir FOLDER` keeps your notebooks in another folder"
+    )
+    assert re.fullmatch(said, done.stderr.strip())
+
+
+def test_a_terminal_without_the_letters_of_a_folder_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where what is not shown in a window is written in the alphabet of the country."""
+    monkeypatch.setattr("os.execve", lambda *_: None)
+    monkeypatch.setattr("subprocess.call", lambda *_, **__: 0)
+    folder = tmp_path / "Máy tính của tôi" / "khóa học"
+    done = CliRunner(charset="cp1252").invoke(app, ["lab", "--no-browser", "--dir", str(folder)])
+    assert done.exit_code == 0, done.exception
+    assert "Your notebooks are in" in done.output
+    assert r"kh\xf3a h\u1ecdc".replace(r"\xf3", "ó") in done.output
+    assert (folder / "00_start_here.ipynb").is_file()
+
+
+def test_a_file_that_cannot_be_written_is_one_line_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise files.WriteError(Path("README.md"), "No space left on device", disk_full=True)
+
+    monkeypatch.setattr("labsupport.course.badges.write_badges", full)
+    done = labs("badges")
+    assert (done.exit_code, done.stderr) == (1, "labs: the disk is full: README.md could not be written\n")
+
+
+def test_a_package_that_learners_lack_is_one_line_about_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nbval", None)
+    done = labs("test", "--quick")
+    assert done.exit_code == 1
+    assert re.fullmatch(
+        r"labs: nbval is not installed, and this needs it: `\S+ labsupport/install\.py.* --all` in .*\n", done.stderr
+    )
+
+
 def test_doctor_says_what_to_do_about_each_problem_and_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_MODEL", str(tmp_path))
-    monkeypatch.setattr(doctor, "MEMORY_WANTED", 2**60)
+    monkeypatch.setattr(memory, "A_NOTEBOOK", 2**60)
     done = labs("doctor")
     assert done.exit_code == 1
     assert "to do: LABS_MODEL names it: correct or unset it" in done.output
-    assert "to do: close other programs" in done.output
+    assert re.search(r"memory +\S+ GiB free of the \S+ [^\n]*\n +to do: a notebook takes up to", done.output)
     assert done.output.rstrip().endswith("2 problems")

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import labsupport
 from labsupport import __version__, install
-from labsupport.course import lock, setup_cell
+from labsupport.course import lock, missing, setup_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = environment.published()
@@ -43,7 +43,7 @@ def core() -> dict[str, str]:
 def staying(wanted: list[str]) -> dict[str, str]:
     """What would stay on Colab. What Colab's packages ask for is taken to be what the same ones ask for here."""
     asks = {name: metadata.requires(name) or [] for name in core()}
-    return install.stays({name: version for name, version in COLAB.items() if version}, wanted, asks)
+    return missing.stays({name: version for name, version in COLAB.items() if version}, wanted, asks)
 
 
 def clashes(wanted: list[str]) -> Iterator[str]:
@@ -51,14 +51,14 @@ def clashes(wanted: list[str]) -> Iterator[str]:
     stays = staying(wanted)
     for name in core().keys() - stays.keys():
         for need in lock.needs(name):
-            version = stays.get(install.canonical(need.name))
+            version = stays.get(missing.canonical(need.name))
             if version and not need.specifier.contains(version, prereleases=True):
                 yield f"{name} needs {need}, and Colab keeps {version}"
 
 
 def test_the_list_is_whole_and_says_where_it_is_from() -> None:
     assert len(COLAB) > 600
-    assert set(install.KEPT) <= {name for name, version in COLAB.items() if version}
+    assert set(missing.KEPT) <= {name for name, version in COLAB.items() if version}
     assert "googlecolab/backend-info" in environment.origin()["source"]
     assert re.match(r"20\d\d-\d\d", environment.origin()["date"])
     # A version stands wherever the course may use the package: what Colab lacks of it is what the set-up cell adds.
@@ -68,9 +68,9 @@ def test_the_list_is_whole_and_says_where_it_is_from() -> None:
 
 def test_colab_keeps_what_the_course_does_not_need_newer() -> None:
     stays = staying(LISTS["core"])
-    assert {name: stays[name] for name in install.KEPT} == {name: COLAB[name] for name in install.KEPT}
+    assert {name: stays[name] for name in missing.KEPT} == {name: COLAB[name] for name in missing.KEPT}
     for requirement in map(Requirement, LISTS["core"]):
-        name = install.canonical(requirement.name)
+        name = missing.canonical(requirement.name)
         kept = stays.get(name)
         assert kept is None or requirement.specifier.contains(kept, prereleases=True), requirement
 
@@ -144,7 +144,7 @@ def reached(start: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str,
 
 @cache
 def distributions() -> dict[str, list[str]]:
-    return {module: list(map(install.canonical, names)) for module, names in metadata.packages_distributions().items()}
+    return {module: list(map(missing.canonical, names)) for module, names in metadata.packages_distributions().items()}
 
 
 def lacking(modules: Iterable[tuple[str, str]], extras: Iterable[str] = ()) -> list[str]:
@@ -214,7 +214,7 @@ def test_what_a_module_needs_that_a_module_of_a_notebook_imports_is_noticed(
 
 def test_what_labsupport_may_import_is_in_a_list_or_on_colab() -> None:
     """Late imports as well, each of which is for one of the lists of pyproject.toml."""
-    extras = [install.canonical(Requirement(requirement).name) for listed in LISTS.values() for requirement in listed]
+    extras = [missing.canonical(Requirement(requirement).name) for listed in LISTS.values() for requirement in listed]
     found = []
     for path in (ROOT / "labsupport").rglob("*.py"):
         modules = {module.split(".")[0] for module, _ in of_module(path, True)} - {"labsupport", "", *ASKED_FOR_BY_NAME}
@@ -267,6 +267,6 @@ def test_only_the_set_up_cell_has_such_a_part() -> None:
 
 
 def test_the_function_that_the_cell_calls_is_there() -> None:
-    assert util.find_spec("labsupport.install") is not None
+    assert util.find_spec("labsupport.course.missing") is not None
     (name,) = re.findall(r"import (\w+); \1\(\)$", setup_cell.INSTALL)
-    assert callable(getattr(install, name))
+    assert callable(getattr(missing, name))

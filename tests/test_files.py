@@ -37,7 +37,7 @@ def test_what_is_raised_while_writing_leaves_the_old_file_and_nothing_else(tmp_p
     path.write_text("old")
 
     def write(temporary: Path) -> None:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         assert path.read_text() == "old"
         raise error
 
@@ -54,7 +54,7 @@ def test_of_several_files_none_is_replaced_before_all_are_written(tmp_path):
         path.write_text("old")
 
     def fail(temporary: Path) -> None:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -70,9 +70,9 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "a"
 
     def write(temporary: Path) -> None:
-        temporary.write_text("first, ")
+        temporary.write_text("first, ", encoding="utf-8")
         files.write_text(path, "second")
-        temporary.write_text(temporary.read_text() + "all of it")
+        temporary.write_text(temporary.read_text(encoding="utf-8") + "all of it", encoding="utf-8")
 
     files.replace(path, write)
     assert path.read_text() == "first, all of it"
@@ -114,7 +114,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
 )
 def test_a_file_that_cannot_be_written_is_one_line_with_its_name(tmp_path, raised, message, full):
     def write(temporary: Path) -> None:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         raise raised
 
     with pytest.raises(WriteError) as caught:

@@ -145,7 +145,7 @@ def test_a_second_release_keeps_what_was_handed_out(classroom: Classroom) -> Non
 
 def test_a_full_disk_leaves_nothing_half(classroom: Classroom, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(notebook: NotebookNode, path: Path) -> None:
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(nbformat, "write", full)

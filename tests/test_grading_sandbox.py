@@ -440,7 +440,7 @@ def test_only_plain_files_come_out(box, tmp_path):
     """)  # fmt: skip
     assert ended.code == 0, ended.said
     assert (out / "a/b/plain").read_text() == (out / "again").read_text() == "plain"
-    assert (Path(os.fsdecode(os.path.join(os.fsencode(out), b"\xff\n<b>")))).read_text() == "odd"
+    assert (Path(os.fsdecode(os.path.join(os.fsencode(out), b"\xff\n<b>")))).read_text(encoding="utf-8") == "odd"
     for path in out.rglob("*"):
         assert not path.is_symlink()
         assert path.is_file() or path.is_dir()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,13 +29,14 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "requirements.lock").write_text(
         "# header\nnumpy==2.0 \\\n    --hash=sha256:0 \\\n    --hash=sha256:1\n"
         "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:2\n"
+        f"{install.REST}\npytest==9.0 \\\n    --hash=sha256:3\n"
     )
     (root / "pyproject.toml").write_text("[project]\n")
     monkeypatch.setattr(install, "ROOT", root)
     monkeypatch.setattr(install, "fingerprint", lambda real=install.fingerprint: real(root))
-    monkeypatch.setattr(install, "has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(install, "nvidia_driver", lambda: None)
     monkeypatch.setattr(install.sys, "platform", "linux")
-    monkeypatch.setattr(install.wants_cpu_build, "__defaults__", ("linux",))
+    monkeypatch.setattr(install.which_torch, "__defaults__", (None, "linux"))
     return root
 
 
@@ -43,12 +45,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What pip would have been asked for, in order."""
     made: list[tuple[str, ...]] = []
     monkeypatch.setattr(install, "pip", lambda python, log, *arguments: made.append(arguments))
+    monkeypatch.setattr(install, "compile_all", lambda python, log: None)
     return made
 
 
 def script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -66,22 +69,132 @@ def test_torch_comes_first_from_the_cpu_index_then_the_lock_then_the_package(clo
     assert "torch==2.13.0" in torch
     assert torch[torch.index("--extra-index-url") + 1] == "https://download.pytorch.org/whl/cpu"
     assert int(torch[torch.index("--retries") + 1]) <= 1
-    assert lock == ("--no-deps", "--require-hashes", "-r", str(clone / "requirements.lock"))
+    assert lock == ("--no-deps", "--require-hashes", "-r", str(clone / "labs-requirements.txt"))
+    assert Path(lock[-1]).read_text(encoding="utf-8") == (clone / "requirements.lock").read_text().partition(install.REST)[0]
     constraints = package[package.index("--constraint") + 1]
-    assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[{install.EXTRAS}]")
-    assert Path(constraints).read_text() == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\n"
+    assert package == ("--no-build-isolation", "--constraint", constraints, "-e", f"{clone}[{install.LEARNERS}]")
+    assert Path(constraints).read_text(encoding="utf-8") == "numpy==2.0\ntorch==2.13.0 ; sys_platform == 'linux'\npytest==9.0\n"
+
+
+def test_all_of_it_is_the_whole_lock_and_stays_so(clone: Path, calls: list) -> None:
+    assert install.install(Path("python"), clone)
+    assert install.install(Path("python"), clone, everything=True)
+    *_, lock, package = calls
+    assert Path(lock[-1]).read_text(encoding="utf-8") == (clone / "requirements.lock").read_text()
+    assert package[-1] == f"{clone}[{install.LEARNERS},{install.OTHERS}]"
+    calls.clear()
+    assert not install.install(Path("python"), clone)  # `make lab` after `make test`
+    with (clone / "requirements.lock").open("a") as file:
+        file.write("# changed\n")
+    assert install.install(Path("python"), clone)
+    assert package[-1] == calls[-1][-1]
 
 
 def test_where_there_is_a_driver_no_cpu_build_is_asked_for(clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(install, "nvidia_driver", lambda: 999)
     install.install(Path("python"), clone)
     assert len(calls) == 2
     assert not any("--extra-index-url" in call for call in calls)
 
 
+def test_an_old_driver_gets_the_cpu_build_and_is_named(
+    clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(install, "nvidia_driver", lambda: 470)
+    install.install(Path("python"), clone)
+    assert install.CPU_INDEX in calls[0]
+    assert "the NVIDIA driver here is 470, and CUDA 13 needs 580: update it for the GPU" in capsys.readouterr().out
+
+
+def test_the_build_can_be_chosen_where_no_driver_is_seen_and_the_choice_stays(clone: Path, calls: list) -> None:
+    """An image for a GPU is built on a machine without one."""
+    assert install.install(Path("python"), clone, "cuda")
+    torch, lock, _ = calls
+    assert torch == ("--no-deps", "--require-hashes", "--force-reinstall", "-r", str(clone / "labs-torch.txt"))
+    assert Path(torch[-1]).read_text(encoding="utf-8") == "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:2\n"
+    assert "--require-hashes" in lock
+    assert not install.install(Path("python"), clone)
+    assert not install.install(Path("python"), clone, "cuda")
+    calls.clear()
+    assert install.install(Path("python"), clone, "cpu")
+    # pip takes torch 2.13.0 of one build for torch 2.13.0 of another.
+    assert {"--force-reinstall", install.CPU_INDEX, "torch==2.13.0"} <= set(calls[0])
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_elsewhere_than_on_linux_the_plain_build_is_the_small_one(platform: str) -> None:
-    assert not install.wants_cpu_build(platform)
+    assert install.which_torch(platform=platform)[0] == "cpu"
+    with pytest.raises(install.InstallError, match="--torch cuda is for Linux"):
+        install.which_torch("cuda", platform)
+
+
+PROC = "NVRM version: NVIDIA UNIX {}  {}  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.3.0\n"
+
+
+@pytest.mark.parametrize(
+    ("proc", "smi", "wanted"),
+    [
+        (PROC.format("x86_64 Kernel Module", "535.104.05"), "", 535),
+        (PROC.format("Open Kernel Module for x86_64", "580.65.06"), "", 580),
+        ("", "echo 470.256.02", 470),
+        ("", "echo NVIDIA-SMI has failed because it could not communicate with the driver; exit 9", 0),
+        ("what is this", "", 0),
+        ("", "", None),
+    ],
+)
+def test_the_driver_is_asked_for_its_version(
+    proc: str, smi: str, wanted: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if proc:
+        (tmp_path / "version").write_text(proc)
+    if smi:
+        script(tmp_path / "bin" / "nvidia-smi", smi)
+    monkeypatch.setattr(install, "PROC_DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(install, "WSL", str(tmp_path / "wsl"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
+    assert install.nvidia_driver() == wanted
+
+
+def test_what_was_installed_is_compiled_and_a_file_that_cannot_be_is_no_error(
+    tmp_path: Path, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, log = tmp_path / "site packages", tmp_path / "log"
+    (clone / "labsupport").mkdir()
+    site.mkdir()
+    for path, text in {site / "good.py": "x = 1\n", site / "old.py": "print 1\n", clone / "labsupport" / "ours.py": ""}.items():
+        path.write_text(text, "utf-8")
+    real, asked = install.run_quietly, SimpleNamespace(stdout=f"{site}\n")
+    monkeypatch.setattr(install, "run_quietly", lambda command: asked if "-c" in command else real(command))
+    install.compile_all(Path(sys.executable), log)
+    assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")} == {"good", "ours"}
+    assert "old.py" in log.read_text("utf-8")
+
+
+def test_a_disk_without_room_is_said_before_anything_is_downloaded(
+    clone: Path, calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(install.InstallError, match=r"has 1\.0 GiB free, and the environment takes up to 3: make room"):
+        install.install(Path("python"), clone)
+    assert calls == []
+
+
+def test_a_read_only_folder_is_told_where_else_the_environment_can_be(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(install.InstallError, match=r"cannot be written to, so no \.venv .*venv ~/labs; .*--here; .*labs lab --dir"):
+        install.make_venv(clone / ".venv")
+    with pytest.raises(install.InstallError, match="without --here, an environment of its own is made"):
+        install.install(Path("python"), clone)
+
+
+def test_a_terminal_without_the_letters_of_a_folder_is_no_reason_to_fail(tmp_path: Path) -> None:
+    folder = tmp_path / "Máy tính của tôi" / "khóa học"
+    (folder / "labsupport").mkdir(parents=True)
+    shutil.copy(ROOT / "labsupport" / "install.py", folder / "labsupport")
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, str(folder / "labsupport" / "install.py")], env=env, capture_output=True)
+    assert done.returncode == 1
+    assert b"kh\\xf3a h\\u1ecdc has no requirements.lock" in done.stderr
 
 
 def test_a_cpu_index_that_does_not_serve_is_not_the_end(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +206,7 @@ def test_a_cpu_index_that_does_not_serve_is_not_the_end(clone: Path, monkeypatch
             raise install.InstallError("no")
 
     monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "compile_all", lambda python, log: None)
     assert install.install(Path("python"), clone)
     assert made[1] == ("--no-deps", "torch==2.13.0")
     assert len(made) == 4
@@ -125,7 +239,7 @@ def test_an_installation_that_failed_leaves_no_stamp(clone: Path, monkeypatch: p
     ("printed", "wanted"),
     [
         ("WARNING: x\nERROR: Could not find a version that satisfies the requirement torch", "pip found no package index"),
-        ("ERROR: No space left on device", "pip failed: ERROR: No space left on device"),
+        ("ERROR: [Errno 28] No space left on device", "the disk is full: "),
         ("error: externally-managed-environment", "pip failed: error: externally-managed-environment"),
     ],
 )

@@ -1,15 +1,13 @@
-"""One list of dependencies, in pyproject.toml: the lock, conda's file and Binder's folder follow it."""
+"""One list of dependencies, in pyproject.toml: the lock follows it, and the lists of the installer do."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 from labsupport import install
@@ -61,7 +59,19 @@ def test_the_lock_names_no_build_of_torch_no_cuda_and_no_place() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][A-Za-z0-9.]*( ; sys_platform == 'linux')?", line) for line in body)
     assert [line.split("==")[0] for line in body] == list(PINS)
     assert [line.split("==")[0] for line in body if ";" in line] == ["triton"]  # it has no wheels for other systems
-    assert list(PINS) == sorted(PINS)
+
+
+def test_what_learners_need_stands_first_and_is_what_pip_is_given_for_them() -> None:
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    for_them, all_of_it = (install.without_hashes(install.part_of(text, everything)) for everything in (False, True))
+    wanted = lock.for_learners(ROOT / "pyproject.toml")
+    learners = [line.split("==")[0] for line in for_them.splitlines()]
+    assert set(learners) == wanted
+    assert learners == sorted(learners)
+    rest = [line.split("==")[0] for line in all_of_it.removeprefix(for_them).splitlines()]
+    assert rest == sorted(PINS.keys() - wanted)
+    assert {"torch", "jupyterlab", "peft", "gguf", "hatchling"} <= wanted
+    assert {"pytest", "nbgrader", "sphinx", "playwright", "dask"} <= set(rest)
 
 
 def test_every_version_has_the_hashes_of_its_files_for_all_systems() -> None:
@@ -155,24 +165,6 @@ def test_writing_the_lock_again_changes_nothing(tmp_path: Path, monkeypatch: pyt
     assert differing == []
 
 
-def test_conda_lists_nothing_itself() -> None:
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    named = [item for item in listed if isinstance(item, str)]
-    assert {re.split(r"[=<>]", item)[0] for item in named} == {"python", "pip"}
-    assert named == listed  # what pip installs, install.py decides
-    assert "python labsupport/install.py --here" in (ROOT / "environment.yml").read_text()
-    (python,) = (item for item in named if item.startswith("python"))
-    assert python.split("=")[-1] in lock.PYTHONS
-
-
-def test_binder_lists_nothing_itself() -> None:
-    folder = ROOT / "binder"
-    assert {p.name for p in folder.iterdir()} == {"runtime.txt", "postBuild"}
-    assert (folder / "runtime.txt").read_text().strip().removeprefix("python-") in lock.PYTHONS
-    commands = [line for line in (folder / "postBuild").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands == ["set -e", "python labsupport/install.py --here"]
-    assert os.access(folder / "postBuild", os.X_OK)
-
-
 def test_the_installer_names_every_list_of_pyproject() -> None:
-    assert set(install.EXTRAS.split(",")) == LISTS.keys() - {"core"}
+    learners, others = (names.split(",") for names in (install.LEARNERS, install.OTHERS))
+    assert sorted([*learners, *others]) == sorted(LISTS.keys() - {"core"})

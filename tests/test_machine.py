@@ -2,11 +2,11 @@
 
 import time
 
-import psutil
 import pytest
 import torch
 
 from labsupport.evidence import machine
+from labsupport.model import memory
 
 
 def test_describe_names_everything():
@@ -14,7 +14,7 @@ def test_describe_names_everything():
     assert found.device == "cpu"
     assert found.name
     assert found.cores >= 1
-    assert found.memory == psutil.virtual_memory().total
+    assert found.memory == memory.here().total
     assert found.versions["torch"] == torch.__version__ or found.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert all(part in str(found) for part in (found.name, "GiB", found.versions["Python"]))
 
@@ -102,9 +102,7 @@ def test_matmul_rate_is_the_best_of_the_sizes(monkeypatch):
 
 def test_buffers_are_larger_than_the_cache_and_leave_room(monkeypatch):
     monkeypatch.setattr(machine, "_cache", lambda: 2**27)
-    plenty = psutil.virtual_memory()._replace(available=2**40)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: plenty)
+    monkeypatch.setattr(memory, "here", lambda: memory.Memory(2**40, 2**40))
     assert machine._buffer_bytes(torch.device("cpu")) == 4 * 2**27
-    scarce = psutil.virtual_memory()._replace(available=2**24)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: scarce)
+    monkeypatch.setattr(memory, "here", lambda: memory.Memory(2**40, 2**24))
     assert machine._buffer_bytes(torch.device("cpu")) == 2**20

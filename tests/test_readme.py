@@ -98,7 +98,7 @@ def test_github_runs_what_ci_runs_on_every_python():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8"))
     job = workflow["jobs"]["test"]
     assert job["strategy"]["matrix"]["python-version"] == list(lock.PYTHONS)
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["pipx install jupyter-repo2docker", ".ci/run"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

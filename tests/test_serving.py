@@ -30,6 +30,7 @@ from labsupport.checkpoint.serving import choose, engines, launch, server
 from labsupport.checkpoint.serving.choose import VLLM, Choice, EngineError, Llama, Machine, Stored
 from labsupport.cli import app
 from labsupport.evidence import measurements, serving
+from labsupport.install import get_extra
 from labsupport.model import models
 from labsupport.pipeline.quantize import quantize_model
 
@@ -672,7 +673,7 @@ def test_memory_counts_what_a_process_has_started() -> None:
 def test_without_the_client_it_says_how_to_install_it(bare, monkeypatch) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
     done = labs(COURSE, "--measure")
-    assert (done.exit_code, done.stderr) == (1, "labs serve: the OpenAI client is not installed: pip install 'labsupport[serve]'\n")
+    assert (done.exit_code, done.stderr) == (1, f"labs serve: the OpenAI client is not installed: {get_extra('serve')}\n")
 
 
 def test_a_row_replaces_the_older_one_of_the_same_model_and_machine(tmp_path: Path) -> None:

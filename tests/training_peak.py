@@ -41,13 +41,15 @@ def model_of(
 def resident(peak: bool = False) -> int:
     """Bytes of this process in memory: now, or the most since `forget_peak`."""
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM" if peak else "VmRSS")
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM" if peak else "VmRSS")
     )
     return 1024 * int(line.split()[1])
 
 
 def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def take_steps(model: LlamaForCausalLM, step: Step, checkpointing: bool = False) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from labsupport.checkpoint.skeleton import Skeleton
 from labsupport.checkpoint.weights import CheckpointError
-from labsupport.model import evaluate, models
+from labsupport.model import evaluate, memory, models
 from labsupport.model.evaluate import Evaluation
 from labsupport.model.text import TokenStream
 from labsupport.pipeline import calibrate
@@ -39,7 +38,7 @@ def compare_with_transformers(source: Path, skeleton: Skeleton, stream: TokenStr
     Raises CheckpointError where it is not, and what reading the files raises.
     """
     count = sum(parameter.numel() for parameter in skeleton.model.parameters())
-    if count > COMPARED or 8 * count > psutil.virtual_memory().available:
+    if count > COMPARED or 8 * count > memory.here().free:
         return f"Not compared with transformers' own reading of the model, whose {count:,} parameters it would hold at once."
     try:
         ours = evaluate_streamed(skeleton.model, skeleton, stream, length, 1).mean_loss

@@ -245,7 +245,7 @@ def lock(path: Path) -> IO[str] | None:
         import fcntl
     except ImportError:
         return None
-    stream = path.open("w")
+    stream = path.open("w", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from labsupport.cli import build, capstone, checkpoint, claims, env, fetch, lab, messages, model, plan, serve, teach
+from labsupport.install import get_extra
 from labsupport.model import quick
 
 NOTEBOOKS = ("lab", "check")  # the commands whose notebooks LABS_QUICK makes short
@@ -17,9 +19,16 @@ UsageError = typer.BadParameter.__base__  # typer has it from click, or since 0.
 
 
 class Commands(TyperGroup):
-    """The commands. An option or argument that is refused is one line on standard error, like every other mistake."""
+    """The commands. An option or argument that is refused is one line on standard error, like every other mistake.
+
+    So is a file that cannot be written, and a package that is missing: a learner's environment lacks what only teachers and those
+    who work on the course need.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a folder's name may have letters that this terminal has not
         try:
             # In standalone mode typer answers a wrong option with five lines and a box.
             code = super().main(*args, **extra | {"standalone_mode": False, "prog_name": "labs"})
@@ -28,6 +37,18 @@ class Commands(TyperGroup):
             message = " ".join(error.format_message().split()).removesuffix(".") or "a command is missing"
             messages.echo(f"{command}: {message}; `{command} --help` lists what there is", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            from labsupport.model.files import WriteError
+
+            if not isinstance(error, WriteError):
+                raise
+            messages.echo(f"labs: {error}", err=True)
+            sys.exit(1)
+        except ModuleNotFoundError as error:
+            if (error.name or "labsupport").partition(".")[0] == "labsupport":
+                raise
+            messages.echo(f"labs: {error.name} is not installed, and this needs it: {get_extra('dev')}", err=True)
+            sys.exit(1)
         sys.exit(code or 0)
 
 

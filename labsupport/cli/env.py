@@ -43,6 +43,9 @@ def test(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out slow tests, and notebooks that have not changed.")] = False,
 ) -> None:
     """Prove everything: lint, types, unit and property tests, every notebook in both forms."""
+    import nbval  # noqa: F401
+    import pytest  # noqa: F401  what a learner's environment lacks is said before anything runs
+
     from labsupport.course import suite
     from labsupport.course.build import BuildError
 

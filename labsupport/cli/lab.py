@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import typer
 
 from labsupport import PACKAGE
 from labsupport.cli.messages import echo, echo_lines, fail, stopped
+from labsupport.model import memory
 
 app = typer.Typer()
 Chapter = Annotated[str, typer.Argument(metavar="NN", help="The chapter: 2, 02 or 02_rounding.")]
+ELSEWHERE = "`--dir FOLDER` keeps your notebooks in another folder"
 Folder = Annotated[Path | None, typer.Option("--dir", help="The workbook; by default the one in the repository.")]
 
 
@@ -27,6 +30,9 @@ def jupyter_command(folder: Path, first: str, browser: bool = True, port: int | 
         command.append(f"--port={port}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container; the server listens on this machine only, behind a token
         command.append("--allow-root")
+    if os.environ.get("CODESPACES") == "true":  # the browser comes from the address that GitHub forwards the port to
+        name, domain = (os.environ.get(n, "") for n in ("CODESPACE_NAME", "GITHUB_CODESPACES_PORT_FORWARDING_DOMAIN"))
+        command.append(rf"--ServerApp.allow_origin_pat=https://{re.escape(name)}-\d+\.{re.escape(domain)}")
     return command
 
 
@@ -48,16 +54,22 @@ def lab(
     import importlib.util
 
     from labsupport.course import workbook
+    from labsupport.model import files
 
     if importlib.util.find_spec("jupyterlab") is None:
         fail("lab", "JupyterLab is not installed: pip install 'labsupport[lab]'")
     try:
         folder = (folder or workbook.default_dir()).resolve()
+        first = next(iter(workbook.chapters().values())).name
+        files.check_writable(folder / first)
         for line in workbook.lay_out(folder):
             echo(line)
-        first = next(iter(workbook.chapters().values())).name
+    except files.WriteError as error:
+        fail("lab", f"{error}; {ELSEWHERE}")
     except (workbook.WorkbookError, OSError) as error:
         fail("lab", error)
+    if short := memory.warning():
+        echo(short)
     echo(f"Your notebooks are in {folder}; Ctrl-C here stops JupyterLab.")
     sys.stdout.flush()
     command, env = jupyter_command(folder, first, browser, port), jupyter_environment()
@@ -74,10 +86,15 @@ def reset(
 ) -> None:
     """A fresh copy of one notebook. The old one is kept in workbook/backups."""
     from labsupport.course import workbook
+    from labsupport.model import files
 
     try:
-        for line in workbook.reset(folder or workbook.default_dir(), number, keep_answers):
+        folder = folder or workbook.default_dir()
+        files.check_writable(folder / workbook.chapter(number).name)
+        for line in workbook.reset(folder, number, keep_answers):
             echo(line)
+    except files.WriteError as error:
+        fail("reset", f"{error}; {ELSEWHERE}")
     except (workbook.WorkbookError, OSError) as error:
         fail("reset", error)
 
@@ -104,6 +121,8 @@ def check(
         notebook = workbook.read(copy)
     except (workbook.WorkbookError, OSError) as error:
         fail("check", error)
+    if short := memory.warning():
+        echo(short, err=True)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"running {copy.name}", total=len(notebook.cells))

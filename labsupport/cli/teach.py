@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from labsupport.cli.messages import echo, fail, printable, stopped
+from labsupport.install import get_extra
 
 if TYPE_CHECKING:
     from labsupport.grading.classroom import Classroom
@@ -244,13 +245,13 @@ def _errors(command: str, what_now: str = "") -> Iterator[None]:
     try:
         from labsupport.grading.records import GradingError
     except ImportError as error:
-        fail(command, f"{error.name} is missing: pip install 'labsupport[teach]'")
+        fail(command, f"{error.name} is missing: {get_extra('teach')}")
     try:
         yield
     except (GradingError, OSError) as error:
         fail(command, error)
     except ImportError as error:
-        fail(command, f"{error.name} is missing: pip install 'labsupport[teach]'")
+        fail(command, f"{error.name} is missing: {get_extra('teach')}")
     except KeyboardInterrupt:
         stopped(command, what_now)
 

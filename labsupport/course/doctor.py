@@ -8,15 +8,17 @@ import logging
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from labsupport.install import NEWEST, OLDEST
+from labsupport.install import DRIVER_FOR_CUDA, NEWEST, OLDEST, nvidia_driver
+from labsupport.model import memory
 
 GIB = 2**30
-MEMORY_WANTED = 1.5 * GIB  # what the largest notebook takes
 DISK_WANTED = 0.5 * GIB
+TAKE_CPU, TAKE_CUDA = (f"`python3 labsupport/install.py --torch {build}`" for build in ("cpu", "cuda"))
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "jupyterlab")
 
 
@@ -41,7 +43,7 @@ def findings() -> Iterator[Finding]:
     for name in LIBRARIES:
         yield _library(name)
     yield from _resources()
-    yield _device()
+    yield from _device()
     yield _sandbox()
     yield from _model_and_text()
 
@@ -62,28 +64,61 @@ def _library(name: str) -> Finding:
 
 def _resources() -> Iterator[Finding]:
     try:
-        import psutil
+        free = memory.here()
+        yield Finding("memory", str(free), free.todo)
     except ImportError:
         yield Finding("memory", "unknown: psutil is not installed", "pip install psutil")
-    else:
-        memory = psutil.virtual_memory()
-        todo = "" if memory.available >= MEMORY_WANTED else "close other programs: a notebook takes up to 1.5 GiB"
-        yield Finding("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}", todo)
     disk = shutil.disk_usage(Path.cwd())
     todo = "" if disk.free >= DISK_WANTED else "free some space: at least 0.5 GiB"
     yield Finding("disk", f"{disk.free / GIB:.1f} GiB free in {Path.cwd()}", todo)
 
 
-def _device() -> Finding:
+def _device() -> Iterator[Finding]:
+    """What the course computes on, and what keeps it from a GPU whose driver is there."""
     try:
         from labsupport.evidence import machine
 
-        about = machine.describe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a driver that is too old: said below
+            about = machine.describe()
     except Exception as error:
-        return Finding("device", f"unknown ({type(error).__name__}: {error})", "see torch above")
+        yield Finding("device", f"unknown ({type(error).__name__}: {error})", "see torch above")
+        return
     if about.device == "cuda":
-        return Finding("device", f"{about.name}, {about.memory / GIB:.1f} GiB")
-    return Finding("device", f"{about.name}, {about.cores} cores (no GPU is needed)")
+        yield Finding("device", f"{about.name}, {about.memory / GIB:.1f} GiB", _no_kernels())
+        return
+    yield Finding("device", f"{about.name}, {about.cores} cores (no GPU is needed)")
+    if (driver := nvidia_driver()) is not None:
+        yield _unused(driver)
+
+
+def _no_kernels() -> str:
+    """What to do about a GPU that PyTorch finds and has no kernels for, as its builds leave out old ones; "" where it computes."""
+    import torch
+
+    try:
+        (torch.ones(2, device="cuda") + 1).sum().item()
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"it does not compute ({reason}): {TAKE_CPU} goes on with the CPU"
+    return ""
+
+
+def _unused(driver: int) -> Finding:
+    """NVIDIA's driver (the first number of its version, 0 for unknown) where PyTorch does not use it."""
+    import torch
+
+    name, cuda = f"NVIDIA {driver or 'of unknown version'}", torch.version.cuda
+    if cuda is None:
+        linux = sys.platform.startswith("linux")
+        how = f"{TAKE_CUDA} uses the GPU" if linux else "https://pytorch.org/get-started/locally has the build for the GPU"
+        return Finding("driver", f"{name}, not used: this PyTorch is the build for CPUs. If it is new enough, {how}")
+    wanted = DRIVER_FOR_CUDA.get(int(cuda.split(".")[0]), 0)
+    if 0 < driver < wanted:
+        why, todo = f"too old: CUDA {cuda}, which this PyTorch is built with, needs {wanted}", "update the driver to use the GPU"
+    else:
+        why, todo = "and PyTorch finds no GPU that it can use", "see whether `nvidia-smi` shows the GPU"
+    return Finding("driver", f"{name}, {why}; the course runs on the CPU", f"{todo}, or do without: {TAKE_CPU} is smaller")
 
 
 def _sandbox() -> Finding:

@@ -3,6 +3,8 @@
 Frozen from a CPU environment, so that no CUDA library is named: where there is a GPU, torch brings its own. Only what the
 project's requirements lead to is written; whatever else happens to be installed stays out. Each version comes with the SHA-256 of
 all its files in the package index, those for other systems and Pythons too, and pip installs no other file from the lock.
+
+What learners need stands first; the rest follows a line that install.py knows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from labsupport.install import NEWEST, OLDEST
+from labsupport.install import LEARNERS, NEWEST, OLDEST, REST
 from labsupport.model import files
 
 PYTHONS = tuple(f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1))
@@ -43,6 +45,13 @@ class Lock(NamedTuple):
     digest: str
     pins: dict[str, str]
     hashes: dict[str, list[str]]
+
+
+def for_learners(pyproject: Path) -> set[str]:
+    """The names of all that a learner's environment holds, with what the package itself is built with."""
+    asked = [line for name, lines in lists_of(pyproject).items() if name in ("core", *LEARNERS.split(",")) for line in lines]
+    built = tomllib.loads(pyproject.read_text("utf-8"))["build-system"]["requires"]
+    return set(closure(map(Requirement, asked + built)))
 
 
 def lists_of(pyproject: Path) -> dict[str, list[str]]:
@@ -99,7 +108,7 @@ def _only_linux(requirement: Requirement) -> bool:
     return requirement.marker is not None and not requirement.marker.evaluate({"sys_platform": "other"})
 
 
-def _index() -> list[str]:
+def index_options() -> list[str]:
     """What tells uv of the package index that pip is configured for; nothing where that is pip's own."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
     lines = (line.partition("=") for line in done.stdout.splitlines())
@@ -115,7 +124,7 @@ def hashes_of(pins: Mapping[str, str]) -> dict[str, list[str]]:
     """
     asked = "".join(f"{name}=={version}\n" for name, version in pins.items())
     options = ["--no-config", "--no-deps", "--universal", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
-    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--python-version", PYTHONS[-1], *_index(), "-"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--python-version", PYTHONS[-1], *index_options(), "-"]
     done = subprocess.run(command, input=asked, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise LockError(f"the package index does not give the hashes: {' '.join(done.stderr.split())[:300]}")
@@ -132,7 +141,7 @@ def write(pyproject: Path, lock: Path) -> int:
     """Freeze the running environment into `lock` and return the number of packages. Raises LockError."""
     lists = lists_of(pyproject)
     roots = [Requirement(line) for each in lists.values() for line in each]
-    packages = closure(roots)
+    packages, learners = closure(roots), for_learners(pyproject)
     only_linux = packages.keys() - closure(r for r in roots if not _only_linux(r)).keys()
     lines = [
         "# Written by `labs lock` from an environment that passes the tests; not edited by hand.",
@@ -140,7 +149,9 @@ def write(pyproject: Path, lock: Path) -> int:
         f"# frozen with Python {platform.python_version()}",
     ]
     hashes = hashes_of(packages)
-    for name, version in sorted(packages.items()):
+    for name, version in sorted(packages.items(), key=lambda item: (item[0] not in learners, item[0])):
+        if name not in learners and REST not in lines:
+            lines.append(REST)
         pin = f"{name}=={version}" + f" ; {LINUX}" * (name in only_linux)
         lines.append(NEXT_LINE.join([pin, *(f"--hash=sha256:{value}" for value in hashes[name])]))
     files.write_text(lock, "\n".join(lines) + "\n")

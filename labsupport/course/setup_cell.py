@@ -22,8 +22,8 @@ COLAB = """\
 try: import labsupport
 except ImportError: import sys; get_ipython().system("{clone}"); sys.path.insert(0, "course"); {install}
 """
-CLONE = "git -c advice.detachedHead=false clone -q --depth 1 -b v{version} {repository} course"
-INSTALL = "from labsupport.install import install_missing; install_missing()"
+CLONE = "[ -d course ] || git -c advice.detachedHead=false clone -q --depth 1 -b v{version} {repository} course"
+INSTALL = "from labsupport.course.missing import install_missing; install_missing()"
 ADDRESS = r"https://github\.com/[\w.-]+/[\w.-]+"
 # What Colab reads in a notebook's metadata: the kind of machine it offers. The course needs no GPU, and shows more on one.
 METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}

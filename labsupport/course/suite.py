@@ -25,12 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
-import psutil
 
 from labsupport.course import warm
 from labsupport.course.build import read, sources, student_path
 from labsupport.course.execute import CELL_SECONDS, source_sha256
-from labsupport.model import files
+from labsupport.model import files, memory
 from labsupport.model import quick as quick_mode
 
 CLOSING = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)
@@ -38,7 +37,6 @@ KINDS = {"errors": "error", "warning": "warnings"}  # pytest's own plurals diffe
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
 PYTHON = (sys.executable, "-m")
 PYTEST = (*PYTHON, "pytest")
-MEMORY_EACH = 1.5 * 2**30  # bytes: what the largest notebook and a worker of the tests take
 Write = Callable[[str], None]
 
 
@@ -138,9 +136,9 @@ def _under_git(root: Path) -> bool:
 
 
 def workers() -> int:
-    """How many processes run beside each other: one a core that this process may use, as long as there is memory for them."""
+    """How many processes run beside each other: one a core that this process may use, as long as each has a notebook's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(psutil.virtual_memory().available / MEMORY_EACH)))
+    return max(1, min(cores, int(memory.here().free / memory.A_NOTEBOOK)))
 
 
 def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:

@@ -15,14 +15,13 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import torch
 
 from labsupport import kernels
 from labsupport.evidence import machine, measurements, timing
 from labsupport.evidence.machine import median_seconds
 from labsupport.evidence.timing import Product
-from labsupport.model import files, models, peers
+from labsupport.model import files, memory, models, peers
 from labsupport.quant import grid, int8, nf4, rtn
 
 # [out_features, in_features]: attention and MLP of models of 7B and 70B.
@@ -133,7 +132,7 @@ def products(
 
 
 def _free(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else memory.here().free
 
 
 def instructions(device: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from labsupport.evidence import cluster, sweep
 from labsupport.evidence.job import Job
+from labsupport.install import get_extra
 from labsupport.model import files
 
 WAIT = 30  # seconds for an answer of the scheduler, and for a first worker
@@ -37,7 +38,7 @@ def run(
         from distributed import as_completed
         from distributed.scheduler import KilledWorker
     except ImportError as error:
-        raise ValueError("a cluster needs Dask: pip install 'labsupport[cluster]'") from error
+        raise ValueError(f"a cluster needs Dask: {get_extra('cluster')}") from error
     files.check_writable(path)
     with cluster.connected(address, WAIT) as client:
         try:

@@ -12,10 +12,9 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import torch
 
-from labsupport.model import quick
+from labsupport.model import memory, quick
 
 PACKAGES = ("torch", "transformers", "bitsandbytes")
 SMALLEST_BUFFER, LARGEST_BUFFER = 2**28, 2**30
@@ -53,7 +52,7 @@ def describe(device: str | torch.device | None = None) -> Machine:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         return Machine("cuda", about.name, cores, about.total_memory, about.L2_cache_size, versions)
-    return Machine(device.type, _processor(), cores, psutil.virtual_memory().total, _cache(), versions)
+    return Machine(device.type, _processor(), cores, memory.here().total, _cache(), versions)
 
 
 def _version(package: str) -> str:
@@ -66,7 +65,7 @@ def _version(package: str) -> str:
 def _processor() -> str:
     about = Path("/proc/cpuinfo")
     if about.is_file():
-        for line in about.read_text(errors="replace").splitlines():
+        for line in about.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -107,7 +106,7 @@ def median_seconds(work: Callable[[], object], device: str | torch.device | None
 def _buffer_bytes(device: torch.device) -> int:
     """Several times the last cache, so that the bytes come from memory; at most a GiB, and a sixteenth of what is free."""
     cache = describe(device).cache or USUAL_CACHE
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.here().free
     return int(min(max(4 * cache, SMALLEST_BUFFER), LARGEST_BUFFER, free // 16))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from labsupport.evidence import bench, machine, measurements
+from labsupport.install import get_extra
 from labsupport.model import models
 
 PATH = "serving.json"
@@ -107,7 +108,7 @@ def watched(pid: int | None) -> Iterator[Peak]:
 def check_client() -> None:
     """Raises NoClient where there is no OpenAI client."""
     if find_spec("openai") is None:
-        raise NoClient("the OpenAI client is not installed: pip install 'labsupport[serve]'")
+        raise NoClient(f"the OpenAI client is not installed: {get_extra('serve')}")
 
 
 def measure(base_url: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 64, pid: int | None = None) -> Served:

@@ -14,6 +14,7 @@ from labsupport.exercises.attempts import is_reference
 from labsupport.exercises.form import Exercise, Verdict, wrong
 from labsupport.exercises.judging import test
 from labsupport.exercises.registry import exercises_of, get
+from labsupport.model import memory
 
 CHECK_SEEDS = range(5)
 SCORE_SEEDS = range(1000, 1010)
@@ -156,8 +157,8 @@ class KeepNames:
         self.borrowed = {}
 
 
-def keep_names() -> None:
-    """Have Jupyter's kernel, where this runs in one, keep the course's four names working (see KeepNames)."""
+def prepare_kernel() -> None:
+    """In Jupyter's kernel: keep the course's four names working (see KeepNames), and say where memory is short."""
     import sys
 
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -165,3 +166,5 @@ def keep_names() -> None:
         keeper = KeepNames(shell.user_ns)
         shell.events.register("pre_run_cell", keeper.before)
         shell.events.register("post_run_cell", keeper.after)
+        if short := memory.warning():
+            print(short)

@@ -23,6 +23,7 @@ from labsupport.grading import policy, sandbox
 from labsupport.grading.classroom import SETTINGS, Classroom
 from labsupport.grading.records import Collected, GradingError, Marked, Result
 from labsupport.grading.sandbox import Sandbox
+from labsupport.install import get_extra
 from labsupport.model import files
 
 WAIT = 60  # seconds for an answer of the scheduler, and for a first worker
@@ -276,7 +277,7 @@ def _client(address: str, workers: int) -> Iterator[tuple[Any, int]]:
         import dask
         from distributed import Client
     except ImportError as error:
-        raise GradingError(f"this needs Dask ({error.name} is missing): pip install 'labsupport[teach]'") from None
+        raise GradingError(f"this needs Dask ({error.name} is missing): {get_extra('teach')}") from None
     with ExitStack() as stack:
         if not address:
             # A worker's death comes back to us, who count it for one submission alone.

@@ -20,13 +20,13 @@ def main() -> None:
         shown = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for folder in ("/out", "/tmp", "/proc")]
         with socket.socket(fileno=settings["channel"]) as channel:
             socket.send_fds(channel, [b"."], shown)
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="utf-8") as stream:
         stream.write("1000")  # where the machine's memory runs out, the kernel ends this first
     if (user := settings["uid"]) is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        with open("/proc/self/status") as stream:
+        with open("/proc/self/status", encoding="utf-8") as stream:
             if any(line.startswith(("CapEff", "CapPrm", "CapAmb")) and int(line.split()[1], 16) for line in stream):
                 sys.exit("launch: capabilities are left")
     for name, value in settings["rlimits"].items():

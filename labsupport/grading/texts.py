@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from labsupport.grading.records import GradingError
+from labsupport.install import get_extra
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four: full width
 LONGEST = 4000  # characters of a text on a page
@@ -47,7 +48,7 @@ def page(template: str, **values: object) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError:
-        raise GradingError("this needs Jinja2: pip install 'labsupport[teach]'") from None
+        raise GradingError(f"this needs Jinja2: {get_extra('teach')}") from None
     environment = Environment(
         loader=PackageLoader("labsupport.grading"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

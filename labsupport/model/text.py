@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from labsupport.install import get_extra
 from labsupport.model import fetched, files
 from labsupport.quant import checks
 
@@ -158,7 +159,7 @@ def _hub(name: str) -> list[Document]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise TextError(f"the text {name!r} comes from the Hugging Face hub: pip install 'labsupport[hub]'") from error
+        raise TextError(f"the text {name!r} comes from the Hugging Face hub: {get_extra('hub')}") from error
     path, config, split = HUB_DATASETS.get(name, (name, None, "test"))
     try:
         rows = load_dataset(path, config, split=split)

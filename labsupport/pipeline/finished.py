@@ -45,7 +45,7 @@ class FinishedBlocks:
 
     def check_same(self, about: Path) -> None:
         """Raise ValueError where run.json is of another run."""
-        if json.loads(about.read_text()) != self.identity:
+        if json.loads(about.read_text(encoding="utf-8")) != self.identity:
             raise ValueError(f"{self.folder} holds blocks of another model, text or settings: choose another folder or delete it")
 
     def path(self, index: int, kind: str) -> Path:

@@ -11,19 +11,21 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
-from colab.environment import Environment, make, origin, versions
+from colab.environment import HERE, Environment, make, origin, versions
 from colab.place import ADDRESS, ROOT, Place, publish
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
 from labsupport.course.build import read, sources, student_path
+from labsupport.course.missing import KEPT
 from labsupport.course.setup_cell import setup
 from labsupport.evidence import machine, measurements
-from labsupport.install import KEPT, InstallError
+from labsupport.install import InstallError
 
 MOST = 1.5e9  # bytes, the course's bound for a notebook
 NAMED = ("torch", "triton", "numpy", "ipywidgets", "ipython", "transformers", "bitsandbytes")
@@ -44,10 +46,10 @@ def set_up(place: Place, before: dict[str, str]) -> Iterator[str]:
     yield from (f"{name} {before[name]} was replaced by {after[name]}" for name in KEPT if before.get(name) != after.get(name))
 
 
-def simulate(made: Environment, numbers: list[str], gpu: bool) -> tuple[list[dict], list[str]]:
-    """A row for each notebook, and what is wrong, a line each."""
-    rows, wrong = [], []
-    about = {"date": str(date.today()), "device": "pretend GPU" if gpu else "cpu"}
+def simulate(made: Environment, numbers: list[str], gpu: bool, keep: Callable[[dict], None]) -> list[str]:
+    """What is wrong, a line each. keep: called with the row of each notebook."""
+    wrong: list[str] = []
+    about: dict[str, object] = {"replaced": made.replaced} | {"date": str(date.today()), "device": "pretend GPU" if gpu else "cpu"}
     with made.copy() as used, tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "content").mkdir()
@@ -55,6 +57,8 @@ def simulate(made: Environment, numbers: list[str], gpu: bool) -> tuple[list[dic
         place = Place(used.python, home / "content", publish(home / "published"), gpu)
         before = versions(used.python)
         wrong += set_up(place, before)
+        if wrong:
+            return wrong  # no notebook could do anything
         now = versions(used.python)
         here = machine.describe("cpu")
         about |= {"versions": {"Python": made.version} | {name: now.get(name, "none") for name in NAMED}}
@@ -64,29 +68,36 @@ def simulate(made: Environment, numbers: list[str], gpu: bool) -> tuple[list[dic
             faults = list(run.faults)
             if run.peak > MOST:
                 faults.append(f"takes {run.peak / 1e9:.2f} GB, at most {MOST / 1e9} GB are allowed")
-            OUT.print(f"{source.name}: {run.seconds:.0f} s, {run.peak / 1e9:.2f} GB", *faults, sep="\n  ", markup=False)
+            OUT.print(
+                f"{source.name}: {run.seconds:.0f} s ({run.cpu_seconds:.0f} of a core), {run.peak / 1e9:.2f} GB",
+                *faults,
+                sep="\n  ",
+                markup=False,
+            )
             wrong += [f"{source.name}: {fault}" for fault in faults]
-            rows.append({"notebook": source.stem, "seconds": run.seconds, "peak": run.peak, "faults": faults, **about})
-            rows[-1]["load"] = os.getloadavg()[0]
-    return rows, wrong
+            row = {"notebook": source.stem, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "peak": run.peak}
+            keep(row | {"faults": faults, **about, "load": os.getloadavg()[0]})
+    return wrong
 
 
-def write(rows: list[dict], command: str) -> Path:
-    """The rows, in place of those of the same notebook, Python and device, into data/measurements/colab.json."""
+def write(row: dict) -> None:
+    """The row, in place of one of the same notebook, Python and device, into data/measurements/colab.json."""
     path = ROOT / "data" / "measurements" / "colab.json"
 
     def key(row: dict) -> tuple:
         return row["versions"]["Python"], row["device"], row["notebook"]
 
-    kept = {key(row): row for row in (measurements.read(path)[1] if path.is_file() else [])} | {key(row): row for row in rows}
     note = (
         "Each notebook in the learner's form, in an environment with the versions that Colab publishes (packages says where and "
         "when), but for `replaced`: Colab's version, and the one taken because that cannot be had for this Python here. seconds: "
-        "wall clock, the kernel's start in it. peak: bytes, the most memory that the kernel held. load: of the machine in the last "
-        "minute; above the cores it was shared."
+        "wall clock, the kernel's start in it. cpu_seconds: of the kernel, which sharing changes less. peak: bytes, "
+        "the most memory that the kernel held. load: of the machine in the last minute; above the cores it was shared."
     )
-    measurements.write(path, {"note": note, "command": command, "packages": origin()}, [kept[k] for k in sorted(kept)])
-    return path
+    about = {"note": note, "command": "make colab ARGS=--write", "packages": origin()}
+    with FileLock(HERE / ".venv" / "rows.lock"):  # the run of another Python may write, too
+        rows = measurements.read(path)[1] if path.is_file() else []
+        kept = {key(known): known for known in rows} | {key(row): row}
+        measurements.write(path, about, [kept[k] for k in sorted(kept)])
 
 
 def main() -> int:
@@ -104,12 +115,7 @@ def main() -> int:
             OUT.print(f"Python {made.version}, Colab's versions of {origin()['date']}", markup=False)
             for name, (theirs, taken) in made.replaced.items():
                 OUT.print(f"  {name} {theirs} cannot be had here: {taken}", markup=False)
-            rows, faults = simulate(made, options.numbers, options.gpu)
-            for row in rows:
-                row["replaced"] = made.replaced
-            wrong += faults
-            if options.write:
-                OUT.print(f"wrote {write(rows, 'make colab ARGS=--write').relative_to(ROOT)}", markup=False)
+            wrong += simulate(made, options.numbers, options.gpu, write if options.write else lambda row: None)
     except (InstallError, ValueError) as error:
         print(f"make colab: {error}", file=sys.stderr)
         return 1

@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labsupport import install
+from labsupport.course import lock, missing
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = HERE / "packages.txt"
@@ -33,7 +35,7 @@ def published() -> dict[str, str]:
     """Colab's packages, by canonical name: the version where the course or what it needs uses the package, elsewhere ""."""
     lines = [line for line in PACKAGES.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     pairs = (line.partition("==") for line in lines)
-    return {install.canonical(name): version for name, _, version in pairs}
+    return {missing.canonical(name): version for name, _, version in pairs}
 
 
 def origin() -> dict[str, str]:
@@ -100,27 +102,17 @@ def _fill(made: Environment, python: str, pins: dict[str, str], torch: str) -> N
     done = subprocess.run([python, "-m", "venv", str(made.folder)], capture_output=True, text=True)
     if done.returncode:
         raise install.InstallError(f"python -m venv failed: {install.last_line(done.stdout + done.stderr)}")
+    # Of each package the first version from Colab's on that has a wheel for this Python: uv finds it, pip would take the last.
+    asked = [f"{name}>={number}" for name, number in pins.items() if name != "torch"]
+    _uv(made, "--no-deps", "--only-binary", ":all:", "--resolution", "lowest", "--upgrade", *asked)
     log = made.folder / install.LOG
     log.write_text("", encoding="utf-8")
-    asked = {name: f"{name}=={number}" for name, number in pins.items() if name != "torch"}
-    while True:
-        try:
-            install.pip(made.python, log, "--no-deps", "--only-binary", ":all:", *asked.values())
-            break
-        except install.InstallError:
-            refused = re.findall(r"No matching distribution found for ([\w.-]+)==", log.read_text("utf-8"))
-            name = refused[-1].lower() if refused else None
-            if name is None or asked[name] != f"{name}=={pins[name]}":
-                raise
-            asked[name] = _next(name, pins[name])
-    install.install_torch(made.python, log, torch)
-    if "+cpu" not in versions(made.python)["torch"]:  # PyTorch's index is out of reach: this build is loaded with CUDA's libraries
-        kept = log.with_name("constraints.txt")
-        kept.write_text("".join(f"{name}=={number}\n" for name, number in versions(made.python).items()))
-        install.pip(made.python, log, "--constraint", str(kept), f"torch=={torch}")
+    install.install_torch(made.python, log, torch, "--compile")
+    _uv(made, f"torch=={torch}")  # what this build needs: CUDA's libraries where PyTorch's own index is out of reach
 
 
-def _next(name: str, version: str) -> str:
-    """A requirement for what comes after a version that has no wheel here: of the next minor number."""
-    major, minor = map(int, version.split(".")[:2])
-    return f"{name}>={version},<{major}.{minor + 2}"
+def _uv(made: Environment, *arguments: str) -> None:
+    command = [sys.executable, "-m", "uv", "pip", "install", "--no-config", "--python", str(made.python), *lock.index_options()]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    if done.returncode:
+        raise install.InstallError(f"uv cannot make the environment: {' '.join(done.stderr.split())[-500:]}")

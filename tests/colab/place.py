@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from colab.environment import HERE
 from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
@@ -53,10 +54,11 @@ def publish(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What a notebook did. peak: bytes, the most memory that its kernel has held (VmHWM). faults: a line each."""
+    """What a notebook did. cpu_seconds: of its kernel. peak: bytes, the most memory that it held (VmHWM). faults: a line each."""
 
     notebook: NotebookNode
     seconds: float
+    cpu_seconds: float
     peak: int
     faults: list[str]
 
@@ -79,6 +81,7 @@ class Place:
         env |= {"PYTHONPATH": str(HERE / "fake"), "HF_HUB_OFFLINE": "1"}  # nothing of the course asks the hub; here that would show
         if self.gpu:
             env |= {"PYTHONPATH": os.pathsep.join([str(HERE / "fake"), str(PRETEND)]), "PRETEND_CUDA": "1"}
+        env |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # a kernel's debugger would warn on the terminal
         git = {f"url.{self.repository.as_uri()}.insteadOf": ADDRESS, "safe.directory": "*"}
         env |= {"GIT_CONFIG_COUNT": str(len(git))}
         for place, (key, value) in enumerate(git.items()):
@@ -111,12 +114,13 @@ class Place:
         with client.setup_kernel(env=dict(self.variables())):
             for index, cell in enumerate(notebook.cells):
                 client.execute_cell(cell, index)
-            seconds, peak = time.monotonic() - start, _peak(client.km.provisioner.pid)
+            process = psutil.Process(client.km.provisioner.pid)
+            seconds, peak, times = time.monotonic() - start, _peak(process.pid), process.cpu_times()
             client.set_widgets_metadata()
-        return Run(notebook, seconds, peak, list(output_faults(notebook)))
+        return Run(notebook, seconds, times.user + times.system, peak, list(output_faults(notebook)))
 
 
 def _peak(pid: int) -> int:
     """The most memory that a process has held, in bytes, as Linux counts it."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

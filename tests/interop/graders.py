@@ -85,7 +85,7 @@ def _run(
 ) -> tuple[int | None, str, float, float]:
     """Exit code (None: ended at the limit), what it said, wall seconds, processor seconds."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(
             command, cwd=folder, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
             start_new_session=True,
