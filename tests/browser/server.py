@@ -62,9 +62,9 @@ def jupyterlab(notebooks: Path | None = None) -> Iterator[Server]:
         for name, settings in SETTINGS.items():
             path = home / "settings" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings))
+            path.write_text(json.dumps(settings), "utf-8")
         command = jupyter_command(folder, next(iter(workbook.chapters(notebooks).values())).name, browser=False, port=_free_port())
-        with log.open("w") as output:
+        with log.open("wb") as output:
             process = subprocess.Popen(
                 command, env=_environment(home), cwd=home, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -96,7 +96,7 @@ def _when_it_answers(process: subprocess.Popen, home: Path, folder: Path, log: P
     while time.monotonic() < deadline and process.poll() is None:
         for path in (home / "runtime").glob("jpserver-*.json"):
             try:
-                about = json.loads(path.read_text())
+                about = json.loads(path.read_text("utf-8"))
                 server = Server(about["url"], about["token"], folder, log)
                 server.ask("status")
                 return server
