@@ -46,7 +46,7 @@ BAD = [
 ]
 NOTICED = [
     "code cell 5: stderr: warned",
-    "code cell 6: error: .*ZeroDivisionError",
+    r"(?s)code cell 6: (error|stderr): .*ZeroDivisionError",
     r"code cell 7 did not run: \[ \]:",
     "heading 'Too deep' of level 3 comes after one of level 1",
     "picture 0 of 4 has no alternative text",
