@@ -58,7 +58,7 @@ score("2.1")
 ### END HIDDEN TESTS"""
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 PICTURE = f"""\
-display({{"image/png": "{PNG}"}}, metadata={{"image/png": {{"alt": "a dot"}}}}, raw=True)"""
+display({{"image/png": "{PNG}", "text/html": "<img>"}}, metadata={{"image/png": {{"alt": "a dot"}}}}, raw=True)"""
 SLIDER = """\
 import ipywidgets
 ipywidgets.interact(lambda count: print(count), count=(1, 5));"""
@@ -140,6 +140,7 @@ def test_both_forms_ran_to_the_end_and_keep_what_they_showed(source):
     for notebook in (solved, student):
         assert cell(notebook, "use").outputs[0].text == "42\n"
         assert cell(notebook, "picture").outputs[0].metadata["image/png"]["alt"] == "a dot"
+        assert set(cell(notebook, "picture").outputs[0].data) == {"image/png"}  # once, not as HTML again
         assert notebook.metadata.labs.executed_source_sha256 == forms.source_sha256(notebook)
 
 

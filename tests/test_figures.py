@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import math
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -364,6 +366,12 @@ def test_is_shown_as_png_with_its_words(figure):
     assert data["image/png"].startswith(b"\x89PNG")
     assert about["image/png"]["alt"] == figure.alt
     assert figure.alt in data["text/plain"]
+    image = ElementTree.fromstring(data["text/html"].removesuffix(">") + "/>")  # the same for JupyterLab, which drops metadata
+    assert (image.tag, image.get("alt")) == ("img", figure.alt)
+    assert base64.b64decode(image.get("src").removeprefix("data:image/png;base64,")) == data["image/png"]
+    assert {side: int(image.get(side)) for side in ("width", "height")} == {
+        side: about["image/png"][side] for side in ("width", "height")
+    }
 
 
 @every_figure

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ SOURCES = forms.sources(ROOT)
 CELLS, WORDS, MEDIAN_LINES, MOST_LINES, SETUP_LINES = (40, 110), 4000, 8, 40, 6
 MACHINE_PATH = re.compile(r"(?<![\w./:-])/(root|home|work|tmp|Users|mnt|var/folders)/|\b[A-Z]:\\+Users|site-packages")
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # a comment in it is no heading
 UNFINISHED = re.compile(r"\b(TODO|FIXME|TBD|XXX|lorem ipsum)\b", re.IGNORECASE)
 MARKERS = ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS")
 
@@ -104,6 +106,16 @@ def pictures_have_alternative_text(lab: Lab) -> Iterator[str]:
         for image in re.findall(r"<img\b[^>]*>", cell.source):
             if not re.search(r"""\balt=["'][^"']""", image):
                 yield f"cell {cell.id}: an <img> without alt text"
+
+
+def headings_are_in_order(lab: Lab) -> Iterator[str]:
+    """One title, at the top; below a heading at most one level down. Whoever hears a page finds the way by them."""
+    found = [(len(marks), cell.id) for cell in lab.prose for marks in re.findall(r"^(#+) ", FENCED.sub("", cell.source), re.M)]
+    if [level for level, _ in found].count(1) != 1 or found[0][0] != 1:
+        yield f"headings of level 1 in the cells {[id for level, id in found if level == 1]}, wanted one, before all others"
+    for (above, _), (level, id) in pairwise(found):
+        if level > above + 1:
+            yield f"cell {id}: a heading of level {level} comes after one of level {above}"
 
 
 def is_of_a_readable_size(lab: Lab) -> Iterator[str]:
@@ -266,6 +278,7 @@ def is_finished(lab: Lab) -> Iterator[str]:
 RULES = [
     checked_cells_have_outputs,
     pictures_have_alternative_text,
+    headings_are_in_order,
     is_of_a_readable_size,
     opens_with_the_set_up_cell,
     opens_on_a_gpu_in_colab,
@@ -323,7 +336,9 @@ def good_lab() -> Lab:
     solution = "def double(x):\n    ### BEGIN SOLUTION\n    return x + x\n    ### END SOLUTION"
     hidden = '### BEGIN HIDDEN TESTS\nscore("2.1")\n### END HIDDEN TESTS'
     cells = [
-        new_markdown_cell("# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).", id="title"),
+        new_markdown_cell(
+            "# Good\nSee [the next](03_next.ipynb#top), [a paper](https://arxiv.org/abs/2210.17323).\n\n## First", id="title"
+        ),
         new_code_cell(setup_cell.SETUP, id="setup", metadata={"tags": ["setup"]}),
         new_code_cell("guess = None  # your guess", id="guess", metadata={"tags": ["prediction"]}),
         new_markdown_cell("### 2.1 Double (8 minutes, difficulty 2 of 5)\n![a picture](attachment:a)", id="heading"),
@@ -399,6 +414,9 @@ BROKEN = [
     (pictures_have_alternative_text, edit("figure", outputs=[new_output("display_data", {"image/png": "aGk="})])),
     (pictures_have_alternative_text, edit("title", source="![](https://jupyter.org/a.png)")),
     (pictures_have_alternative_text, edit("title", source='<img src="https://jupyter.org/a.png">')),
+    (headings_are_in_order, edit("title", source="No title")),
+    (headings_are_in_order, edit("title", source="# Title\n\n#### Deep")),
+    (headings_are_in_order, edit("title", source="# Title\n\n# Another")),
     (is_of_a_readable_size, lambda lab: lab.notebook.cells.__delitem__(slice(-5, None))),
     (is_of_a_readable_size, lambda lab: lab.notebook.cells.extend([new_markdown_cell("x")] * 80)),
     (is_of_a_readable_size, edit("title", source="word " * 4001)),

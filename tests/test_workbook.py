@@ -81,6 +81,17 @@ def test_a_copy_shows_nothing_from_the_first_prediction_on(book: Path) -> None:
         assert cells[id].execution_count is None
 
 
+def test_a_stored_picture_brings_its_alternative_text_to_jupyterlab(source: Path) -> None:
+    original = workbook.read(source / "02_rounding.ipynb")
+    about = {"image/png": {"alt": 'a "dot"', "width": 3, "height": 2}}
+    original.cells[1].outputs = [new_output("display_data", {"image/png": "aGk="}, metadata=about)]
+    (shown,) = workbook.learner_copy(original).cells[1].outputs
+    assert shown.data["text/html"].startswith('<img alt="a &quot;dot&quot;" width="3" height="2"')
+    assert shown.data["text/html"].endswith('src="data:image/png;base64,aGk=">')
+    assert shown.data["image/png"] == "aGk="
+    assert "text/html" not in original.cells[1].outputs[0].data
+
+
 def test_a_copy_records_the_hash_of_its_source_which_outputs_do_not_enter(book: Path, source: Path) -> None:
     original = workbook.read(source / "02_rounding.ipynb")
     copy = workbook.read(mine(book))

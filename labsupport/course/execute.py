@@ -127,6 +127,8 @@ def _tidy(notebook: NotebookNode) -> None:
             if WIDGET in output.get("data", {}):
                 output.data = NotebookNode({"text/plain": WIDGET_TEXT})
                 output.metadata["labs"] = {"widget": True}
+            elif "image/png" in output.get("data", {}):
+                output.data.pop("text/html", None)  # the same picture again, for JupyterLab alone
 
 
 def output_faults(notebook: NotebookNode) -> Iterator[str]:

@@ -113,6 +113,8 @@ def learner_copy(source: NotebookNode) -> NotebookNode:
         hidden = hidden or is_prediction(cell)
         if hidden and cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+        for output in cell.get("outputs", []):
+            _with_alternative_text(output)
     record: dict[str, Any] = {"source_sha256": source_hash(source), "blanks": {}, "cells": []}
     if is_edited(source):
         # What the cells held before somebody filled them in is not known, so whatever is in them counts as written by the learner.
@@ -122,6 +124,15 @@ def learner_copy(source: NotebookNode) -> NotebookNode:
         record["cells"] = sorted({short_hash(cell.source) for cell in copy.cells})
     copy.metadata["labs"] = record
     return copy
+
+
+def _with_alternative_text(output: NotebookNode) -> None:
+    """Give a stored picture the form in which JupyterLab shows its alternative text."""
+    png, about = output.get("data", {}).get("image/png"), output.get("metadata", {}).get("image/png", {})
+    if png and "alt" in about:
+        from labsupport.figures import base  # it brings PyTorch along, and most calls lay out nothing new
+
+        output.data["text/html"] = base.as_html(png, about)
 
 
 def _stale(notebook: NotebookNode, source: NotebookNode) -> bool:

@@ -6,6 +6,8 @@ palette of Okabe and Ito. No two series differ in color alone: each has a marker
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,8 +43,15 @@ T = TypeVar("T")
 Style = tuple[str, str, Any]
 
 
+def as_html(png: str, about: Mapping[str, Any]) -> str:
+    """An image element. png: in base64. about: what stands beside it in a notebook, `alt` and width and height in pixels."""
+    size = "".join(f' {side}="{int(about[side])}"' for side in ("width", "height") if side in about)
+    alt = html.escape(about["alt"], quote=True)
+    return f'<img alt="{alt}"{size} style="max-width: 100%; height: auto" src="data:image/png;base64,{png}">'
+
+
 class CourseFigure(Figure):
-    """A matplotlib Figure that Jupyter shows as PNG with alternative text."""
+    """A matplotlib Figure that Jupyter shows as an image with alternative text."""
 
     alt: str = ""
 
@@ -61,10 +70,20 @@ class CourseFigure(Figure):
             self.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def html(self) -> str:
+        """The image and its alternative text as they stand now."""
+        return as_html(base64.b64encode(self.png()).decode("ascii"), self._about())
+
+    def _about(self) -> dict[str, Any]:
         width, height = self.get_size_inches() * DPI
-        metadata = {"alt": self.alt, "width": int(width), "height": int(height)}
-        return {"image/png": self.png(), "text/plain": f"Figure: {self.alt}"}, {"image/png": metadata}
+        return {"alt": self.alt, "width": int(width), "height": int(height)}
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        # JupyterLab shows a PNG without its alternative text, whatever its metadata say, and prefers HTML. nbconvert, GitHub and
+        # the course's pages take the PNG; `labs build` stores it alone.
+        png, about = self.png(), self._about()
+        data = {"image/png": png, "text/plain": f"Figure: {self.alt}"}
+        return data | {"text/html": as_html(base64.b64encode(png).decode("ascii"), about)}, {"image/png": about}
 
     def _ipython_display_(self):
         # Once pyplot is imported, IPython has a printer of its own for figures, which drops the alternative text.
