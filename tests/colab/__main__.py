@@ -89,9 +89,9 @@ def write(row: dict) -> None:
 
     note = (
         "Each notebook in the learner's form, in an environment with the versions that Colab publishes (packages says where and "
-        "when), but for `replaced`: Colab's version, and the one taken because that, or what asks for it, cannot be had here. seconds: "
-        "wall clock, the kernel's start in it. cpu_seconds: of the kernel, which sharing changes less. peak: bytes, "
-        "the most memory that the kernel held. load: of the machine in the last minute; above the cores it was shared."
+        "when), but for `replaced`: Colab's version, and the one taken because that, or what asks for it, cannot be had here. "
+        "seconds: wall clock, the kernel's start in it. cpu_seconds: of the kernel, which sharing changes less. peak: bytes, the "
+        "most memory that the kernel held. load: of the machine in the last minute; above the cores it was shared."
     )
     about = {"note": note, "command": "make colab ARGS=--write", "packages": origin()}
     with FileLock(HERE / ".venv" / "rows.lock"):  # the run of another Python may write, too
