@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 import labsupport
 from labsupport import __version__, install
 from labsupport.course import lock, missing, setup_cell
+from labsupport.evidence import measurements
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = environment.published()
@@ -220,6 +221,21 @@ def test_what_labsupport_may_import_is_in_a_list_or_on_colab() -> None:
         modules = {module.split(".")[0] for module, _ in of_module(path, True)} - {"labsupport", "", *ASKED_FOR_BY_NAME}
         found += [(module, str(path.relative_to(ROOT))) for module in modules]
     assert lacking(found, extras) == ["transport, imported by labsupport/grading/runner.py"]  # a file beside it, in the sandbox
+
+
+# What `make colab ARGS=--write` has stored. ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+def test_every_notebook_ran_on_the_oldest_and_the_newest_python(python: str) -> None:
+    about, rows = measurements.read(ROOT / "data" / "measurements" / "colab.json")
+    assert about["packages"] == environment.origin()  # a newer list, and the notebooks are run again
+    mine = [row for row in rows if row["versions"]["Python"].startswith(f"{python}.") and row["device"] == "cpu"]
+    assert [row["notebook"] for row in mine] == [path.stem for path in NOTEBOOKS]
+    for row in mine:
+        assert row["faults"] == [], row["notebook"]
+        assert 0 < row["peak"] <= 1.5e9, row["notebook"]
+        assert row["versions"]["ipywidgets"] == COLAB["ipywidgets"]
 
 
 # The set-up cell. ------------------------------------------------------------------------------------------------------

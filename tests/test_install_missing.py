@@ -25,6 +25,7 @@ HERE = {
     "pandas": "2.2.2",
 }
 WANTED = ["torch>=2.8", "numpy>=1.26", "transformers>=5.21", "bitsandbytes>=0.45"]
+LOCK = "bitsandbytes==0.50.2 \\\n    --hash=sha256:0\nnumpy==2.4.6\ntokenizers==0.23.3\ntransformers==5.23.0\n"
 ASKS = {"transformers": ["tokenizers<=0.23", "numpy>=1.17", "typer", "jax>1; extra == 'flax'"], "typer": []}
 
 
@@ -32,8 +33,8 @@ ASKS = {"transformers": ["tokenizers<=0.23", "numpy>=1.17", "typer", "jax>1; ext
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Stands for a Python with HERE: what pip was asked for, what it is to change, what it prints before it fails."""
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = {WANTED}\n")
-    (tmp_path / "requirements.lock").write_text("")
-    done: dict = {"asked": [], "changes": {"bitsandbytes": "0.50.2", "transformers": "5.24.0"}, "prints": "", "there": dict(HERE)}
+    (tmp_path / "requirements.lock").write_text(LOCK)
+    done: dict = {"asked": [], "changes": {"bitsandbytes": "0.50.2", "transformers": "5.23.0"}, "prints": "", "there": dict(HERE)}
 
     def pip(python: Path, log: Path, *arguments: str) -> None:
         done["asked"].append((python, arguments, Path(arguments[1]).read_text(encoding="utf-8")))
@@ -57,11 +58,12 @@ def test_the_course_is_installed_beside_what_is_there(place: dict, capsys: pytes
     assert python == Path(sys.executable)
     assert arguments[::2] == ("--constraint", "-e", "--compile")
     assert arguments[3] == str(install.ROOT) == sys.path[0]  # this Python finds it without a restart
-    # transformers is too old; what it asks for may move with it, but for numpy.
-    assert constraints.splitlines() == ["torch==2.11.0+cu128", "numpy==2.0.2", "click==8.4.1", "pandas==2.2.2"]
+    # transformers is too old; what it asks for may move with it, but for numpy. What the course asks for comes as in the lock.
+    stays = ["torch==2.11.0+cu128", "numpy==2.0.2", "click==8.4.1", "pandas==2.2.2"]
+    assert constraints.splitlines() == [*stays, "transformers==5.23.0", "bitsandbytes==0.50.2"]
     said = capsys.readouterr().out
     assert "added bitsandbytes 0.50.2" in said
-    assert "replaced, as too old: transformers 5.9.0 by 5.24.0" in said
+    assert "replaced, as too old: transformers 5.9.0 by 5.23.0" in said
     missing.install_missing()
     assert sys.path.count(str(install.ROOT)) == 1
     assert "added nothing" in capsys.readouterr().out
@@ -70,6 +72,16 @@ def test_the_course_is_installed_beside_what_is_there(place: dict, capsys: pytes
 def test_what_a_too_old_package_asks_for_is_free_all_the_way() -> None:
     there = HERE | {"typer": "0.25", "jax": "0.7"}
     assert there.keys() - missing.stays(there, WANTED, ASKS) == {"transformers", "tokenizers", "typer"}
+
+
+def test_what_is_new_enough_does_not_come_as_in_the_lock_though_it_may_move() -> None:
+    wanted = [*WANTED, "tokenizers>=0.21"]
+    assert missing.locked(HERE, wanted, LOCK) == {"transformers": "5.23.0", "bitsandbytes": "0.50.2"}
+    assert missing.locked({}, wanted, LOCK).keys() == {"transformers", "bitsandbytes", "tokenizers"}  # torch and numpy are KEPT
+
+
+def test_the_lock_has_all_that_may_be_missing() -> None:
+    assert missing.locked({}, CORE, (ROOT / "requirements.lock").read_text("utf-8"))
 
 
 def test_where_all_is_new_enough_all_stays() -> None:

@@ -1,8 +1,8 @@
 """Add the course to a Python that has most of it already and whose other programs rely on that, as on Colab.
 
-Only what is missing or too old is added, and all else stays at the version that is there; torch, for one, is never replaced. The
-set-up cell calls `install_missing`; elsewhere it is `python -m labsupport.course.missing`, in a clone. Like install.py it needs the
-standard library alone.
+Only what is missing or too old is added, in the versions of requirements.lock, which the course was proved with, and all else stays
+at the version that is there; torch, for one, is never replaced. The set-up cell calls `install_missing`; elsewhere it is
+`python -m labsupport.course.missing`, in a clone. Like install.py it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -76,6 +76,19 @@ def stays(installed: dict[str, str], wanted: list[str], asks: dict[str, list[str
     return {name: version for name, version in installed.items() if name in KEPT or name not in free}
 
 
+def locked(installed: dict[str, str], wanted: list[str], lock: str) -> dict[str, str]:
+    """The versions, of the text of a lock file, in which pip is to add those of `wanted` that are not installed or are too old.
+
+    Where one of KEPT is missing, the others of them decide.
+    """
+    pins = {}
+    for name, needed in map(parsed, wanted):
+        there = name in installed and satisfies(installed[name], needed or "")
+        if needed is not None and not there and name not in KEPT:
+            pins[name] = install.pinned(lock, name)
+    return pins
+
+
 def install_missing() -> None:
     """Install the course from this clone into the Python that runs this, with what it needs and that is missing or too old.
 
@@ -90,7 +103,8 @@ def install_missing() -> None:
     constraints = log.with_name("labs-constraints.txt")
     wanted = _core(install.ROOT / "pyproject.toml")
     kept = stays(before, wanted, asks)
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in kept.items()), encoding="utf-8")
+    pins = kept | locked(before, wanted, (install.ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()), encoding="utf-8")
     install.say("installing the course and what is missing here: about a minute")
     try:
         install.pip(Path(sys.executable), log, "--constraint", str(constraints), "-e", str(install.ROOT), "--compile")

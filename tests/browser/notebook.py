@@ -114,7 +114,7 @@ def faults(notebook: Opened) -> Iterator[str]:
         prompt = cell.locator(".jp-InputPrompt").inner_text().strip()
         if not re.fullmatch(r"\[\d+\]:", prompt):
             yield f"code cell {place} did not run: {prompt}"
-        for kind in ("error", "stderr"):
+        for kind in ("error", "stderr"):  # JupyterLab shows a traceback as standard error
             for output in cell.locator(f".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.{kind}']").all():
                 yield f"code cell {place}: {kind}: {output.inner_text().strip()[-200:]}"
 

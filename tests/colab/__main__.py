@@ -89,9 +89,9 @@ def write(row: dict) -> None:
 
     note = (
         "Each notebook in the learner's form, in an environment with the versions that Colab publishes (packages says where and "
-        "when), but for `replaced`: Colab's version, and the one taken because that cannot be had for this Python here. seconds: "
-        "wall clock, the kernel's start in it. cpu_seconds: of the kernel, which sharing changes less. peak: bytes, "
-        "the most memory that the kernel held. load: of the machine in the last minute; above the cores it was shared."
+        "when), but for `replaced`: Colab's version, and the one taken because that, or what asks for it, cannot be had here. "
+        "seconds: wall clock, the kernel's start in it. cpu_seconds: of the kernel, which sharing changes less. peak: bytes, the "
+        "most memory that the kernel held. load: of the machine in the last minute; above the cores it was shared."
     )
     about = {"note": note, "command": "make colab ARGS=--write", "packages": origin()}
     with FileLock(HERE / ".venv" / "rows.lock"):  # the run of another Python may write, too
@@ -114,7 +114,7 @@ def main() -> int:
             made = make(python, options.torch)
             OUT.print(f"Python {made.version}, Colab's versions of {origin()['date']}", markup=False)
             for name, (theirs, taken) in made.replaced.items():
-                OUT.print(f"  {name} {theirs} cannot be had here: {taken}", markup=False)
+                OUT.print(f"  {name} {taken} in place of Colab's {theirs}", markup=False)
             wrong += simulate(made, options.numbers, options.gpu, write if options.write else lambda row: None)
     except (InstallError, ValueError) as error:
         print(f"make colab: {error}", file=sys.stderr)
