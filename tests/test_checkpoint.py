@@ -489,7 +489,7 @@ def test_the_command_quantizes(source, words, tmp_path):
     assert found.quantization["desc_act"]
     refused = CliRunner().invoke(app, [str(a) for a in ("quantize", tmp_path / "nothing", "--out", tmp_path / "x")])
     assert refused.exit_code == 1
-    assert "nor an id that the hub answers for" in refused.output
+    assert "neither a directory, nor an id as the hub has them" in refused.output
 
 
 def eight_bits():

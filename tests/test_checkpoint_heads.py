@@ -170,7 +170,7 @@ def test_no_code_from_a_model_directory_runs(tied, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
     with pytest.raises(CheckpointError, match="unknown-to-all"):
         run(source, tmp_path / "out", "rtn")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="unknown-to-all', which brings code of its own, and that is never run"):
         models.load_model(str(source), device="cpu")
     change_config(source, model_type="llama")
     words = tmp_path / "words.txt"

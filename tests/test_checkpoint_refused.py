@@ -23,7 +23,7 @@ from labsupport.checkpoint import CheckpointError, parts
 from labsupport.checkpoint.recipe import Recipe
 from labsupport.cli import app
 from labsupport.cli import checkpoint as commands
-from labsupport.model import files, models, text
+from labsupport.model import files, hub, models, text
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -619,15 +619,13 @@ def test_of_a_download_that_broke_off_it_is_said_what_lacks(hub_ids):
 
 def test_what_is_fetched_from_the_hub(source, tmp_path, monkeypatch):
     """Never a pickle, and every file that goes with a tokenizer."""
-    import huggingface_hub
+    asked = list(hub.PATTERNS)
 
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.extend(allow_patterns)
+    def download(name, others, look):
+        asked.extend(others)
         return source
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot", download)
     run("some/model", tmp_path / "out", "rtn")
 
     def fetched(name):

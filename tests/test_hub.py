@@ -159,7 +159,7 @@ def test_pickles_are_left_and_the_conversion_to_safetensors_is_taken(server, fil
         ("meta/gated", r"'meta/gated' is gated: accept its terms on https://huggingface.co/meta/gated, then run `hf auth login`"),
         ("nobody/nothing", r"no model 'nobody/nothing': neither a directory, .* nor an id that the hub answers for"),
         ("private/model", r"no model 'private/model': .*HF_TOKEN"),
-        ("a/b/c", r"no model 'a/b/c': it is neither a directory nor an id"),
+        ("a/b/c", r"no model 'a/b/c': neither a directory, nor an id"),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_words(server, files, repo, message):

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labsupport.model.source import WEIGHT_FILES
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
@@ -51,11 +53,13 @@ def snapshot(name: str, others: Iterable[str] = TOKENIZERS, look: Look = lambda 
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     endpoint, patterns = os.environ.get("HF_ENDPOINT"), [*PATTERNS, *others]
     api = HfApi(endpoint=endpoint)
     try:
         with quiet():
+            validate_repo_id(name)
             if _is_offline():
                 raise OfflineModeIsEnabled("HF_HUB_OFFLINE=1 is set")
             info = api.model_info(name, files_metadata=True, timeout=SECONDS)
@@ -67,7 +71,7 @@ def snapshot(name: str, others: Iterable[str] = TOKENIZERS, look: Look = lambda 
     except HubError:
         raise
     except HFValidationError as error:
-        raise HubError(f"no model {name!r}: it is neither a directory nor an id as the hub has them, OWNER/NAME") from error
+        raise HubError(f"no model {name!r}: neither a directory, nor an id as the hub has them, OWNER/NAME") from error
     except GatedRepoError as error:
         raise HubError(
             f"the model {name!r} is gated: accept its terms on https://huggingface.co/{name}, then run `hf auth login` "
@@ -107,7 +111,7 @@ def _is_of_this_package(error: Exception) -> bool:
 
 
 def _downloaded_before(name: str, patterns: list[str], why: Exception) -> Path:
-    """What is in the hub's cache. Raises HubError where there is nothing, or no weights."""
+    """What is in the hub's cache. Raises HubError where there is nothing, or no weights: of a download that broke off."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.file_download import repo_folder_name
 
@@ -115,11 +119,12 @@ def _downloaded_before(name: str, patterns: list[str], why: Exception) -> Path:
     message = f"no model {name!r}: neither a directory, nor downloaded before, nor an id that the hub answers for ({reason[:160]})"
     refs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs"
     for ref in sorted(path for path in refs.rglob("*") if path.is_file()):  # main, and the pull request of a converted model
-        with suppress(Exception):
+        with suppress(FileNotFoundError):  # LocalEntryNotFoundError is one
             revision = ref.relative_to(refs).as_posix()
             found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
             if any(found.glob("*.safetensors")):
                 return found
+            message = f"the directory {found} holds no weights: wanted {' or '.join(WEIGHT_FILES)} ({reason[:160]})"
     raise HubError(message) from why
 
 

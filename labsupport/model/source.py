@@ -51,6 +51,8 @@ def check_causal(name: str, config: dict[str, Any]) -> None:
         known.update((classes,) if isinstance(classes, str) else classes)
     said = config.get("architectures") or []
     other = [each for each in said if each not in known and re.search(OTHER_TASKS, each)]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" in config:
+        raise ModelError(f"the model {name!r} is of type {kind!r}, which brings code of its own, and that is never run")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (other and not set(said) & known):
         what = f"a {other[0]}" if other else f"of type {kind!r}"
         raise ModelError(
