@@ -467,3 +467,10 @@ def test_figures_do_without_pyplot():
     code = "import sys; from labsupport import figures; figures.course.map().png(); print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_method_may_lower_the_perplexity(recwarn):
+    """As it does of random weights: bars to the left of 0 and their labels stay inside."""
+    found = {"rounded": {"as trained": (-0.034, -0.05, -0.02)}, "kept": {"as trained": (-0.001, -0.002, -0.0001)}}
+    saliency.by_model(found, "Rises").png()
+    assert not [str(warning.message) for warning in recwarn if "constrained_layout" in str(warning.message)]

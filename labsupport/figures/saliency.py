@@ -52,7 +52,8 @@ def by_model(methods: Mapping[str, Mapping[str, Change]], title: str) -> CourseF
         ends = [100 * high for *_, high in found]
         for place, (value, end) in enumerate(zip(values, ends, strict=True)):
             axis.text(end, place, f"  {_percent(value)}", va="center", fontsize=base.SMALL)
-        axis.set_xlim(0, 1.3 * max(ends))
+        left, right = min(0.0, *(100 * low for _, low, _ in found)), max(0.0, *ends)
+        axis.set_xlim(left, right + 0.3 * (right - left))  # of random weights a method may lower the perplexity
         first = axis is axes[0][0]
         axis.set_yticks(range(len(methods)) if first else [], list(methods) if first else [])
         axis.set_ylim(len(methods) - 0.5, -0.5)
