@@ -154,6 +154,12 @@ def test_locking_what_is_not_installed_is_refused() -> None:
         lock.closure([Requirement("numpy<1")])
 
 
+def test_the_libraries_of_the_build_for_cuda_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["sympy>=1.13.3", "cuda-toolkit[cublas]==13.0.3", "cuda_bindings>=13", 'nvidia-cudnn-cu13==9; sys_platform == "linux"']
+    monkeypatch.setattr(lock.importlib.metadata, "requires", lambda name: asked)
+    assert [need.name for need in lock.needs("torch")] == ["sympy"]
+
+
 @pytest.mark.slow
 def test_writing_the_lock_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

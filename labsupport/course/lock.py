@@ -1,7 +1,7 @@
 """requirements.lock: what the running environment holds of all that pyproject.toml asks for, exactly.
 
-Frozen from a CPU environment, so that no CUDA library is named: where there is a GPU, torch brings its own. Only what the
-project's requirements lead to is written; whatever else happens to be installed stays out. Each version comes with the SHA-256 of
+No CUDA library is named: torch's build for CUDA asks for its own, and the other builds need none. Only what the project's
+requirements lead to is written; whatever else happens to be installed stays out. Each version comes with the SHA-256 of
 all its files in the package index, those for other systems and Pythons too, and pip installs no other file from the lock.
 
 What learners need stands first; the rest follows a line that install.py knows.
@@ -32,6 +32,7 @@ from labsupport.model import files
 PYTHONS = tuple(f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1))
 LINUX = "sys_platform == 'linux'"  # the one marker that the lock knows: on what has no wheels for other systems
 PIN = re.compile(rf"([^=\s]+)==([^\s;]+)(?: ; {re.escape(LINUX)})?((?: --hash=sha256:[0-9a-f]{{64}})+)")
+CUDA = re.compile("(cuda|nvidia)-.+")  # canonical names of the libraries that torch's build for CUDA brings
 NEXT_LINE = " \\\n    "  # how pip writes that a requirement goes on
 
 
@@ -65,26 +66,29 @@ def digest(lists: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps({k: sorted(v) for k, v in sorted(lists.items())}).encode()).hexdigest()
 
 
-def applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
-    """Whether the requirement's marker holds on Linux, on any Python that the course runs on. Elsewhere pip adds the rest."""
+def applies(requirement: Requirement, extras: Iterable[str] = (), system: str = "Linux") -> bool:
+    """Whether the requirement's marker holds on this system, on any Python that the course runs on."""
     if requirement.marker is None:
         return True
-    linux = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
-    versions = [{**linux, "python_version": v, "python_full_version": f"{v}.0"} for v in PYTHONS]
+    here = {"sys_platform": system.lower(), "platform_system": system}
+    versions = [{**here, "python_version": v, "python_full_version": f"{v}.0"} for v in PYTHONS]
     return any(requirement.marker.evaluate({**v, "extra": extra}) for v in versions for extra in ("", *extras))
 
 
-def needs(name: str, extras: Iterable[str] = ()) -> list[Requirement]:
-    """What an installed distribution needs here. Raises importlib.metadata.PackageNotFoundError."""
+def needs(name: str, extras: Iterable[str] = (), system: str = "Linux") -> list[Requirement]:
+    """What an installed distribution needs, beside CUDA's libraries. Raises importlib.metadata.PackageNotFoundError."""
     requirements = map(Requirement, importlib.metadata.requires(name) or [])
-    return [r for r in requirements if applies(r, extras)]
+    return [r for r in requirements if applies(r, extras, system) and not CUDA.fullmatch(canonicalize_name(r.name))]
 
 
-def closure(roots: Iterable[Requirement]) -> dict[str, str]:
-    """Name to version of all that `roots` lead to. Raises LockError naming what is not installed or out of range."""
+def closure(roots: Iterable[Requirement], system: str = "Linux") -> dict[str, str]:
+    """Name to version of all that `roots` lead to on Linux, or of that what another system needs as well, where pip adds the rest.
+
+    Raises LockError naming what is not installed or out of range.
+    """
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = [(r, "pyproject.toml") for r in roots if applies(r)]
+    waiting = [(r, "pyproject.toml") for r in roots if applies(r, system=system)]
     while waiting:
         requirement, asker = waiting.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -100,12 +104,8 @@ def closure(roots: Iterable[Requirement]) -> dict[str, str]:
         found[name] = Version(version).public  # torch's CPU build calls itself 2.x.y+cpu; the lock holds for every build
         if (name, extras) not in seen:
             seen.add((name, extras))
-            waiting += [(r, name) for r in needs(name, extras)]
+            waiting += [(r, name) for r in needs(name, extras, system)]
     return found
-
-
-def _only_linux(requirement: Requirement) -> bool:
-    return requirement.marker is not None and not requirement.marker.evaluate({"sys_platform": "other"})
 
 
 def index_options() -> list[str]:
@@ -142,7 +142,7 @@ def write(pyproject: Path, lock: Path) -> int:
     lists = lists_of(pyproject)
     roots = [Requirement(line) for each in lists.values() for line in each]
     packages, learners = closure(roots), for_learners(pyproject)
-    only_linux = packages.keys() - closure(r for r in roots if not _only_linux(r)).keys()
+    only_linux = packages.keys() - closure(roots, system="Other").keys()
     lines = [
         "# Written by `labs lock` from an environment that passes the tests; not edited by hand.",
         f"# pyproject.toml: sha256 {digest(lists)}",
