@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, by the proce
 import pytest
 import torch
 from hypothesis import settings
+from scheduling import pytest_xdist_make_scheduler  # noqa: F401  # a hook
 
 # nbformat's checker of JSON makes 38 grammars of addresses when it is imported: three seconds a worker, and no notebook needs one.
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -34,17 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if "LABS_CACHE" not in os.environ:
         os.environ["LABS_CACHE"] = tempfile.mkdtemp(prefix="labs-cache-")
         config.add_cleanup(partial(shutil.rmtree, os.environ["LABS_CACHE"], ignore_errors=True))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For workers beside each other (`pytest -n 2 --dist loadgroup`): what a module makes once, one worker makes.
-
-    Tests of a module with such a fixture stay together; all others are dealt out one by one.
-    """
-    making = {item.path for item in items for made in item._fixtureinfo.name2fixturedefs.values() if made[-1].scope == "module"}
-    for item in items:
-        if item.path in making:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +59,7 @@ def held_out(course):
     return text.load_text(course[1], "code")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny():
     """A Llama of three blocks with grouped-query attention and random weights. Whoever changes it works on a copy."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from labsupport.exercises.compare import difference, first_difference, first_place, got_and_wanted, leaves
+from labsupport.exercises.compare import difference, first_difference, first_place, got_and_wanted, leaves, within
 
 WANT = {"codes": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "name": "memory"}
 
@@ -31,6 +31,18 @@ def test_other_forms_differ_and_nan_is_no_number():
     assert difference({"codes": torch.ones(4)}, {"codes": torch.ones(2, 2)})[2] is False
     assert difference({"codes": [1.0]}, {"codes": [1.0, 2.0]})[2] is False
     assert difference(with_codes(1.0, math.nan, 3.0, 4.0), WANT, 1e9)[2] is False
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, math.inf])
+@pytest.mark.parametrize("value", [2.0, 2.5, 3.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wanted", [2.0, math.nan, math.inf])
+def test_within_is_what_difference_says(value, wanted, limit):
+    have, want = with_codes(1.0, value, 3.0, 4.0), with_codes(1.0, wanted, 3.0, 4.0)
+    same = value == wanted or (math.isnan(value) and math.isnan(wanted))
+    fits = same or limit == math.inf or abs(value - wanted) <= limit
+    assert within(have, want, limit) is difference(have, want, limit)[2] is fits
+    assert within(have | {"name": "compute"}, want, limit) is (fits and limit == math.inf)
+    assert not within({"codes": have["codes"]}, want, limit)
 
 
 def test_the_first_place_is_of_the_first_output_that_differs():

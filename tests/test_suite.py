@@ -85,6 +85,22 @@ def test_tests_keep_to_one_thread() -> None:
     assert torch.get_num_threads() == 1
 
 
+def test_what_a_module_makes_once_is_made_once_by_workers_beside_each_other(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"test_{name}.py").write_text(
+            "import os, pathlib, pytest, time\n"
+            '@pytest.fixture(scope="module")\n'
+            "def made(): (pathlib.Path(__file__).parent / f'{__name__}-{os.getpid()}').touch()\n"
+            '@pytest.mark.parametrize("number", range(8))\n'
+            "def test_it(number, made): time.sleep(0.05)\n"
+        )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "xdist", "-p", "scheduling", "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "16 passed" in done.stdout, done.stdout + done.stderr
+    assert [len(list(tmp_path.glob(f"test_{name}-*"))) for name in ("one", "two")] == [1, 1]
+
+
 def test_it_runs_lint_types_and_every_notebook_in_both_forms() -> None:
     commands = [" ".join(part.command) for part in (*suite.lint(), suite.types())]
     for tool in ("ruff check", "ruff format --check", "lint-imports", "mypy"):

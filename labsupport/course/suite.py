@@ -90,7 +90,7 @@ def types() -> Part:
 
 def tests(workers: int, quick: bool = False) -> Part:
     """Whatever is in tests/. quick: without those that are marked slow, and exercises on one seed."""
-    spread = ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
+    spread = ("-n", str(workers)) if workers > 1 else ()
     command = (*PYTEST, "tests", "-p", "no:nbval", *spread)
     return Part("tests", (*command, "-m", "not slow"), {"SEEDS": "1"}) if quick else Part("tests", command)
 
@@ -135,10 +135,13 @@ def _under_git(root: Path) -> bool:
         return False
 
 
-def workers() -> int:
-    """How many processes run beside each other: one a core that this process may use, as long as each has a notebook's memory."""
+def workers(waiting: int = 0) -> int:
+    """How many processes run beside each other: one a core that this process may use, as long as each has a notebook's memory.
+
+    waiting: how many more, where one or another only waits for what it has started, or for a limit of time to pass.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(memory.here().free / memory.A_NOTEBOOK)))
+    return max(1, min(cores + waiting, int(memory.here().free / memory.A_NOTEBOOK)))
 
 
 def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:
@@ -214,10 +217,11 @@ def run_all(root: Path, write: Write, numbers: list[str] | None = None, quick: b
         for part in lint():
             results.append(run(part, root))
             write(f"--- {results[-1].verdict}\n{results[-1].output.strip() if results[-1].code else ''}".rstrip() + "\n")
-        write(f"--- tests, {count} at a time, and types beside them\n")
+        beside = workers(waiting=1)
+        write(f"--- tests, {beside} at a time, and types beside them\n")
         with ThreadPoolExecutor(1) as pool:
             checking = pool.submit(run, types(), root)
-            results.append(run(tests(count, quick), root, write))
+            results.append(run(tests(beside, quick), root, write))
             write(f"--- {results[-1].verdict}\n")
             results.append(checking.result())
         write(f"--- {results[-1].verdict}\n{results[-1].output.strip() if results[-1].code else ''}".rstrip() + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labsupport.exercises.compare import difference, first_difference, got_and_wanted
+from labsupport.exercises.compare import difference, first_difference, got_and_wanted, within
 from labsupport.exercises.form import Exercise, Fault, Mistake, Mutant, generator, mistakes_by_option, mistakes_of, right
 from labsupport.pipeline import fold as folding
 from labsupport.quant import awq, rtn
@@ -409,7 +409,7 @@ FOLD = Exercise(
     returns=(), inputs=fold_inputs, reference=fold_block, drive=drive_fold, otherwise=_fold_differs,
     # A product and a quotient of float32, or a product and a product with a reciprocal; and that twice.
     allowed=lambda given, want: {kind: 3 * 2**-24 * values.abs() for kind, values in want.items()},
-    alike=lambda given, got, theirs: difference(got, theirs, {kind: 2**-21 * values.abs() for kind, values in theirs.items()})[2],
+    alike=lambda given, got, theirs: within(got, theirs, {kind: 2**-21 * values.abs() for kind, values in theirs.items()}),
     mistakes=mistakes_by_option(_folded, {
         "nothing has changed: weights are changed in place, with copy_, mul_ or div_": lambda block, scales: None,
         "the norms are multiplied by the scale like the linears behind them; what comes before is divided": {

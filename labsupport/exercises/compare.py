@@ -38,8 +38,11 @@ def _gap(have: Any, want: Any) -> torch.Tensor:
     if isinstance(want, str):
         return torch.tensor(0.0 if have == want else math.inf, dtype=torch.float64)
     a, b = (v.double() if isinstance(v, torch.Tensor) else torch.tensor(float(v), dtype=torch.float64) for v in (have, want))
+    gap = (a - b).abs()
+    if gap.isfinite().all():
+        return gap
     same = (a == b) | (a.isnan() & b.isnan())
-    return (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
+    return gap.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
 
 
 def _limit(limits: Limits, name: str) -> torch.Tensor:
@@ -55,6 +58,14 @@ def same_form(have: Mapping[str, Any], want: Mapping[str, Any]) -> bool:
     return form[0] == form[1]
 
 
+def within(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> bool:
+    """Whether both have the same form and no entry lies further off than its limit; see `difference`."""
+    if not same_form(have, want):
+        return False
+    pairs = zip(leaves(have), leaves(want), strict=True)
+    return all(bool((_gap(a, b) <= _limit(limits, name)).all()) for (name, _, a), (_, _, b) in pairs)
+
+
 def difference(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> tuple[float, float, bool]:
     """The largest gap, the limit where it lies, and whether every entry is within its limit. Infinity where the forms differ.
 
@@ -62,15 +73,15 @@ def difference(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits 
     """
     if not same_form(have, want):
         return math.inf, 0.0, False
-    worst, limit_there, within = 0.0, 0.0, True
+    worst, limit_there, fits = 0.0, 0.0, True
     for (name, _, a), (_, _, b) in zip(leaves(have), leaves(want), strict=True):
         gap = _gap(a, b)
         limit = _limit(limits, name).expand_as(gap)
         gap = gap.masked_fill(limit.isinf(), 0.0)
-        within = within and bool((gap <= limit).all())
+        fits = fits and bool((gap <= limit).all())
         if gap.numel() and gap.max() >= worst:
             worst, limit_there = gap.max().item(), limit.flatten()[gap.argmax()].item()
-    return worst, limit_there, within
+    return worst, limit_there, fits
 
 
 def first_place(have: Mapping[str, Any], want: Mapping[str, Any], limits: Limits = 0.0) -> tuple[str, tuple[int, ...], Any, Any]:

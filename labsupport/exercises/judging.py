@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from labsupport.exercises.attempts import Attempt, WrongReturn, attempt, run
-from labsupport.exercises.compare import difference, kind_of, leaves
+from labsupport.exercises.compare import difference, kind_of, leaves, within
 from labsupport.exercises.form import Exercise, Mistake, Outputs, Verdict, right, wrong
 
 HALF = (torch.float16, torch.bfloat16)
@@ -130,8 +130,8 @@ def _first_fault(exercise: Exercise, given: Outputs, got: Outputs, want: Outputs
 def _accepted(exercise: Exercise, given: Outputs, got: Outputs, want: Outputs) -> Verdict | None:
     if exercise.accepts is not None:
         return exercise.accepts(given, got, want)
-    off, limit, within = difference(got, want, exercise.allowed(given, want))
-    return right(off, limit) if within else None
+    off, limit, near = difference(got, want, exercise.allowed(given, want))
+    return right(off, limit) if near else None
 
 
 def outputs(exercise: Exercise, answer: Callable, given: Outputs) -> Outputs:
@@ -144,13 +144,13 @@ def _is_mistake(exercise: Exercise, mistake: Mistake, given: Outputs, got: Outpu
     try:
         theirs = outputs(exercise, mistake.answer, given)
         if want is None:
-            return difference(got, theirs)[2]
+            return within(got, theirs)
         theirs = {name: _settled(name, theirs[name], value, exercise) for name, value in want.items()}
     except (WrongReturn, _Refused, RuntimeError, ValueError, IndexError):  # it has no output to compare with on these inputs
         return False
     if exercise.alike is not None:
         return exercise.alike(given, got, theirs)
-    return difference(got, theirs, (exercise.close or exercise.allowed)(given, want))[2]
+    return within(got, theirs, (exercise.close or exercise.allowed)(given, want))
 
 
 def _unusable(tried: Attempt) -> str | None:
@@ -232,7 +232,7 @@ def outputs_right(exercise: Exercise, given: Outputs, tried: Attempt, want: Outp
             have = _settled(name, have, value, exercise)
         except (_Refused, KeyError):
             continue
-        if difference({name: have}, {name: value}, limits)[2]:
+        if within({name: have}, {name: value}, limits):
             found.add(name)
     return found
 

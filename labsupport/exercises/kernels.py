@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from labsupport.exercises.compare import difference, first_difference, got_and_wanted, largest_difference
+from labsupport.exercises.compare import first_difference, got_and_wanted, largest_difference, within
 from labsupport.exercises.form import Exercise, Fault, Mutant, Outputs, generator, mistakes_by_option, mistakes_of
 from labsupport.kernels import cpu, language, paper, twin
 from labsupport.kernels.language import tl  # the interpreter looks for it among the globals of a kernel
@@ -144,7 +144,7 @@ def _roundings(given: Outputs) -> torch.Tensor:
 
 def _product_off(given: Outputs, got: Outputs, want: Outputs) -> str:
     limit, (found, wanted) = _roundings(given), ({"product": outputs["product"]} for outputs in (got, want))
-    if difference(found, wanted, limit)[2]:
+    if within(found, wanted, limit):
         out, columns = given["packed"].shape[0], given["x"].shape[1]
         sizes = f"the whole weight has {out * columns}, a tile {given['rows'] * columns}"
         return f"right, but on the way there is a tensor of {got['largest']} values: {sizes}. Unpack a tile at a time"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labsupport.exercises.compare import difference, got_and_wanted
+from labsupport.exercises.compare import got_and_wanted, within
 from labsupport.exercises.equal_bytes import EXERCISES as VERDICTS
 from labsupport.exercises.form import FLOAT32, Exercise, Mutant, generator, mistakes_by_option
 from labsupport.model import evaluate
@@ -50,7 +50,7 @@ def ahead_inputs(seed: int) -> dict:
             continue
         right = _outcome(_ahead(**given))
         limits = _ahead_limits(given, right)
-        if not any(difference(_outcome(mistake.answer(*given.values())), right, limits)[2] for mistake in AHEAD_MISTAKES):
+        if not any(within(_outcome(mistake.answer(*given.values())), right, limits) for mistake in AHEAD_MISTAKES):
             return given
 
 
@@ -440,7 +440,7 @@ def windows_inputs(seed: int) -> dict:
         given = {"first": unit * (5 + hard), "second": unit * (5 + hard + sign * effect + noise), "level": level}
         right, exact = _as_outputs(_needed(**given)), _needed(**given, whole=lambda number: number)[0]
         others = [_as_outputs(mistake.answer(*given.values())) for mistake in NEEDED_MISTAKES]
-        apart = exact.max() > 2 * WINDOWS and not any(difference(other, right)[2] for other in others)
+        apart = exact.max() > 2 * WINDOWS and not any(within(other, right) for other in others)
         best = [other["best"] for other in others[-3:]]  # of those whose numbers are right
         if apart and len({*best}) == 3 and (exact - exact.round()).abs().min() > 1e-6 and len(right["needed"].unique()) == MEASURES:
             return given
