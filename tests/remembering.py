@@ -1,10 +1,12 @@
-"""Judging many answers on the same inputs: what the reference and the known mistakes return is computed once."""
+"""What saves time where many answers are tried: what ours return is computed once, and nobody looks who is called."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
-from labsupport.exercises import judging
+from labsupport.exercises import attempts, judging
 
 
 def remember_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +26,8 @@ def remember_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         return returned
 
     monkeypatch.setattr(judging, "outputs", outputs)
+
+
+def look_at_no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rest of one test it is not seen whether an answer calls labsupport's own version: a quarter of the time."""
+    monkeypatch.setattr(attempts, "_watch", lambda function: nullcontext([]))

@@ -144,8 +144,7 @@ def example(tmp_path_factory) -> Exercise:
 
 
 def test_the_example_keeps_to_what_every_exercise_does(example: Exercise, monkeypatch):
-    test_exercises.test_reference_is_accepted(example)
-    test_exercises.test_mutants_are_rejected_each_with_its_message(example, monkeypatch)
+    test_exercises.test_the_reference_passes_and_each_wrong_answer_gets_its_sentence(example, monkeypatch)
     test_exercises.test_has_enough_mutants_and_sane_facts(example)
     test_exercises.test_inputs_depend_on_the_seed_alone_and_survive_the_reference(example)
     test_luck.test_no_changed_reference_passes(example)

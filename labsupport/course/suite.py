@@ -135,13 +135,10 @@ def _under_git(root: Path) -> bool:
         return False
 
 
-def workers(waiting: int = 0) -> int:
-    """How many processes run beside each other: one a core that this process may use, as long as each has a notebook's memory.
-
-    waiting: how many more, where one or another only waits for what it has started, or for a limit of time to pass.
-    """
+def workers() -> int:
+    """How many processes run beside each other: one a core that this process may use, as long as each has a notebook's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores + waiting, int(memory.here().free / memory.A_NOTEBOOK)))
+    return max(1, min(cores, int(memory.here().free / memory.A_NOTEBOOK)))
 
 
 def run(part: Part, root: Path, write: Write = lambda text: None) -> Result:
@@ -217,11 +214,10 @@ def run_all(root: Path, write: Write, numbers: list[str] | None = None, quick: b
         for part in lint():
             results.append(run(part, root))
             write(f"--- {results[-1].verdict}\n{results[-1].output.strip() if results[-1].code else ''}".rstrip() + "\n")
-        beside = workers(waiting=1)
-        write(f"--- tests, {beside} at a time, and types beside them\n")
+        write(f"--- tests, {count} at a time, and types beside them\n")
         with ThreadPoolExecutor(1) as pool:
             checking = pool.submit(run, types(), root)
-            results.append(run(tests(beside, quick), root, write))
+            results.append(run(tests(count, quick), root, write))
             write(f"--- {results[-1].verdict}\n")
             results.append(checking.result())
         write(f"--- {results[-1].verdict}\n{results[-1].output.strip() if results[-1].code else ''}".rstrip() + "\n")
