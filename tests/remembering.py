@@ -29,5 +29,8 @@ def remember_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the rest of one test it is not seen whether an answer calls labsupport's own version: a quarter of the time."""
+    """For the rest of one test it is not seen whether an answer calls labsupport's own version.
+
+    To see it, Python reports every call, which takes a quarter of the time.
+    """
     monkeypatch.setattr(attempts, "_watch", lambda function: nullcontext([]))

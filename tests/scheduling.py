@@ -24,6 +24,5 @@ class ByModule(LoadScopeScheduling):
         return name if makes_for_all(self.config.rootpath / name) else nodeid
 
 
-@pytest.hookimpl
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:
     return ByModule(config, log)

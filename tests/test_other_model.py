@@ -18,6 +18,7 @@ from labsupport.course import build, execute
 from labsupport.model import files, quick
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_SMOLLM2 = ("02", "03")  # of the shorter ones
 pytestmark = pytest.mark.slow
 
 
@@ -57,7 +58,7 @@ def test_a_model_as_the_hub_has_them(name, number, wanted, articles, tmp_path):
         assert "The stored rows of 'awq' are of the course-model on code/heldout; what is measured live is of narrow." in said
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def real():
     """LABS_ variables for SmolLM2 and Wikipedia: from the user's own cache, or fetched into that of this run."""
     from labsupport.model import fetch, fetched
@@ -77,7 +78,8 @@ def real():
     return dict(zip(("LABS_MODEL", "LABS_TEXT"), map(str, there), strict=True))
 
 
-def test_smollm2_and_wikipedia(real):
-    said = printed("02", real)  # the shortest one that goes through all layers
+@pytest.mark.parametrize("number", ON_SMOLLM2)
+def test_smollm2_and_wikipedia(number, real):
+    said = printed(number, real)
     assert "210 linear layers" in said
     assert "what is measured live is of smollm2" in said

@@ -67,7 +67,7 @@ def digest(lists: dict[str, list[str]]) -> str:
 
 
 def applies(requirement: Requirement, extras: Iterable[str] = (), system: str = "Linux") -> bool:
-    """Whether the requirement's marker holds on this system, on any Python that the course runs on."""
+    """Whether the requirement's marker holds on a system, as platform.system() names it, on any Python that the course runs on."""
     if requirement.marker is None:
         return True
     here = {"sys_platform": system.lower(), "platform_system": system}
